@@ -1,0 +1,79 @@
+# The project's commands. `make` alone lists them.
+#
+#   PYTHON  the interpreter the environment is made from (3.10 or newer)
+#   VENV    where the environment lives; an existing one is used and completed
+#   MODEL   what `make demo` trains: any model of the timm registry that takes 32-pixel images
+
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= vim_nano_patch4_32
+
+BIN := $(VENV)/bin
+DEMO_OUT := output/demo/$(MODEL)
+PACKAGES := causal_conv1d mamba-1p1p1
+# An editable install follows its Python files by itself; it must be repeated when these change.
+PACKAGE_SOURCES := $(foreach package,$(PACKAGES),\
+	$(wildcard $(package)/pyproject.toml $(package)/setup.py $(package)/csrc/*))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-fast test-gpu lint bench bench-quick bench-gpu
+
+help: ## list these commands
+	@echo "Vision Mamba. Commands (the first one makes $(VENV): about 2 minutes and 6 GB):"
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
+	@echo "Variables: MODEL=$(MODEL) PYTHON=$(PYTHON) VENV=$(VENV)"
+
+install: $(VENV)/.installed ## make the environment and install the packages into it
+
+demo: $(VENV)/.installed ## train MODEL on scikit-learn's digits, evaluate it, show where the pictures are
+	$(BIN)/python vim/main.py --config vim/configs/demo.yaml --model $(MODEL) --output_dir $(DEMO_OUT)
+	$(BIN)/python vim/main.py --config vim/configs/demo.yaml --model $(MODEL) --eval \
+		--resume $(DEMO_OUT)/best_checkpoint.pth --output_dir $(DEMO_OUT)/eval
+	@echo
+	@echo "Pictures of this run (training curves, confusion matrix, most confident mistakes):"
+	@ls $(DEMO_OUT)/*.png
+	@echo "The same run for a DeiT of equal width and depth: make demo MODEL=deit_nano_patch4_32"
+
+test: $(VENV)/.installed-dev ## all tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-fast: $(VENV)/.installed-dev ## the tests of the edit loop: no slow ones
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+test-gpu: $(VENV)/.installed-dev ## the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/.installed-dev ## ruff and shellcheck
+	$(BIN)/python -m ruff check .
+	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR vim/scripts/*.sh .ci/run
+
+bench: $(VENV)/.installed-bench ## Vim against DeiT and the kernels against their peers, on the CPU (20 minutes)
+	$(BIN)/python benchmarks/run.py --device cpu
+
+bench-quick: $(VENV)/.installed-bench ## the same in 2 minutes, written to output/bench-quick
+	$(BIN)/python benchmarks/run.py --device cpu --quick
+
+bench-gpu: $(VENV)/.installed-bench ## the GPU's tests, then the same on a GPU
+	$(BIN)/python benchmarks/run.py --device cuda
+
+# pip is the last thing that venv writes: its presence says that the environment is whole.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+		"Python 3.10 or newer is needed; name one: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps below make a repeated `make` instant and repeat an install whose inputs have changed.
+$(VENV)/.installed: vim/vim_requirements.txt $(PACKAGE_SOURCES) | $(BIN)/pip
+	@echo "Installing into $(VENV): about 2 minutes and 6 GB the first time."
+	$(BIN)/python -m pip install --disable-pip-version-check \
+		$(foreach package,$(PACKAGES),--editable ./$(package)) --requirement vim/vim_requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --requirement requirements-dev.txt
+	@touch $@
+
+$(VENV)/.installed-bench: benchmarks/requirements.txt $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --requirement benchmarks/requirements.txt
+	@touch $@
