@@ -14,7 +14,7 @@ PACKAGES = {"causal_conv1d": "causal_conv1d", "mamba-1p1p1": "mamba_ssm"}
 
 
 def tracked_files():
-    """The repository's files: what git tracks, or everything outside hidden folders in an unpacked archive."""
+    """What git tracks; in an unpacked archive, everything outside hidden folders."""
     listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listing.returncode == 0:
         return [ROOT / name for name in listing.stdout.splitlines() if (ROOT / name).is_file()]
@@ -32,7 +32,7 @@ def text_files():
 
 
 def python_in(folder, code):
-    """Runs code in a fresh interpreter whose first import path is `folder`, as for a user who starts there."""
+    """Runs code in a fresh interpreter that starts in `folder`, which is thus its first import path."""
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -87,8 +87,8 @@ def test_a_wheel_holds_the_package_and_needs_only_torch(folder, tmp_path):
         "wheel = zipfile.ZipFile(next(pathlib.Path('.').glob('*.whl')))\n"
         "print(*wheel.namelist(), sep='\\n')\n"
         "meta = next(name for name in wheel.namelist() if name.endswith('METADATA'))\n"
-        "print(*[line for line in wheel.read(meta).decode().splitlines() if line.startswith('Requires-Dist')],"
-        " sep='\\n')",
+        "lines = wheel.read(meta).decode().splitlines()\n"
+        "print(*[line for line in lines if line.startswith('Requires-Dist')], sep='\\n')",
     ).splitlines()
     names = [line for line in listing if not line.startswith("Requires-Dist")]
     required = {re.match(r"Requires-Dist: ([\w-]+)", line)[1] for line in listing if line not in names}
@@ -108,8 +108,8 @@ def test_no_file_names_a_place_of_one_machine():
         r"|\b(?:10|192\.168)\.\d+\.\d+\.\d+\b"
         r"|hf_[A-Za-z0-9]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY"
     )
-    found = [f"{path.relative_to(ROOT)}: {hit[0]}" for path, text in text_files() if (hit := places.search(text))]
-    assert found == []
+    found = {str(path.relative_to(ROOT)): places.findall(text) for path, text in text_files()}
+    assert {name: hits for name, hits in found.items() if hits} == {}
 
 
 def test_no_large_file():
@@ -214,9 +214,10 @@ def test_the_readmes_flags_and_files_exist():
     known = {flag for action in arguments.build_parser()._actions for flag in action.option_strings}
     for line in readme_commands():
         words = shlex.split(line)
-        if any(word.endswith("main.py") for word in words):
-            flags = {word.split("=")[0] for word in words[words.index("main.py") if "main.py" in words else 0 :]}
-            assert {flag for flag in flags if flag.startswith("--") and flag != "--nproc_per_node"} <= known, line
+        if "main.py" in words or "vim/scripts" in line:
+            program = words.index("main.py") if "main.py" in words else 0
+            flags = {word.split("=")[0] for word in words[program:] if word.startswith("--")}
+            assert flags <= known, line
         for word in words:
             if word.startswith("vim/scripts/"):
                 assert (ROOT / word).is_file(), line

@@ -162,9 +162,11 @@ def test_the_shell_files_are_clean():
 
 @pytest.mark.slow
 def test_a_script_trains(tmp_path):
-    """The tiny script with a nano model and the digits: two processes over gloo, one epoch, weights written."""
-    flags = ["--model", "vim_nano_patch4_32", "--data-set", "DIGITS", "--input-size", "32", "--device", "cpu",
-             "--epochs", "1", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--num_workers", "0"]  # fmt: skip
+    """The tiny script with a nano model and the digits: two gloo processes, one epoch, weights written."""
+    flags = shlex.split(
+        "--model vim_nano_patch4_32 --data-set DIGITS --input-size 32 --device cpu --num_workers 0 "
+        "--epochs 1 --warmup-epochs 0 --cooldown-epochs 0"
+    )
     result = run_script("pt-vim-t", *flags, cwd=tmp_path, GPUS=2, BATCH=64, DATA_PATH=".", OUTPUT_DIR="run")
     assert result.returncode == 0, result.stderr[-3000:]
     assert list((tmp_path / "run").glob("*.pth"))
