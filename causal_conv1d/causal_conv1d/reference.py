@@ -1,0 +1,111 @@
+"""The convolution in plain torch: obviously right, any dtype, any device. Every backend is tested against it.
+
+Symbols: B batch, D channels, L tokens, W filter width, S tokens of one update.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def unavailable_reason() -> str | None:
+    """The reference runs wherever torch does."""
+    return None
+
+
+def unsupported(dtype: torch.dtype, width: int) -> str | None:
+    """The reference serves every floating dtype and width."""
+    return None
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None, silu: bool
+) -> Tensor:
+    """`y[t] = bias + sum_k weight[k] * x[t - (W-1) + k]`, then SiLU if asked, differentiable by autograd.
+
+    Args:
+        x: (B, D, L); weight: (D, W); bias: (D,) or None.
+        initial_states: (B, D, W-1), what comes before the first token; None means zeros.
+
+    Returns (B, D, L) in x's dtype, computed in at least float32.
+    """
+    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    width = weight.shape[1]
+    if initial_states is None:
+        padded = F.pad(x.to(dtype), (width - 1, 0))
+    else:
+        padded = torch.cat([initial_states.to(dtype), x.to(dtype)], dim=-1)  # (B, D, W-1+L)
+    bias = None if bias is None else bias.to(dtype)
+    out = F.conv1d(padded, weight.to(dtype).unsqueeze(1), bias, groups=weight.shape[0])
+    return (F.silu(out) if silu else out).to(x.dtype)
+
+
+def causal_conv1d_packed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, silu: bool
+) -> Tensor:
+    """The same over several sequences packed in one row: a tap reaches only tokens of its own sequence.
+
+    `seq_idx` (B, L) integer: tokens with equal neighbouring numbers belong together. Negative numbers are
+    padding, whose output is zero before the activation.
+    """
+    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    width, length = weight.shape[1], x.shape[-1]
+    padded = F.pad(x.to(dtype), (width - 1, 0))
+    numbers = F.pad(seq_idx, (width - 1, 0), value=-1)
+    out = x.new_zeros(x.shape, dtype=dtype)
+    for k in range(width):
+        same = (numbers[:, k : k + length] == seq_idx) & (seq_idx >= 0)  # (B, L)
+        out = out + weight[:, k, None].to(dtype) * padded[..., k : k + length] * same.unsqueeze(1)
+    if bias is not None:
+        out = out + bias[:, None].to(dtype) * (seq_idx >= 0).unsqueeze(1)
+    return (F.silu(out) if silu else out).to(x.dtype)
+
+
+def conv_forward(x, weight, bias, initial_states, silu):
+    """Backend form of `causal_conv1d`."""
+    # The out's memory layout is part of the op's contract: that of x.
+    return torch.empty_like(x).copy_(causal_conv1d(x, weight, bias, initial_states, silu))
+
+
+def conv_backward(dout, x, weight, bias, initial_states, silu):
+    """Gradients of `causal_conv1d` by autograd: (dx, dweight, dbias or None, dinitial_states or None)."""
+    inputs = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias, initial_states)]
+    with torch.enable_grad():
+        out = causal_conv1d(*inputs, silu)
+        grads = iter(torch.autograd.grad(out, [t for t in inputs if t is not None], dout))
+    return tuple(None if t is None else next(grads) for t in inputs)
+
+
+def causal_conv1d_update(
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, cache_seqlens: Tensor | None
+) -> Tensor:
+    """Convolve S new tokens (B, D, S) after the cached ones, and shift them into `conv_state` in place.
+
+    `conv_state` (B, D, at least W-1) holds the latest tokens, the newest last. With `cache_seqlens` (B,) it is
+    a ring instead: token t lives in slot t modulo its length, and `cache_seqlens` tokens came before x.
+    """
+    width, state_length, steps = weight.shape[1], conv_state.shape[-1], x.shape[-1]
+    if cache_seqlens is None:
+        recent = torch.cat([conv_state, x.to(conv_state.dtype)], dim=-1)  # (B, D, state + S)
+        before = conv_state[..., state_length - (width - 1) :].clone()
+        conv_state.copy_(recent[..., -state_length:])
+        return causal_conv1d(x, weight, bias, before, silu)
+    positions = torch.arange(-(width - 1), 0, device=x.device) + cache_seqlens[:, None]  # (B, W-1)
+    slots = positions.remainder(state_length).unsqueeze(1).expand(-1, x.shape[1], -1)
+    before = conv_state.gather(2, slots)
+    new = torch.arange(steps, device=x.device) + cache_seqlens[:, None]  # (B, S)
+    slots = new.remainder(state_length).unsqueeze(1).expand(-1, x.shape[1], -1)
+    conv_state.scatter_(2, slots, x.to(conv_state.dtype))
+    return causal_conv1d(x, weight, bias, before, silu)
+
+
+def varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:
+    """The last `state_len` tokens of each packed sequence, zeros before short ones.
+
+    x (total tokens, D), cu_seqlens (B+1,) -> (B, D, state_len).
+    """
+    ends = cu_seqlens[1:, None]
+    positions = ends + torch.arange(-state_len, 0, device=x.device)  # (B, state_len)
+    inside = positions >= cu_seqlens[:-1, None]
+    tokens = x[positions.clamp(min=0)] * inside.unsqueeze(-1)  # (B, state_len, D)
+    return tokens.transpose(1, 2)

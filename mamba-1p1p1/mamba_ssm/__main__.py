@@ -1,0 +1,8 @@
+"""`python -m mamba_ssm`: which backends can run here, and why the others cannot."""
+
+from mamba_ssm import __version__
+from mamba_ssm.ops import backend
+
+if __name__ == "__main__":
+    print(f"mamba_ssm {__version__}")
+    print(backend.report())

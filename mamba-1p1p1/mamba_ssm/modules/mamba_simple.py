@@ -1,0 +1,238 @@
+"""The Mamba block of the paper, and the bidirectional mixers of Vision Mamba, as one module.
+
+Symbols: E model width, D = expand * E inner width, N states a channel, R rank of the time-step projection,
+W convolution width, B batch, L tokens.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamba_ssm.ops import reference
+from mamba_ssm.ops.bimamba import DirectionParameters, bimamba
+from mamba_ssm.ops.selective_scan_interface import (
+    bimamba_inner_fn,
+    bimamba_inner_ref,
+    mamba_inner_fn,
+    mamba_inner_ref,
+)
+from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+BIMAMBA_TYPES = ("none", "v1", "v2")
+DT_INITS = ("random", "constant")
+DT_INITS_BACKWARD = ("published", "same")
+
+
+class InferenceCache(NamedTuple):
+    """What one layer remembers between tokens."""
+
+    conv_state: Tensor  # (B, D, W), the latest inputs of the convolution
+    ssm_state: Tensor  # (B, D, N)
+
+
+class Mamba(nn.Module):
+    """Selective state space mixer (arXiv 2312.00752, figure 3), bidirectional as in Vision Mamba (arXiv 2401.09417).
+
+    Args:
+        d_model, d_state, d_conv, expand: E, N, W, and D / E.
+        dt_rank: R, or "auto" for ceil(E / 16).
+        dt_init: "random" (uniform) or "constant" weights of the time-step projection, times `dt_scale`.
+        dt_min, dt_max, dt_init_floor: the range of the initial time step, log-uniform, and its lower bound.
+        conv_bias, bias: biases of the convolution, and of the input and output projections.
+        use_fast_path: True runs registered, fused operations, False the same function in plain torch operations.
+        layer_idx: this layer's key in `inference_params.key_value_memory_dict`.
+        bimamba_type: "none" one direction; "v1" a second scan of the same inputs over reversed time; "v2" a
+            second direction with its own convolution and projections (all released Vim weights).
+        if_divide_out: halve the sum of both directions of "v2".
+        init_layer_scale: initial value of a learned scale (E,) of the output; None for no such parameter.
+        dt_init_backward: "published" leaves the backward time-step projection at torch's default weights and a
+            zero bias, so that its time step starts at softplus(0) = 0.693; "same" initialises it as the forward.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | str = "auto",
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device=None,
+        dtype=None,
+        bimamba_type: str = "none",
+        if_divide_out: bool = False,
+        init_layer_scale: float | None = None,
+        dt_init_backward: str = "published",
+    ):
+        super().__init__()
+        for name, value, accepted in (
+            ("bimamba_type", bimamba_type, BIMAMBA_TYPES),
+            ("dt_init", dt_init, DT_INITS),
+            ("dt_init_backward", dt_init_backward, DT_INITS_BACKWARD),
+        ):
+            if value not in accepted:
+                raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, accepted))}")
+        factory = {"device": device, "dtype": dtype}
+        self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
+        self.d_inner = int(expand * d_model)
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        self.use_fast_path, self.layer_idx = use_fast_path, layer_idx
+        self.bimamba_type, self.if_divide_out = bimamba_type, if_divide_out
+        self.init_layer_scale = init_layer_scale
+
+        if init_layer_scale is not None:
+            self.gamma = nn.Parameter(torch.full((d_model,), float(init_layer_scale), **factory))
+        self.A_log, self.D = self._state_parameters(device)
+        if bimamba_type != "none":
+            self.A_b_log, D_b = self._state_parameters(device)
+        if bimamba_type == "v2":
+            self.D_b = D_b
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **factory)
+        self.conv1d, self.x_proj, self.dt_proj = self._direction_modules(conv_bias, factory)
+        self._init_time_step(self.dt_proj, dt_init, dt_scale, dt_min, dt_max, dt_init_floor)
+        if bimamba_type == "v2":
+            self.conv1d_b, self.x_proj_b, self.dt_proj_b = self._direction_modules(conv_bias, factory)
+            if dt_init_backward == "same":
+                self._init_time_step(self.dt_proj_b, dt_init, dt_scale, dt_min, dt_max, dt_init_floor)
+            else:
+                nn.init.zeros_(self.dt_proj_b.bias)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
+
+    def _state_parameters(self, device) -> tuple[nn.Parameter, nn.Parameter]:
+        """A_log = log(1..N) on every row (S4D-Real, arXiv 2206.11893) and D = 1, float32 always."""
+        levels = torch.arange(1, self.d_state + 1, dtype=torch.float32, device=device)
+        A_log = nn.Parameter(levels.log().repeat(self.d_inner, 1))  # (D, N)
+        D = nn.Parameter(torch.ones(self.d_inner, device=device))
+        return A_log, D
+
+    def _direction_modules(self, conv_bias: bool, factory: dict) -> tuple[nn.Conv1d, nn.Linear, nn.Linear]:
+        conv = nn.Conv1d(
+            self.d_inner, self.d_inner, self.d_conv, groups=self.d_inner, padding=self.d_conv - 1,
+            bias=conv_bias, **factory,
+        )  # fmt: skip
+        x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * self.d_state, bias=False, **factory)
+        dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=True, **factory)
+        return conv, x_proj, dt_proj
+
+    @staticmethod
+    @torch.no_grad()
+    def _init_time_step(dt_proj: nn.Linear, dt_init, dt_scale, dt_min, dt_max, dt_init_floor) -> None:
+        """Weights within ±R^-0.5 * dt_scale, and a bias whose softplus is log-uniform in [dt_min, dt_max]."""
+        bound = dt_proj.in_features**-0.5 * dt_scale
+        if dt_init == "constant":
+            dt_proj.weight.fill_(bound)
+        else:
+            dt_proj.weight.uniform_(-bound, bound)
+        uniform = torch.rand_like(dt_proj.bias, dtype=torch.float32)
+        dt = torch.exp(uniform * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)).clamp(min=dt_init_floor)
+        dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse softplus
+
+    def _parameters_of(self, suffix: str) -> DirectionParameters:
+        """The parameters of the forward ("") or backward ("_b") direction of "v2"."""
+        conv, x_proj, dt_proj = (getattr(self, name + suffix) for name in ("conv1d", "x_proj", "dt_proj"))
+        A_log = self.A_b_log if suffix else self.A_log
+        return DirectionParameters(
+            conv.weight.squeeze(1), conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias,
+            _negative_exp(A_log), getattr(self, "D" + suffix),
+        )  # fmt: skip
+
+    def _mix_v2(self, xz: Tensor) -> Tensor:
+        """(B, L, 2 D) -> (B, L, E)."""
+        mixer = bimamba if self.use_fast_path else reference.bimamba
+        y = mixer(xz, self._parameters_of(""), self._parameters_of("_b"), 0.5 if self.if_divide_out else 1.0)
+        return self.out_proj(y)
+
+    def _mix_channels_first(self, xz: Tensor) -> Tensor:
+        """The mixers "none" and "v1": (B, L, 2 D) -> (B, L, E)."""
+        xz = xz.transpose(1, 2)  # (B, 2 D, L)
+        weights = (
+            self.conv1d.weight, self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight,
+            self.out_proj.weight, self.out_proj.bias, _negative_exp(self.A_log),
+        )  # fmt: skip
+        options = {"D": self.D, "delta_bias": self.dt_proj.bias, "delta_softplus": True}
+        if self.bimamba_type == "v1":
+            mixer = bimamba_inner_fn if self.use_fast_path else bimamba_inner_ref
+            return mixer(xz, *weights, _negative_exp(self.A_b_log), **options)
+        mixer = mamba_inner_fn if self.use_fast_path else mamba_inner_ref
+        return mixer(xz, *weights, **options)
+
+    def forward(self, hidden_states: Tensor, inference_params=None) -> Tensor:
+        """Mix tokens: (B, L, E) -> (B, L, E).
+
+        `inference_params` (with `key_value_memory_dict` and `seqlen_offset`) keeps the state of a one-directional
+        layer: the first call fills it from a whole prompt, later ones take one token each.
+        """
+        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.d_model:
+            raise ValueError(f"hidden_states must be (B, L, {self.d_model}), not {tuple(hidden_states.shape)}")
+        if inference_params is not None:
+            return self._forward_cached(hidden_states, inference_params)
+        xz = self.in_proj(hidden_states)
+        out = self._mix_v2(xz) if self.bimamba_type == "v2" else self._mix_channels_first(xz)
+        return out if self.init_layer_scale is None else out * self.gamma
+
+    def _forward_cached(self, hidden_states: Tensor, inference_params) -> Tensor:
+        """Token by token, each layer's cache in `inference_params`. (B, L, E) -> (B, L, E)."""
+        memory = inference_params.key_value_memory_dict
+        if self.layer_idx not in memory:
+            memory[self.layer_idx] = self.allocate_inference_cache(hidden_states.shape[0], hidden_states.shape[1])
+        conv_state, ssm_state = memory[self.layer_idx]
+        if inference_params.seqlen_offset == 0:
+            conv_state.zero_()
+            ssm_state.zero_()
+        tokens = (self.step(token, conv_state, ssm_state)[0] for token in hidden_states.split(1, dim=1))
+        return torch.cat(list(tokens), dim=1)
+
+    def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One token (B, 1, E) of a one-directional layer; conv_state (B, D, W) and ssm_state (B, D, N) in place.
+
+        Returns (out (B, 1, E), conv_state, ssm_state).
+        """
+        self._require_causal()
+        if hidden_states.shape[1] != 1:
+            raise ValueError(f"step takes one token, (B, 1, E), not {tuple(hidden_states.shape)}")
+        x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)  # (B, D) each
+        conv_state.copy_(torch.cat([conv_state[..., 1:], x.unsqueeze(-1).to(conv_state.dtype)], dim=-1))
+        x = (conv_state * self.conv1d.weight.squeeze(1)).sum(-1)
+        if self.conv1d.bias is not None:
+            x = x + self.conv1d.bias
+        x = F.silu(x)
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        y = selective_state_update(
+            ssm_state, x, F.linear(dt, self.dt_proj.weight), _negative_exp(self.A_log), B, C, self.D, z,
+            dt_bias=self.dt_proj.bias, dt_softplus=True,
+        )  # fmt: skip
+        out = self.out_proj(y)
+        if self.init_layer_scale is not None:
+            out = out * self.gamma
+        return out.unsqueeze(1), conv_state, ssm_state
+
+    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None) -> InferenceCache:
+        """Zero states for `step`; their size does not depend on `max_seqlen`."""
+        self._require_causal()
+        weight = self.conv1d.weight
+        conv_state = weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype)
+        ssm_state = weight.new_zeros(batch_size, self.d_inner, self.d_state, dtype=dtype)
+        return InferenceCache(conv_state, ssm_state)
+
+    def _require_causal(self) -> None:
+        if self.bimamba_type != "none":
+            raise NotImplementedError(
+                f"inference_params with bimamba_type={self.bimamba_type!r}: a bidirectional layer needs the whole "
+                "sequence; call forward without a cache, or use bimamba_type='none'"
+            )
+
+
+def _negative_exp(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log), float32 at least."""
+    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))

@@ -1,0 +1,99 @@
+"""Which implementation runs: the tensor's device decides, one environment variable overrides.
+
+CUDA and ROCm tensors go to Triton, CPU tensors to the C++ library if it was built, anything else to the
+reference. `MAMBA_SSM_BACKEND=reference|cpu|triton` forces one; a forced backend that cannot run raises.
+"""
+
+import functools
+import importlib
+import logging
+import os
+from types import ModuleType
+
+import torch
+
+ENVIRONMENT_VARIABLE = "MAMBA_SSM_BACKEND"
+MODULES = {
+    "reference": "mamba_ssm.ops.reference",
+    "cpu": "mamba_ssm.ops.cpu",
+    "triton": "mamba_ssm.ops.triton.kernels",
+}
+_logger = logging.getLogger("mamba_ssm")
+
+
+@functools.cache
+def load(name: str) -> tuple[ModuleType | None, str | None]:
+    """Import a backend once. Returns (module, None), or (None, the reason why it cannot run)."""
+    try:
+        module = importlib.import_module(MODULES[name])
+    except ImportError as error:
+        return None, str(error)
+    reason = module.unavailable_reason()
+    return (None, reason) if reason else (module, None)
+
+
+def forced() -> str | None:
+    """The backend named by the environment, or None. Raises ValueError for an unknown name."""
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if name is not None and name not in MODULES:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={name!r} is unknown: use {', '.join(MODULES)}, or unset it")
+    return name
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _forced_module(name: str, device_type: str) -> ModuleType:
+    module, reason = load(name)
+    if module is None:
+        raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={name} cannot run here: {reason}")
+    serves = {"reference": True, "cpu": device_type == "cpu", "triton": device_type == "cuda" or _interpreted()}
+    if not serves[name]:
+        raise RuntimeError(
+            f"{ENVIRONMENT_VARIABLE}={name} does not serve {device_type!r} tensors: move them, or unset it"
+        )
+    return module
+
+
+@functools.cache
+def _automatic(device_type: str) -> tuple[str, ModuleType]:
+    """The best backend that can run for a device, said once in the log."""
+    wanted = {"cuda": "triton", "cpu": "cpu"}.get(device_type, "reference")
+    module, reason = load(wanted)
+    if module is not None:
+        _logger.info("%s tensors: %s backend", device_type, wanted)
+        return wanted, module
+    _logger.warning("%s tensors: reference backend, slow; the %s one cannot run: %s", device_type, wanted, reason)
+    return "reference", load("reference")[0]
+
+
+def choose(
+    op: str, device: torch.device, dtype: torch.dtype, d_state: int | None = None, d_conv: int | None = None
+) -> ModuleType:
+    """The backend module for an op ("selective_scan", "bimamba", "add_norm") on tensors of this kind.
+
+    What a fast backend does not serve (float64 or a complex A, say) goes to the reference when the choice is
+    automatic, and raises NotImplementedError when the backend is forced.
+    """
+    name = forced()
+    if name is None:
+        module = _automatic(device.type)[1]
+        return load("reference")[0] if module.unsupported(op, dtype, d_state, d_conv) else module
+    module = _forced_module(name, device.type)
+    problem = module.unsupported(op, dtype, d_state, d_conv)
+    if problem:
+        raise NotImplementedError(f"{ENVIRONMENT_VARIABLE}={name}: {problem}")
+    return module
+
+
+def report() -> str:
+    """One line a backend: what can run here and why the others cannot; then what CPU and CUDA tensors get."""
+    lines = []
+    for name in MODULES:
+        module, reason = load(name)
+        lines.append(f"  {name:<10} {'available' if module else 'not available: ' + reason}")
+    lines.append(f"  {ENVIRONMENT_VARIABLE} = {forced() or 'unset (the tensor device decides)'}")
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    lines += [f"  {device} tensors -> {forced() or _automatic(device)[0]}" for device in devices]
+    return "\n".join(lines)

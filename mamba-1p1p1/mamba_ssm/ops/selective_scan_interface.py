@@ -1,0 +1,348 @@
+"""Selective scan and the one-direction mixers built on it: public functions and registration with torch.library.
+
+`torch.ops.mamba_ssm.selective_scan` and `.selective_scan_backward` carry fake kernels, autograd and a FLOP
+formula, so that `torch.compile(fullgraph=True)`, `torch.export` and `torch.utils.flop_counter` see through
+them. Which code runs inside is decided in `backend.py`. Layout of this module: (B, D, L), any strides.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from mamba_ssm.ops import backend, reference
+
+
+def _kernels(u: Tensor, A: Tensor):
+    dtype = torch.complex64 if A.is_complex() else u.dtype
+    return backend.choose("selective_scan", u.device, dtype, d_state=A.shape[1])
+
+
+@torch.library.custom_op("mamba_ssm::selective_scan", mutates_args=())
+def _selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(u.device.type, enabled=False):
+        out, last_state, saved = _kernels(u, A).selective_scan_forward(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, save
+        )
+    return out.contiguous(), last_state, saved
+
+
+@_selective_scan.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save):
+    batch, channels, length = u.shape
+    state_dtype = torch.promote_types(torch.promote_types(u.dtype, torch.float32), A.dtype)
+    size = _kernels(u, A).selective_scan_saved_bytes(batch, channels, length, A.shape[1], u.dtype) if save else 0
+    return (
+        u.new_empty(u.shape),
+        u.new_empty(batch, channels, A.shape[1], dtype=state_dtype),
+        u.new_empty(size, dtype=torch.uint8),
+    )
+
+
+@torch.library.custom_op("mamba_ssm::selective_scan_backward", mutates_args=())
+def _selective_scan_backward(
+    dout: Tensor,
+    dlast_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    saved: Tensor,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(u.device.type, enabled=False):
+        grads = _kernels(u, A).selective_scan_backward(
+            dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, saved
+        )
+    # An op returns tensors only, of a known layout: an input that was None has an empty gradient.
+    return tuple(u.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+
+
+@_selective_scan_backward.register_fake
+def _(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, saved, delta_softplus):
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    return tuple(u.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.delta_softplus, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, dout, dlast_state, _):
+    *inputs, saved = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(inputs[0])
+    grads = _selective_scan_backward(dout, dlast_state, *inputs, saved, ctx.delta_softplus)
+    return *(None if t is None else grad for t, grad in zip(inputs, grads)), None, None
+
+
+_selective_scan.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def scan_flops(batch: int, channels: int, length: int, d_state: int) -> int:
+    """Operations of one scan: a state update costs 9 (delta A, exp, decay, drive 2, add, C h, sum, delta u)."""
+    return 9 * batch * channels * length * d_state
+
+
+@register_flop_formula(torch.ops.mamba_ssm.selective_scan)
+def _forward_flops(u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
+    return scan_flops(*u_shape, A_shape[1])
+
+
+@register_flop_formula(torch.ops.mamba_ssm.selective_scan_backward)
+def _backward_flops(dout_shape, dlast_shape, u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * scan_flops(*u_shape, A_shape[1])
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass can follow, so that forward should save what it needs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> None:
+    if u.dim() != 3 or A.dim() != 2 or A.shape[0] != u.shape[1]:
+        raise ValueError(f"u must be (B, D, L) and A (D, N) with the same D, not {tuple(u.shape)}, {tuple(A.shape)}")
+    if u.shape[-1] == 0:
+        raise ValueError(f"u {tuple(u.shape)} holds no token: the length must be at least 1")
+    if not u.is_floating_point():
+        raise ValueError(f"u has dtype {u.dtype}: the scan takes floating-point tensors")
+    (batch, channels, length), d_state = u.shape, A.shape[1]
+    for name, tensor, shape in (
+        ("delta", delta, u.shape),
+        ("z", z, u.shape),
+        ("D", D, (channels,)),
+        ("delta_bias", delta_bias, (channels,)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(tensor.shape)}")
+    columns = 2 * length if A.is_complex() else length
+    for name, matrix in (("B", B), ("C", C)):
+        shape = tuple(matrix.shape)
+        groups = shape[1] if len(shape) == 4 else 1
+        accepted = ((channels, d_state), (batch, d_state, columns), (batch, groups, d_state, columns))
+        if shape not in accepted or channels % max(groups, 1):
+            raise ValueError(
+                f"{name} must be (D, N), (B, N, L) or (B, G, N, L) with G dividing D = {channels} "
+                f"(L = {columns} here), not {shape}"
+            )
+    for name, tensor in zip(("delta", "A", "B", "C", "D", "z", "delta_bias"), (delta, A, B, C, D, z, delta_bias)):
+        if tensor is not None and tensor.device != u.device:
+            raise ValueError(f"{name} is on {tensor.device} and u on {u.device}: move them to one device")
+
+
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Selective scan (Mamba, arXiv 2312.00752, section 3): a linear recurrence whose weights depend on the token.
+
+        h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t],    y[t] = <C[t], h[t]> + D u[t],    out = y silu(z)
+
+    Args:
+        u, delta, z: (B, D, L), any strides; float32, bfloat16, float16 or float64.
+        A: (D, N), real, or complex (reference backend; y is then twice the real part).
+        B, C: (D, N) constant, (B, N, L) per token, or (B, G, N, L) shared by D / G channels each; with a complex
+            A the constant forms are complex and the per-token ones (..., 2 L), real and imaginary interleaved.
+        D, delta_bias: (D,). delta_softplus: softplus of delta + delta_bias.
+        return_last_state: also return h after the last token, (B, D, N), at least float32.
+
+    Returns out (B, D, L) in u's dtype, or (out, last_state). State and delta are float32 at least.
+    """
+    _check_scan(u, delta, A, B, C, D, z, delta_bias)
+    save = needs_grad(u, delta, A, B, C, D, z, delta_bias)
+    out, last_state, _ = _selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save)
+    return (out, last_state) if return_last_state else out
+
+
+def selective_scan_ref(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`selective_scan_fn` as the obvious loop over tokens in plain torch operations, for comparison."""
+    _check_scan(u, delta, A, B, C, D, z, delta_bias)
+    out, last_state = reference.selective_scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, recurrence="loop"
+    )
+    return (out, last_state) if return_last_state else out
+
+
+# ---- the mixer of one direction, from the input projection's output -----------------------------------------
+
+
+def _projected_matrix(projected: Tensor, bias: Tensor | None, is_complex: bool) -> Tensor:
+    """Columns of x_proj as a per-token B or C: (B, L, N) -> (B, 1, N, L), complex (B, L, 2 N) -> (B, 1, N, 2 L)."""
+    if bias is not None:
+        projected = projected + bias.to(projected.dtype)
+    if is_complex:  # column 2 n + c is part c of state n
+        projected = projected.unflatten(-1, (-1, 2)).permute(0, 2, 1, 3).flatten(2)  # (B, N, 2 L)
+        return projected.unsqueeze(1).contiguous()
+    return projected.transpose(1, 2).unsqueeze(1)
+
+
+def _scan_inputs(
+    xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
+):
+    """Convolve and project: (x (B, D, L), z, delta (B, D, L), B, C), whatever of B and C is not given per token."""
+    x, z = xz.chunk(2, dim=1)
+    width = conv1d_weight.shape[-1]
+    weight = conv1d_weight.reshape(-1, 1, width)  # (D, W) and (D, 1, W) are both accepted
+    x = F.silu(F.conv1d(F.pad(x, (width - 1, 0)), weight.to(x.dtype), _to(conv1d_bias, x), groups=len(weight)))
+    projected = F.linear(x.transpose(1, 2), x_proj_weight.to(x.dtype))  # (B, L, R + ...)
+    is_complex, dt_rank = A.is_complex(), delta_proj_weight.shape[1]
+    state_columns = A.shape[1] * (2 if is_complex else 1)
+    delta = F.linear(projected[..., :dt_rank], delta_proj_weight.to(x.dtype)).transpose(1, 2)
+    if B is None:
+        B = _projected_matrix(projected[..., dt_rank : dt_rank + state_columns], B_proj_bias, is_complex)
+    if C is None:
+        C = _projected_matrix(projected[..., -state_columns:], C_proj_bias, is_complex)
+    return x, z, delta, B, C
+
+
+def _to(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.to(like.dtype)
+
+
+def _project_out(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, D, L) -> (B, L, E)."""
+    return F.linear(y.transpose(1, 2), weight.to(y.dtype), _to(bias, y))
+
+
+def mamba_inner_fn_no_out_proj(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    scan: Callable = selective_scan_fn,
+) -> Tensor:
+    """One direction of the mixer without the output projection (Mamba, arXiv 2312.00752, figure 3).
+
+    Args:
+        xz: (B, 2 D, L), x in the first half, the gate z in the second.
+        conv1d_weight: (D, 1, W) or (D, W); conv1d_bias: (D,) or None.
+        x_proj_weight: (R + columns of B and C, D); delta_proj_weight: (D, R).
+        A: (D, N) real or complex. B, C: (D, N) constant, or None: then x_proj gives them for each token.
+        D, delta_bias: (D,). B_proj_bias, C_proj_bias: (N,), (2 N,) if complex.
+        scan: `selective_scan_fn` or `selective_scan_ref`.
+
+    Returns (B, D, L).
+    """
+    x, z, delta, B, C = _scan_inputs(
+        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
+    )
+    return scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+
+
+def mamba_inner_fn(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    scan: Callable = selective_scan_fn,
+) -> Tensor:
+    """`mamba_inner_fn_no_out_proj`, then the output projection (E, D) with its bias (E,): (B, L, E)."""
+    y = mamba_inner_fn_no_out_proj(
+        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight,
+        A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus, scan,
+    )  # fmt: skip
+    return _project_out(y, out_proj_weight, out_proj_bias)
+
+
+def bimamba_inner_fn(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    A_b: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    scan: Callable = selective_scan_fn,
+) -> Tensor:
+    """The "v1" mixer (Vision Mamba, arXiv 2401.09417, table 4): one convolution and one set of projections, then
+    a second scan of the same inputs over reversed time with `A_b` (D, N). Other arguments as `mamba_inner_fn`.
+    """
+    x, z, delta, B, C = _scan_inputs(
+        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
+    )
+    y = scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    reversed_inputs = (_reverse_time(t, A_b.is_complex()) for t in (B, C))
+    y_b = scan(x.flip(-1), delta.flip(-1), A_b, *reversed_inputs, D, z.flip(-1), delta_bias, delta_softplus)
+    return _project_out(y + y_b.flip(-1), out_proj_weight, out_proj_bias)
+
+
+def _reverse_time(matrix: Tensor, is_complex: bool) -> Tensor:
+    """A per-token B or C backwards; a constant one as it is. Interleaved complex parts stay in order."""
+    if matrix.dim() == 2:
+        return matrix
+    if is_complex:
+        return matrix.unflatten(-1, (-1, 2)).flip(-2).flatten(-2)
+    return matrix.flip(-1)
+
+
+mamba_inner_no_out_proj_ref = functools.partial(mamba_inner_fn_no_out_proj, scan=selective_scan_ref)
+mamba_inner_ref = functools.partial(mamba_inner_fn, scan=selective_scan_ref)
+bimamba_inner_ref = functools.partial(bimamba_inner_fn, scan=selective_scan_ref)
