@@ -1,0 +1,236 @@
+"""From a PIL picture to a normalised tensor, and from a batch to a mixed batch.
+
+The training recipe is DeiT's (arXiv 2012.12877, table 9) through timm's transforms, or DeiT III's
+3-Augment (arXiv 2204.07118, section 3). Every random draw happens under `counter_randomness`, so a picture's
+augmentation depends on the counters it is called for and on nothing else.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import str_to_interp_mode
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+# At or below this many pixels a side, pictures are taken whole (CIFAR, digits): no zooming crop.
+SMALL_SIDE = 32
+
+# First words of timm's augmentation policies, such as rand-m9-mstd0.5-inc1.
+AUTO_AUGMENT = ("rand", "augmix", "original", "v0", "3a")
+
+# See samplers.ORDER_STREAM.
+SAMPLE_STREAM = 2
+MIXUP_STREAM = 3
+
+
+@contextmanager
+def counter_randomness(*counters: int, stream: int = SAMPLE_STREAM) -> Iterator[None]:
+    """Seed Python's, numpy's and torch's global CPU generators from `counters`; put their states back after.
+
+    The GPU's generator is left alone: torch.manual_seed would reset it too.
+    """
+    saved = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    words = np.random.SeedSequence(counters, spawn_key=(stream,)).generate_state(8)
+    random.seed(words[:4].tobytes())
+    np.random.seed(words[4:6])
+    torch.default_generator.manual_seed(int(words[6]) << 32 | int(words[7]))
+    try:
+        yield
+    finally:
+        random.setstate(saved[0])
+        np.random.set_state(saved[1])
+        torch.default_generator.set_state(saved[2])
+
+
+def size_of(input_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of `--input-size`, which is one number for squares."""
+    if isinstance(input_size, int):
+        return input_size, input_size
+    height, width = input_size
+    return height, width
+
+
+def channel_statistics(num_channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """ImageNet's mean and std for colour; for any other number of channels the averages of the three."""
+    if num_channels == 3:
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    mean, std = sum(IMAGENET_DEFAULT_MEAN) / 3, sum(IMAGENET_DEFAULT_STD) / 3
+    return (mean,) * num_channels, (std,) * num_channels
+
+
+class ResizeToCover:
+    """Scale a picture, keeping its proportions, to the smallest size that covers (height, width).
+
+    For squares this is torchvision's Resize(side), which has no rectangular counterpart.
+    """
+
+    def __init__(self, size: tuple[int, int], interpolation: str = "bicubic"):
+        self.size = size
+        self.interpolation = str_to_interp_mode(interpolation)
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        height, width = self.size
+        if picture.width * height >= picture.height * width:
+            target = height, picture.width * height // picture.height
+        else:
+            target = picture.height * width // picture.width, width
+        return transforms.functional.resize(picture, target, self.interpolation)
+
+
+class ToChannels:
+    """An RGB picture with another number of channels: its luminance, `num_channels` times (3: left as it is).
+
+    Comes after the augmentations, which are written for RGB.
+    """
+
+    def __init__(self, num_channels: int):
+        self.num_channels = num_channels
+
+    def __call__(self, picture: Image.Image) -> Image.Image | np.ndarray:
+        if self.num_channels == 3:
+            return picture
+        grey = np.asarray(picture.convert("L"))
+        return np.repeat(grey[:, :, None], self.num_channels, axis=2)  # (H, W, num_channels)
+
+
+class GaussianBlur:
+    """Blur by a radius drawn uniformly from [low, high] pixels."""
+
+    def __init__(self, low: float = 0.1, high: float = 2.0):
+        self.low = low
+        self.high = high
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        return picture.filter(ImageFilter.GaussianBlur(random.uniform(self.low, self.high)))
+
+
+def build_transform(args, train: bool, num_channels: int = 3) -> transforms.Compose:
+    """PIL RGB picture -> float32 tensor (num_channels, height, width), normalised.
+
+    Training follows `args.data_set` (digits are shifted, never flipped), `args.ThreeAugment`, `args.src`,
+    `args.aa`, `args.color_jitter`, `args.train_interpolation`, `args.reprob`, `args.remode`, `args.recount`.
+    Evaluation is deterministic: `args.eval_crop_ratio` alone matters. Raises ValueError for `--src` alone.
+    """
+    size = size_of(args.input_size)
+    to_tensor = [ToChannels(num_channels), transforms.ToTensor(), _normalize(num_channels)]
+    if not train:
+        whole = max(size) <= SMALL_SIDE or args.data_set == "DIGITS"
+        return transforms.Compose(_centre(size, 1.0 if whole else args.eval_crop_ratio) + to_tensor)
+    if args.src and not args.ThreeAugment:
+        raise ValueError("--src (simple random crop) is part of 3-Augment: add --ThreeAugment or drop --src")
+    if args.data_set == "DIGITS":
+        return transforms.Compose(_small_shifts(size) + to_tensor)
+    if args.ThreeAugment:
+        return transforms.Compose(three_augment(size, args.color_jitter, args.src) + to_tensor)
+    steps = _deit_steps(args, size) + to_tensor
+    if args.reprob > 0:
+        steps.append(RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device="cpu"))
+    return transforms.Compose(steps)
+
+
+def _normalize(num_channels: int) -> transforms.Normalize:
+    return transforms.Normalize(*channel_statistics(num_channels))
+
+
+def _centre(size: tuple[int, int], crop_ratio: float) -> list:
+    """Resize to int(size / crop_ratio) and crop the centre."""
+    height, width = size
+    return [ResizeToCover((int(height / crop_ratio), int(width / crop_ratio))), transforms.CenterCrop(size)]
+
+
+def _small_shifts(size: tuple[int, int]) -> list:
+    """One digit stays that digit under a small shift; flipped or cut it may be another."""
+    height, width = size
+    padding = (max(1, width // 8), max(1, height // 8))
+    return [ResizeToCover(size), transforms.RandomCrop(size, padding=padding)]
+
+
+def _deit_steps(args, size: tuple[int, int]) -> list:
+    """Random resized crop, flip, RandAugment (or colour jitter): the picture part of DeiT's recipe."""
+    if args.aa not in (None, "", "none") and not args.aa.startswith(AUTO_AUGMENT):
+        raise ValueError(f"--aa {args.aa}: expected none or a policy beginning {', '.join(AUTO_AUGMENT)}")
+    crop, augment, _ = create_transform(
+        input_size=size,
+        is_training=True,
+        color_jitter=args.color_jitter,
+        auto_augment=None if args.aa == "none" else args.aa,
+        interpolation=args.train_interpolation,
+        separate=True,
+    )
+    geometry = crop.transforms
+    if max(size) <= SMALL_SIDE:
+        geometry = [ResizeToCover(size), transforms.RandomCrop(size, padding=4), *geometry[1:]]
+    return geometry + augment.transforms
+
+
+def three_augment(
+    size: tuple[int, int], color_jitter: float | None, simple_crop: bool, interpolation: str = "bicubic"
+) -> list:
+    """DeiT III's 3-Augment: crop, flip, one of {grey, solarise, blur}, colour jitter (arXiv 2204.07118, 3).
+
+    Args:
+        size: (height, width) that comes out.
+        color_jitter: strength for brightness, contrast and saturation; None or 0 for none.
+        simple_crop: `--src`: cover the size, pad 4 pixels by reflection, crop; else a random resized crop.
+    """
+    if simple_crop:
+        padded_crop = transforms.RandomCrop(size, padding=4, padding_mode="reflect")
+        crop = [ResizeToCover(size, interpolation), padded_crop]
+    else:
+        crop = [transforms.RandomResizedCrop(size, interpolation=InterpolationMode(interpolation))]
+    one_of_three = transforms.RandomChoice(
+        [transforms.Grayscale(3), transforms.RandomSolarize(threshold=128, p=1.0), GaussianBlur()]
+    )
+    jitter = [transforms.ColorJitter(color_jitter, color_jitter, color_jitter)] if color_jitter else []
+    return [*crop, transforms.RandomHorizontalFlip(), one_of_three, *jitter]
+
+
+class CountedMixup:
+    """timm's mixup and cutmix with random numbers drawn from (seed, step, rank) alone."""
+
+    def __init__(self, mixup: Mixup, seed: int):
+        self.mixup = mixup
+        self.seed = seed
+
+    def __call__(
+        self, samples: torch.Tensor, targets: torch.Tensor, step: int, rank: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mix `samples` (B, C, H, W) in place; labels (B,) int -> soft targets (B, num_classes)."""
+        _require_even(len(samples))
+        with counter_randomness(self.seed, step, rank, stream=MIXUP_STREAM):
+            return self.mixup(samples, targets)
+
+
+def build_mixup(args, num_classes: int) -> CountedMixup | None:
+    """The batch mixer of `--mixup`, `--cutmix`, `--cutmix-minmax` and their options; None when all are off.
+
+    Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899. Raises ValueError for an odd batch size.
+    """
+    if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
+        return None
+    _require_even(args.batch_size)
+    mixup = Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+    return CountedMixup(mixup, args.seed)
+
+
+def _require_even(batch_size: int) -> None:
+    if batch_size % 2:
+        raise ValueError(
+            f"a batch of {batch_size}: mixup and cutmix pair the pictures of a batch; "
+            "use an even --batch-size, or --mixup 0 --cutmix 0"
+        )

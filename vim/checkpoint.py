@@ -1,0 +1,621 @@
+"""Weight files: the only module that reads or writes them.
+
+Reading runs no code: torch's safe loader with `argparse.Namespace` as the one extra class, or safetensors.
+Every failure is one `CheckpointError` line. Writing is atomic, and a SHA-256 beside each file lets a resume
+tell a whole file from a damaged one, which neither torch.load nor safetensors can.
+"""
+
+import argparse
+import hashlib
+import math
+import os
+import pickletools
+import re
+import shutil
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from torch import nn
+
+# The published weights that `hf-hub:REPO` alone stands for (`hf-hub:REPO/FILE` names any file).
+HUB_FILES = {
+    "hustvl/Vim-tiny-midclstok": "vim_t_midclstok_76p1acc.pth",
+    "hustvl/Vim-small-midclstok": "vim_s_midclstok_80p5acc.pth",
+    "hustvl/Vim-base-midclstok": "vim_b_midclstok_81p9acc.pth",
+}
+HUB_DEFAULT_FILE = "model.safetensors"
+
+# Exact types that the safe loader gives back: it would refuse subclasses, such as a numpy float or an enum.
+PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.device, torch.dtype)
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)\.pth")
+CLASS_TOKENS = ("middle", "head", "double", "none")
+
+
+class CheckpointError(ValueError):
+    """A weight file that cannot be read, written or used: one readable line that names it."""
+
+
+@dataclass
+class Checkpoint:
+    """What a weight file holds; what it lacks is None.
+
+    `model` and `model_ema` are state dicts without the prefixes of DistributedDataParallel and torch.compile.
+    `extra` are entries under other names, `keys` all names on the top level (none in a bare state dict).
+    """
+
+    path: Path
+    sha256: str
+    model: dict[str, torch.Tensor] | None = None
+    model_ema: dict[str, torch.Tensor] | None = None
+    optimizer: dict | None = None
+    lr_scheduler: dict | None = None
+    scaler: dict | None = None
+    epoch: int | None = None
+    step: int | None = None
+    args: argparse.Namespace | None = None
+    best_metric: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    keys: list[str] = field(default_factory=list)
+
+    def weights(self, which: str = "model") -> dict[str, torch.Tensor]:
+        """The state dict "model" or "model_ema". Raises CheckpointError if the file lacks it."""
+        if which not in ("model", "model_ema"):
+            raise ValueError(f"which={which!r}: expected 'model' or 'model_ema'")
+        found = getattr(self, which)
+        if found is None:
+            raise CheckpointError(f"{self.path} holds no {which!r}; it holds: {_some(self.keys)}")
+        return found
+
+
+def read_checkpoint(path: str | Path, trust: bool = False) -> Checkpoint:
+    """Read a published or own training checkpoint, a bare state dict or a safetensors file, onto the CPU.
+
+    Args:
+        path: a file, https://..., hf-hub:OWNER/REPO or hf-hub:OWNER/REPO/FILE.
+        trust: unpickle without the safe loader. A pickle can run any code: only for files of your own making.
+
+    Raises CheckpointError when the file is missing, damaged, would run code, or holds no weights.
+    """
+    file = fetch(str(path))
+    digest = file_digest(file)
+    _check_digest(file, digest)
+    content = _load_safetensors(file) if file.suffix == ".safetensors" else _load_pickle(file, trust)
+    return _as_checkpoint(content, file, digest)
+
+
+def fetch(address: str) -> Path:
+    """The local file of a path, an https:// address or an hf-hub: name, downloaded unless already there."""
+    if address.startswith("hf-hub:"):
+        return _fetch_from_hub(address.removeprefix("hf-hub:"))
+    if address.startswith("https://"):
+        return _fetch_from_web(address)
+    path = Path(address).expanduser()
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise CheckpointError(
+            f"{path} {what}; give a checkpoint file, an https:// address or hf-hub:OWNER/REPO"
+        )
+    return path
+
+
+def _fetch_from_hub(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    parts = name.split("/", 2)
+    if len(parts) < 2:
+        raise CheckpointError(f"hf-hub:{name}: expected hf-hub:OWNER/REPO or hf-hub:OWNER/REPO/FILE")
+    repo = "/".join(parts[:2])
+    file = parts[2] if len(parts) == 3 else HUB_FILES.get(repo, HUB_DEFAULT_FILE)
+    try:
+        return Path(hf_hub_download(repo, file))
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"hf-hub:{repo}/{file} is not in the local cache and the Hub cannot be reached; "
+            f"where there is a network run `hf download {repo} {file}`, then copy the file and give its path"
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise CheckpointError(f"hf-hub:{repo}/{file} cannot be had: {_one_line(error)}") from error
+
+
+def _fetch_from_web(url: str) -> Path:
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    file = folder / Path(urlparse(url).path).name
+    if file.is_file():
+        return file
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(file), progress=sys.stderr.isatty())
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{url} cannot be downloaded: {_one_line(error)}; fetch it elsewhere and give its path"
+        ) from error
+    return file
+
+
+def _load_safetensors(path: Path) -> dict:
+    try:
+        return load_file(path)
+    except Exception as error:  # the library's own error class and OSError alike
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {_one_line(error)}") from error
+
+
+def _load_pickle(path: Path, trust: bool) -> Any:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=not trust)
+    except (
+        Exception
+    ) as error:  # a damaged pickle raises nearly anything; all of it means the same to the user
+        refused = _refused_names(path, str(error))
+        if refused and not trust:
+            raise CheckpointError(
+                f"{path} was not loaded: its pickle asks for {refused}, which may run code; if you made the "
+                "file yourself, --trust-checkpoint loads it"
+            ) from error
+        raise CheckpointError(
+            f"{path} is damaged or no checkpoint (cut short?): {_one_line(error)}"
+        ) from error
+
+
+def _refused_names(path: Path, message: str) -> str:
+    """What the safe loader would not build, "" if that was not the reason to fail."""
+    named = re.search(r"GLOBAL ([\w.]+)", message)
+    if named:
+        return named[1]
+    if "Unsupported operand" not in message or zipfile.is_zipfile(path):
+        return ""
+    return ", ".join(_pickle_globals(path))
+
+
+def _pickle_globals(path: Path) -> list[str]:
+    """Names that a bare pickle would import, found without running it.
+
+    For protocols other than 2: the safe loader stops at their opcodes before it comes to a name.
+    """
+    names, strings = [], []
+    with open(path, "rb") as file:
+        try:
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name in ("GLOBAL", "INST"):
+                    names.append(argument.replace(" ", "."))
+                elif opcode.name == "STACK_GLOBAL":
+                    names.append(".".join(strings[-2:]))
+                elif isinstance(argument, str):
+                    strings.append(argument)
+        except ValueError:  # not a pickle from here on; what came before stands
+            pass
+    return names
+
+
+def _as_checkpoint(content: Any, path: Path, digest: str) -> Checkpoint:
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dict of weights")
+    checkpoint = Checkpoint(path, digest)
+    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        checkpoint.model = unwrap_state_dict(content)
+        return checkpoint
+    entries = dict(content)
+    checkpoint.keys = [str(key) for key in entries]
+    for name, aliases in (("model", ("model", "state_dict")), ("model_ema", ("model_ema", "state_dict_ema"))):
+        setattr(checkpoint, name, _take_state_dict(entries, aliases, path))
+    for name in ("optimizer", "lr_scheduler", "scaler", "epoch", "step", "args", "best_metric"):
+        setattr(checkpoint, name, entries.pop(name, None))
+    checkpoint.extra = entries
+    if checkpoint.model is None and checkpoint.model_ema is None:
+        raise CheckpointError(
+            f"{path} holds no weights under 'model' or 'model_ema', only: {_some(checkpoint.keys)}"
+        )
+    return checkpoint
+
+
+def _take_state_dict(entries: dict, names: tuple[str, ...], path: Path) -> dict | None:
+    for name in names:
+        found = entries.pop(name, None)
+        if found is None:
+            continue
+        if not isinstance(found, Mapping) or not all(
+            isinstance(value, torch.Tensor) for value in found.values()
+        ):
+            raise CheckpointError(f"{path}: {name!r} is a {type(found).__name__}, expected a dict of tensors")
+        return unwrap_state_dict(found)
+    return None
+
+
+def unwrap_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict without `module.` and `_orig_mod.` in front of every key."""
+    state_dict = dict(state_dict)
+    while prefix := next((p for p in WRAPPER_PREFIXES if _all_start_with(state_dict, p)), None):
+        state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
+    return state_dict
+
+
+def _all_start_with(state_dict: dict, prefix: str) -> bool:
+    return bool(state_dict) and all(key.startswith(prefix) for key in state_dict)
+
+
+@dataclass
+class LoadReport:
+    """What loading weights into a model changed or left out; `str()` of it belongs in the log."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+    remade_head: str = ""
+    pos_embed: str = ""
+
+    @property
+    def problems(self) -> str:
+        """The three lists in words, "" when all are empty."""
+        lists = (("missing", self.missing), ("unexpected", self.unexpected), ("mismatched", self.mismatched))
+        return "; ".join(f"{len(names)} {word}: {_some(names)}" for word, names in lists if names)
+
+    def __str__(self) -> str:
+        return (
+            "; ".join(filter(None, (self.problems, self.remade_head, self.pos_embed)))
+            or "every weight loaded"
+        )
+
+
+def load_weights(
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor],
+    mode: str = "strict",
+    pos_embed_resize: str = "grid",
+    old_grid: tuple[int, int] | None = None,
+) -> LoadReport:
+    """Copy a state dict into `model`; nothing is copied when an error is raised.
+
+    Args:
+        mode: "strict" wants exactly the model's names and shapes. "finetune" resamples `pos_embed` to the
+            model's grid, leaves the head as the model made it where the file's does not fit, and is strict
+            otherwise.
+        pos_embed_resize: see `resize_pos_embed`; a same grid is the identity.
+        old_grid: (H, W) of the file's `pos_embed`; a square unless given.
+
+    Raises CheckpointError that lists missing, unexpected and mismatched names.
+    """
+    if mode not in ("strict", "finetune"):
+        raise ValueError(f"mode={mode!r}: expected 'strict' or 'finetune'")
+    state_dict = unwrap_state_dict(state_dict)
+    report = LoadReport()
+    if mode == "finetune":
+        report.pos_embed = _fit_pos_embed(model, state_dict, pos_embed_resize, old_grid)
+        report.remade_head = _drop_unfit_head(model, state_dict)
+    left_out = set(_head_names(model)) if report.remade_head else set()
+    own = model.state_dict()
+    report.missing = [name for name in own if name not in state_dict and name not in left_out]
+    report.unexpected = [name for name in state_dict if name not in own]
+    report.mismatched = [
+        f"{name} (file {tuple(state_dict[name].shape)}, model {tuple(own[name].shape)})"
+        for name in own
+        if name in state_dict and state_dict[name].shape != own[name].shape
+    ]
+    if report.problems:
+        advice = "" if mode == "finetune" else " (--finetune re-makes the head and resamples pos_embed)"
+        raise CheckpointError(f"the weights do not fit the model: {report.problems}{advice}")
+    model.load_state_dict(state_dict, strict=False)
+    return report
+
+
+def _head_names(model: nn.Module) -> list[str]:
+    """Names of the classifier's parameters, whichever module `get_classifier` returns."""
+    heads = model.get_classifier()
+    heads = heads if isinstance(heads, tuple | list) else [heads]
+    return [
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if any(module is head for head in heads)
+        for name, _ in module.named_parameters()
+    ]
+
+
+def _drop_unfit_head(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> str:
+    """Take the head out of `state_dict` if it does not fit `model`, and say so."""
+    own = model.state_dict()
+    names = _head_names(model)
+    if all(name in state_dict and state_dict[name].shape == own[name].shape for name in names):
+        return ""
+    found = [state_dict.pop(name) for name in names if name in state_dict]
+    before = f"{len(found[0])} classes in the file" if found else "none in the file"
+    return (
+        f"head re-made: {before}, {len(own[names[0]])} classes in the model" if names else "model has no head"
+    )
+
+
+def _fit_pos_embed(model: nn.Module, state_dict: dict, method: str, old_grid: tuple[int, int] | None) -> str:
+    """Resample `state_dict`'s pos_embed to `model`'s grid in place, and say what was done."""
+    if "pos_embed" not in state_dict or getattr(model, "pos_embed", None) is None:
+        return ""
+    before = state_dict["pos_embed"]
+    new_grid = tuple(model.patch_embed.grid_size)
+    if hasattr(model, "cls_token_position"):
+        cls_token = _class_token_of(model)
+        old_grid = old_grid or _square_grid(before, _num_class_slots(cls_token))
+        state_dict["pos_embed"] = resize_pos_embed(before, old_grid, new_grid, cls_token, method)
+    else:
+        prefix = model.pos_embed.shape[1] - math.prod(new_grid)
+        old_grid = old_grid or _square_grid(before, prefix)
+        state_dict["pos_embed"] = resample_abs_pos_embed(
+            before, list(new_grid), list(old_grid), prefix, interpolation="bicubic", antialias=False
+        )
+    if tuple(old_grid) == new_grid:
+        return ""
+    return (
+        f"pos_embed resampled from {old_grid[0]} x {old_grid[1]} to {new_grid[0]} x {new_grid[1]} ({method})"
+    )
+
+
+def _class_token_of(model: nn.Module) -> str:
+    """Which design of CLASS_TOKENS a Vim has, from where it says its class tokens lie among 100 patches."""
+    position = model.cls_token_position(100)
+    slots = [] if position is None else [position] if isinstance(position, int) else sorted(position)
+    return next(design for design in CLASS_TOKENS if _class_slots(design, 100) == slots)
+
+
+def _square_grid(pos_embed: torch.Tensor, num_class_slots: int) -> tuple[int, int]:
+    patches = pos_embed.shape[1] - num_class_slots
+    side = math.isqrt(max(patches, 0))
+    if side * side != patches or patches == 0:
+        raise CheckpointError(
+            f"pos_embed has {pos_embed.shape[1]} slots, {num_class_slots} for class tokens: no square grid"
+        )
+    return side, side
+
+
+def _num_class_slots(cls_token: str) -> int:
+    return {"middle": 1, "head": 1, "double": 2, "none": 0}[cls_token]
+
+
+def resize_pos_embed(
+    pos_embed: torch.Tensor,
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    cls_token: str = "middle",
+    method: str = "grid",
+) -> torch.Tensor:
+    """Resample position embeddings (1, H*W + class slots, E) to another grid; same grid: the same tensor.
+
+    Bicubic without antialiasing, computed in float32, on the patches' slots alone; class slots keep their
+    values and move to their place in the new order (the middle one from M//2 to M'//2).
+
+    Args:
+        old_grid, new_grid: (H, W).
+        cls_token: where class slots lie: "middle" (M//2), "head" (0), "double" (first and last), "none".
+        method: "grid", or "published", which takes slot 0 for the class token as the published fine-tuning
+            did (with a middle class token that shifts half of the grid by one patch).
+    """
+    if cls_token not in CLASS_TOKENS:
+        raise ValueError(f"cls_token={cls_token!r}: expected one of {', '.join(CLASS_TOKENS)}")
+    if method not in ("grid", "published"):
+        raise ValueError(f"method={method!r}: expected 'grid' or 'published'")
+    if method == "published" and cls_token == "middle":
+        cls_token = "head"
+    (H, W), (new_H, new_W) = old_grid, new_grid
+    if pos_embed.shape[1] != H * W + _num_class_slots(cls_token):
+        raise CheckpointError(f"pos_embed has {pos_embed.shape[1]} slots, which is no {H} x {W} grid")
+    if tuple(old_grid) == tuple(new_grid):
+        return pos_embed
+    slots = _class_slots(cls_token, H * W)
+    patches = pos_embed[:, [i for i in range(pos_embed.shape[1]) if i not in slots]]
+    grid = patches.float().unflatten(1, (H, W)).permute(0, 3, 1, 2)  # (1, E, H, W)
+    grid = F.interpolate(grid, size=(new_H, new_W), mode="bicubic", align_corners=False, antialias=False)
+    resized = grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)  # (1, H'*W', E)
+    for old, new in zip(slots, _class_slots(cls_token, new_H * new_W)):
+        resized = torch.cat((resized[:, :new], pos_embed[:, old : old + 1], resized[:, new:]), dim=1)
+    return resized
+
+
+def _class_slots(cls_token: str, num_patches: int) -> list[int]:
+    """Indices of the class tokens among all tokens, rising."""
+    return {"middle": [num_patches // 2], "head": [0], "double": [0, num_patches + 1], "none": []}[cls_token]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest_path(path: Path) -> Path:
+    path = path.resolve()
+    return path.with_name(path.name + ".sha256")
+
+
+def _check_digest(path: Path, digest: str) -> None:
+    """Compare with the digests noted beside the file, if any were."""
+    side = _digest_path(path)
+    if side.is_file() and digest not in side.read_text().split():
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one noted in {side.name}")
+
+
+def save_checkpoint(path: str | Path, state: dict) -> str:
+    """Write `state` so that `path` always is one whole checkpoint, the old or the new; return its SHA-256.
+
+    A temporary file in the same folder is written, synced and renamed. `PATH.sha256` notes both digests while
+    the rename happens, so that a crash at any moment leaves a file that its digest fits.
+
+    Raises TypeError naming an entry that the safe loader would refuse, CheckpointError when the disk is full.
+    """
+    path = Path(path)
+    needed = _storage_size(state, "state")
+    try:
+        _require_space(path, needed)
+        return _write_atomically(path, state)
+    except (OSError, RuntimeError) as error:  # torch's writer wraps the system's error in a RuntimeError
+        raise CheckpointError(
+            f"{path} was not written: {_one_line(error)}; the last checkpoint is untouched"
+        ) from error
+
+
+def _require_space(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise CheckpointError(
+            f"{path} was not written: it takes {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free; "
+            "the last checkpoint is untouched. Free some space or choose another --output_dir"
+        )
+
+
+def _write_atomically(path: Path, state: dict) -> str:
+    temporary = path.with_name(f".{path.name}.tmp")
+    side = path.with_name(path.name + ".sha256")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            _sync(file)
+        digest = file_digest(temporary)
+        known = side.read_text() if path.exists() and side.exists() else ""
+        _write_text(side, f"{digest}  {path.name}\n{known}")
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+        if known:
+            _write_text(side, f"{digest}  {path.name}\n")
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            _sync(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _storage_size(value: Any, where: str) -> int:
+    """Bytes of the tensors in a nested state. Raises TypeError naming what the safe loader would refuse."""
+    if type(value) in (torch.Tensor, nn.Parameter):
+        return value.numel() * value.element_size()
+    if type(value) in (dict, OrderedDict):
+        return sum(
+            _storage_size(key, where) + _storage_size(value[key], f"{where}[{key!r}]") for key in value
+        )
+    if type(value) in (list, tuple):
+        return sum(_storage_size(item, f"{where}[{i}]") for i, item in enumerate(value))
+    if type(value) is argparse.Namespace:
+        return sum(_storage_size(item, f"{where}.{name}") for name, item in vars(value).items())
+    if type(value) in PLAIN_TYPES:
+        return 0
+    kind = type(value).__name__
+    raise TypeError(f"{where} is a {kind}, which a checkpoint cannot hold; store plain values or tensors")
+
+
+def store_checkpoint(output_dir: str | Path, state: dict, keep: int = 2, best: bool = False) -> Path:
+    """Write checkpoint-STEP.pth (`state["step"]`), point `checkpoint.pth` at it, and drop old ones.
+
+    The newest `keep` files stay, and the one that `best_checkpoint.pth` points at: this one if `best`.
+    """
+    if keep < 2:
+        raise ValueError(f"keep={keep}: at least 2, so that a damaged newest file leaves one to resume from")
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"checkpoint-{state['step']:08d}.pth"
+    _remove_leftovers(folder)
+    save_checkpoint(path, state)
+    _point(folder / "checkpoint.pth", path.name)
+    if best:
+        _point(folder / "best_checkpoint.pth", path.name)
+    best_path = (folder / "best_checkpoint.pth").resolve()
+    for old in _stored(folder)[keep:]:
+        if old.resolve() != best_path:
+            old.unlink()
+            _digest_path(old).unlink(missing_ok=True)
+    return path
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Temporary files of a process that was killed while it wrote."""
+    for leftover in folder.glob(".*checkpoint*.tmp"):
+        leftover.unlink()
+
+
+def _point(link: Path, target: str) -> None:
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, link)
+    _sync_folder(link.parent)
+
+
+def _stored(folder: Path) -> list[Path]:
+    """Files checkpoint-STEP.pth, the newest step first."""
+    found = [(match, path) for path in folder.iterdir() if (match := CHECKPOINT_NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1]), reverse=True)]
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def latest_checkpoint(output_dir: str | Path, on_rejected: Callable[[str], None] = _warn) -> Path | None:
+    """The newest checkpoint-STEP.pth in a folder whose digest holds; None where there is none at all.
+
+    `on_rejected` is told about each newer one that is damaged. Raises CheckpointError with every reason if
+    there are checkpoints and all of them are damaged.
+    """
+    folder = Path(output_dir)
+    reasons = []
+    for path in _stored(folder) if folder.is_dir() else []:
+        reason = _damage(path)
+        if reason is None:
+            return path
+        reasons.append(reason)
+        on_rejected(f"checkpoint passed over: {reason}")
+    if reasons:
+        raise CheckpointError(f"no usable checkpoint in {folder}: {'; '.join(reasons)}")
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    side = _digest_path(path)
+    if not side.is_file():
+        return f"{path} has no {side.name} beside it, so nobody knows whether it is whole"
+    try:
+        _check_digest(path, file_digest(path))
+    except (CheckpointError, OSError) as error:
+        return _one_line(error)
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    """An error's first sentence; its class where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].split(". ")[0][:300] if lines else type(error).__name__
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

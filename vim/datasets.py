@@ -1,0 +1,461 @@
+"""Where pictures come from: folders, CIFAR, iNaturalist, scikit-learn's digits. Nothing else knows.
+
+A *source* knows names, labels and how to read one picture; a `PictureDataset` adds the transform, the counted
+randomness and the policy for pictures that cannot be read. All that can be known to be wrong before the first
+step is found by `build_datasets` and raised as one `DataError` line that names the path and the mend.
+"""
+
+import json
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from augment import build_transform, counter_randomness
+from PIL import Image, ImageOps
+from samplers import SampleKey
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19", "DIGITS")
+DIGITS_HELD_OUT = 0.2
+INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+
+
+class DataError(ValueError):
+    """Data that a run cannot start or go on with: one readable line that names the path.
+
+    A loader's worker process hands an exception on as text with its traceback; only the line is kept.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message.rstrip().rsplit("DataError: ", 1)[-1])
+
+
+class BrokenPicture(Exception):
+    """One picture that cannot be decoded: its name and why."""
+
+
+class Source(Protocol):
+    """What a PictureDataset asks of a place that pictures come from. `labels` is an int64 array (size,)."""
+
+    labels: np.ndarray
+
+    def read(self, index: int) -> Image.Image:
+        """The picture, RGB and upright. Raises BrokenPicture."""
+
+    def name(self, index: int) -> str:
+        """Path or number by which a person finds the picture."""
+
+
+@dataclass
+class Sources:
+    """A data set before transforms. `train` is None when only evaluation was asked for."""
+
+    train: Source | None
+    val: Source
+    class_names: list[str]
+    remark: str = ""
+
+
+@dataclass
+class DataBundle:
+    """Data of one run. `train` is None when only evaluation was asked for."""
+
+    train: "PictureDataset | None"
+    val: "PictureDataset"
+    num_classes: int
+    class_names: list[str]
+    description: str
+
+
+class PictureDataset(Dataset):
+    """Items (float32 tensor (C, H, W), int label) by SampleKey(epoch, index, repeat), or by index (epoch 0).
+
+    The augmentation's randomness comes from (seed, epoch, index, repeat) and the global generators are put
+    back, so the number of loader workers never changes a run.
+
+    Args:
+        source: where the pictures come from.
+        transform: PIL picture -> tensor.
+        seed: the run's seed.
+        bad_picture: what a picture that cannot be read does: "raise" stops; "next" takes the next readable
+            one with its label (training); "grey" shows flat grey under the picture's own label, so that an
+            accuracy still counts every picture (evaluation).
+        max_bad_share: share of distinct unreadable pictures above which "next" and "grey" stop as well.
+    """
+
+    def __init__(self, source: Source, transform, seed: int = 0, bad_picture="raise", max_bad_share=0.01):
+        if bad_picture not in ("raise", "next", "grey"):
+            raise ValueError(f"bad_picture={bad_picture!r}: expected 'raise', 'next' or 'grey'")
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+        self.bad_picture = bad_picture
+        self.max_bad_share = max_bad_share
+        # In shared memory, so that what a worker process finds is counted here.
+        self._broken = torch.zeros(len(source.labels), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.source.labels)
+
+    def __getitem__(self, key: SampleKey | int) -> tuple[torch.Tensor, int]:
+        epoch, index, repeat = key if isinstance(key, tuple) else SampleKey(0, key, 0)
+        picture, label = self._readable(index)
+        with counter_randomness(self.seed, epoch, index, repeat):
+            return self.transform(picture), label
+
+    def raw(self, index: int) -> Image.Image:
+        """The picture as read, RGB and upright, before any transform."""
+        return self.source.read(index)
+
+    def name(self, index: int) -> str:
+        """The picture's path, or its number where there are no files."""
+        return self.source.name(index)
+
+    @property
+    def num_replaced(self) -> int:
+        """Distinct unreadable pictures met so far by this process and its loader workers."""
+        return int(self._broken.sum())
+
+    def _readable(self, index: int) -> tuple[Image.Image, int]:
+        for offset in range(len(self)):
+            candidate = (index + offset) % len(self)
+            try:
+                return self.source.read(candidate), int(self.source.labels[candidate])
+            except BrokenPicture as error:
+                self._count_broken(candidate, error)
+            if self.bad_picture == "grey":
+                return Image.new("RGB", (256, 256), (124, 116, 104)), int(self.source.labels[index])
+        raise DataError(f"none of {len(self)} pictures can be read, the first is {self.name(0)}")
+
+    def _count_broken(self, index: int, error: BrokenPicture) -> None:
+        """Say a broken picture once; raise if the policy or the share of broken ones says so."""
+        if self.bad_picture == "raise":
+            raise DataError(f"{error}; mend or remove the file, or use --bad-image replace") from error
+        if self._broken[index]:
+            return
+        self._broken[index] = True
+        print(f"unreadable picture replaced: {error}", file=sys.stderr, flush=True)
+        if self.num_replaced > self.max_bad_share * len(self):
+            raise DataError(
+                f"{self.num_replaced} of {len(self)} pictures cannot be read, more than --bad-image-share "
+                f"{self.max_bad_share}; the last is {error}"
+            ) from error
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """The picture in `path`, RGB and upright (EXIF orientation applied). Raises BrokenPicture."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return to_rgb(ImageOps.exif_transpose(picture))
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise what they like; every case leaves as BrokenPicture
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BrokenPicture(f"{path}: {reason}") from error
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Any PIL mode as RGB. 16-bit greys keep their upper byte: PIL's own conversion clips them to white."""
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture)
+        if values.max() > 255:
+            values = values >> 8
+        picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    elif picture.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range; save the picture with 8 or 16 bits")
+    return picture.convert("RGB")
+
+
+class FileSource:
+    """Files below `root` with their labels."""
+
+    def __init__(self, root: Path, files: list[str], labels: list[int]):
+        self.root = root
+        # One block of bytes: a list of a million strings would be copied page by page into every worker,
+        # because reading an object touches its reference count.
+        self.files = np.array([os.fsencode(file) for file in files])
+        self.labels = np.array(labels, dtype=np.int64)
+
+    def read(self, index: int) -> Image.Image:
+        return read_picture(self.name(index))
+
+    def name(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(bytes(self.files[index])))
+
+
+class ArraySource:
+    """Pictures in memory: uint8 array (size, H, W) grey or (size, H, W, 3), labels (size,)."""
+
+    def __init__(self, title: str, pictures: np.ndarray, labels):
+        self.title = title
+        self.pictures = pictures
+        self.labels = np.asarray(labels, dtype=np.int64)
+
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pictures[index]).convert("RGB")
+
+    def name(self, index: int) -> str:
+        return f"{self.title} #{index}"
+
+
+def scan_classes(folder: Path) -> dict[str, list[str]]:
+    """Class name -> picture files relative to `folder`, both sorted: one subfolder per class.
+
+    Raises DataError when there is no class folder, or one without pictures.
+    """
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if not names:
+        raise DataError(f"{folder} holds no class folders; sort its pictures into one folder per class")
+    classes = {name: _pictures_below(folder, name) for name in names}
+    empty = [name for name, files in classes.items() if not files]
+    if empty:
+        raise DataError(
+            f"{folder}: no pictures in class folder {_some(empty)}; fill or remove it "
+            f"(pictures end in {' '.join(IMG_EXTENSIONS)})"
+        )
+    return classes
+
+
+def _pictures_below(folder: Path, name: str) -> list[str]:
+    found = []
+    for directory, _, files in sorted(os.walk(folder / name, followlinks=True)):
+        relative = os.path.relpath(directory, folder)
+        pictures = sorted(file for file in files if file.lower().endswith(IMG_EXTENSIONS))
+        found += [os.path.join(relative, file) for file in pictures]
+    return found
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _existing_folder(path: Path, mend: str) -> Path:
+    if not path.is_dir():
+        what = "is not a folder" if path.exists() else "does not exist"
+        raise DataError(f"{path} {what}; {mend}")
+    return path
+
+
+def image_folder_sources(root: Path, need_train: bool) -> Sources:
+    """`root`/train/CLASS/* and `root`/val/CLASS/*.
+
+    Classes are train's, and val's pictures are labelled by class name. Without training, a missing train
+    folder leaves val to define the classes.
+    """
+    _existing_folder(root, "--data-path takes the folder that holds train/ and val/")
+    there = sorted(entry.name for entry in os.scandir(root))
+    mend = f"--data-path needs one folder per class below it; {root} holds: {_some(there) or 'nothing'}"
+    val = scan_classes(_existing_folder(root / "val", mend))
+    if need_train or (root / "train").is_dir():
+        train = scan_classes(_existing_folder(root / "train", mend))
+    else:
+        train = None
+    names = list(val if train is None else train)
+    unknown = [name for name in val if name not in set(names)]
+    if unknown:
+        raise DataError(
+            f"{root / 'val'} has {len(unknown)} class folder(s) that {root / 'train'} lacks: "
+            f"{_some(unknown)}; remove or rename them"
+        )
+    absent = [name for name in names if name not in val]
+    return Sources(
+        train=_labelled(root / "train", train, names) if need_train else None,
+        val=_labelled(root / "val", val, names),
+        class_names=names,
+        remark=f"; val has no pictures of {len(absent)} classes: {_some(absent)}" if absent else "",
+    )
+
+
+def _labelled(folder: Path, classes: dict[str, list[str]], names: list[str]) -> FileSource:
+    label_of = {name: label for label, name in enumerate(names)}
+    pairs = [(file, label_of[name]) for name, files in classes.items() for file in files]
+    return FileSource(folder, [file for file, _ in pairs], [label for _, label in pairs])
+
+
+def cifar_sources(root: Path, kind: type[CIFAR10], need_train: bool) -> Sources:
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009) as torchvision unpacks it below `root`."""
+    name = kind.__name__
+    call = f"torchvision.datasets.{name}('{root}', download=True)"
+    mend = f'fetch it with python -c "import torchvision; {call}"'
+    _existing_folder(root / kind.base_folder, mend)
+    try:
+        sets = [kind(str(root), train=train) for train in ((True, False) if need_train else (False,))]
+    except RuntimeError as error:  # torchvision compared the files' digests
+        raise DataError(f"{root / kind.base_folder}: a file is missing or damaged; {mend}") from error
+    sources = [ArraySource(f"{name} {'train' if s.train else 'test'}", s.data, s.targets) for s in sets]
+    return Sources(sources[0] if need_train else None, sources[-1], list(sets[-1].classes))
+
+
+def inat_sources(root: Path, year: int, category: str, need_train: bool) -> Sources:
+    """iNaturalist 2018 or 2019 as DeiT lays it out: `root` holds train{year}.json, val{year}.json,
+    categories.json and the picture folders that the JSON files name.
+
+    The label of a picture is its category's entry `category` (such as "name" or "genus"); labels are numbered
+    in the order in which train's annotations first show them, so evaluation needs train's JSON too.
+    """
+    if category not in INAT_CATEGORIES:
+        raise DataError(f"--inat-category {category}: expected one of {', '.join(INAT_CATEGORIES)}")
+    _existing_folder(root, f"--data-path takes the folder that holds train{year}.json and val{year}.json")
+    entries = _read_json(root / "categories.json")
+    train_json, val_json = _read_json(root / f"train{year}.json"), _read_json(root / f"val{year}.json")
+    try:
+        title_of = {int(entry["id"]): str(entry[category]) for entry in entries}
+        names = list(dict.fromkeys(title_of[int(a["category_id"])] for a in train_json["annotations"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{root}: categories.json and train{year}.json do not fit: no {error}") from error
+    train = _inat_split(root, f"train{year}.json", train_json, title_of, names) if need_train else None
+    return Sources(train, _inat_split(root, f"val{year}.json", val_json, title_of, names), names)
+
+
+def _read_json(path: Path):
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        mend = "--data-path takes the folder with iNaturalist's JSON files"
+        raise DataError(f"{path} cannot be read ({error.strerror}); {mend}") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error}); fetch it again") from error
+
+
+def _inat_split(
+    root: Path, file: str, content: dict, title_of: dict[int, str], names: list[str]
+) -> FileSource:
+    label_of = {name: label for label, name in enumerate(names)}
+    try:
+        category_of = {a["image_id"]: int(a["category_id"]) for a in content["annotations"]}
+        files = [image["file_name"] for image in content["images"]]
+        titles = [title_of[category_of[image["id"]]] for image in content["images"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{root / file}: unreadable labels: a picture or annotation lacks {error}") from error
+    unknown = sorted(set(titles) - set(names))
+    if unknown:
+        raise DataError(f"{root / file} has categories that train lacks: {_some(unknown)}; remove them")
+    if not files:
+        raise DataError(f"{root / file} lists no pictures; fetch it again")
+    return FileSource(root, _inat_layout(root, file, files), [label_of[title] for title in titles])
+
+
+def _inat_layout(root: Path, file: str, files: list[str]) -> list[str]:
+    """The files as named, or without the super-category folder (2nd of 4 parts), as some archives lie."""
+    if (root / files[0]).exists():
+        return files
+    short = [os.path.join(*(part for i, part in enumerate(name.split("/")) if i != 1)) for name in files]
+    if (root / short[0]).exists():
+        return short
+    raise DataError(f"{root / file} names {files[0]}, which is not below {root}; unpack the pictures there")
+
+
+def digits_sources(need_train: bool) -> Sources:
+    """scikit-learn's 1797 grey digits of 8 x 8; a fixed, stratified fifth is held out as val."""
+    from sklearn.datasets import load_digits  # half a second, for this data set alone
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    pictures = (digits.images * (255 / 16)).round().astype(np.uint8)
+    train, val = train_test_split(
+        np.arange(len(pictures)), test_size=DIGITS_HELD_OUT, random_state=0, stratify=digits.target
+    )
+    return Sources(
+        train=ArraySource("digits train", pictures[train], digits.target[train]) if need_train else None,
+        val=ArraySource("digits val", pictures[val], digits.target[val]),
+        class_names=[str(name) for name in digits.target_names],
+        remark="; small shifts are the only augmentation, whatever the flags say" if need_train else "",
+    )
+
+
+def build_datasets(args) -> DataBundle:
+    """The data of `args.data_set` at `args.data_path`, checked.
+
+    Reads `data_set, data_path, inat_category, eval, seed, num_classes, in_chans, bad_image, bad_image_share`
+    and what `augment.build_transform` reads. With `args.eval` only val is needed. Raises DataError.
+    """
+    sources = _sources(args, need_train=not args.eval)
+    num_classes = _checked_num_classes(args.num_classes, sources.class_names)
+    for source in filter(None, (sources.train, sources.val)):
+        _check_labels(source, sources.class_names)
+    return DataBundle(
+        train=None if sources.train is None else _dataset(args, sources.train, train=True),
+        val=_dataset(args, sources.val, train=False),
+        num_classes=num_classes,
+        class_names=sources.class_names,
+        description=_describe(args, sources),
+    )
+
+
+def _sources(args, need_train: bool) -> Sources:
+    root = Path(args.data_path or "").expanduser()
+    if args.data_set == "DIGITS":
+        return digits_sources(need_train)
+    if args.data_set == "IMNET":
+        return image_folder_sources(root, need_train)
+    if args.data_set in ("CIFAR", "CIFAR10"):
+        return cifar_sources(root, CIFAR100 if args.data_set == "CIFAR" else CIFAR10, need_train)
+    if args.data_set in ("INAT", "INAT19"):
+        return inat_sources(root, 2018 if args.data_set == "INAT" else 2019, args.inat_category, need_train)
+    raise DataError(f"--data-set {args.data_set}: expected one of {', '.join(DATA_SETS)}")
+
+
+def _dataset(args, source: Source, train: bool) -> PictureDataset:
+    if args.bad_image not in ("raise", "replace"):
+        raise DataError(f"--bad-image {args.bad_image}: expected raise or replace")
+    policy = "raise" if args.bad_image == "raise" else "next" if train else "grey"
+    transform = build_transform(args, train, args.in_chans)
+    return PictureDataset(source, transform, args.seed, policy, args.bad_image_share)
+
+
+def _checked_num_classes(asked: int | None, names: list[str]) -> int:
+    if asked is None:
+        return len(names)
+    if asked < len(names):
+        raise DataError(f"--num-classes {asked}: the data has {len(names)} classes; drop it or raise it")
+    return asked
+
+
+def _check_labels(source: Source, names: list[str]) -> None:
+    if len(source.labels) == 0:
+        raise DataError("a data set without pictures")
+    low, high = source.labels.min(), source.labels.max()
+    if low < 0 or high >= len(names):
+        worst = int(source.labels.argmin() if low < 0 else source.labels.argmax())
+        raise DataError(f"{source.name(worst)}: label {source.labels[worst]} outside 0..{len(names) - 1}")
+
+
+def _describe(args, sources: Sources) -> str:
+    where = "" if args.data_set == "DIGITS" else f" {args.data_path}"
+    counts = f"{len(sources.val.labels):,} val pictures in {len(sources.class_names):,} classes"
+    if sources.train is not None:
+        per_class = Counter(sources.train.labels.tolist()).values()
+        spread = f"{min(per_class):,} to {max(per_class):,} a class"
+        counts = f"{len(sources.train.labels):,} train pictures ({spread}) and {counts}"
+    grey = f"; pictures become grey, {args.in_chans} channel(s)" if args.in_chans != 3 else ""
+    return f"{args.data_set}{where}: {counts}{sources.remark}{grey}"
+
+
+def build_loader(dataset: Dataset, sampler: Sampler, args, train: bool) -> DataLoader:
+    """Batches (pictures (B, C, H, W) float32, labels (B,) int64) in the sampler's order.
+
+    Reads `batch_size, num_workers, pin_mem, loader_timeout`. Training leaves out an incomplete batch,
+    evaluation keeps it. Workers stay alive between epochs; RuntimeError if one gives no batch for
+    `loader_timeout` seconds.
+    """
+    workers = args.num_workers
+    return DataLoader(
+        dataset,
+        batch_size=args.batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        pin_memory=args.pin_mem and torch.cuda.is_available(),
+        drop_last=train,
+        timeout=args.loader_timeout if workers else 0,
+        persistent_workers=workers > 0,
+        generator=torch.Generator(),  # else each epoch would draw its workers' seeds from the global one
+    )
