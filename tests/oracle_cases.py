@@ -62,5 +62,12 @@ def gradient_numbers(name: str, grad: torch.Tensor) -> tuple[float, float]:
 
 
 def argument(case: str, name: str, *shape: int) -> torch.Tensor:
-    """A standard normal op argument: float32 values in float64."""
-    return torch.from_numpy(_normal(f"{case}/{name}", shape).astype(np.float32).astype(np.float64))
+    """A standard normal op argument, float64. Round it after the case's formula was applied to it."""
+    return torch.from_numpy(_normal(f"{case}/{name}", shape))
+
+
+def rounded(tensor: torch.Tensor) -> torch.Tensor:
+    """Rounded to single precision and widened again, as the recorded runs received every argument."""
+    if tensor.is_complex():
+        return tensor.to(torch.complex64).to(torch.complex128)
+    return tensor.float().double()

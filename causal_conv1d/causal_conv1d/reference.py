@@ -68,12 +68,29 @@ def conv_forward(x, weight, bias, initial_states, silu):
 
 
 def conv_backward(dout, x, weight, bias, initial_states, silu):
-    """Gradients of `causal_conv1d` by autograd: (dx, dweight, dbias or None, dinitial_states or None)."""
-    inputs = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias, initial_states)]
-    with torch.enable_grad():
-        out = causal_conv1d(*inputs, silu)
-        grads = iter(torch.autograd.grad(out, [t for t in inputs if t is not None], dout))
-    return tuple(None if t is None else next(grads) for t in inputs)
+    """Gradients of `causal_conv1d`: (dx, dweight, dbias or None, dinitial_states or None)."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    width, length = weight.shape[1], x.shape[-1]
+    if initial_states is None:
+        padded = F.pad(x.to(dtype), (width - 1, 0))
+    else:
+        padded = torch.cat([initial_states.to(dtype), x.to(dtype)], dim=-1)  # (B, D, W-1+L)
+    dout = dout.to(dtype)
+    if silu:
+        wide_bias = None if bias is None else bias.to(dtype)
+        before = F.conv1d(padded, weight.to(dtype).unsqueeze(1), wide_bias, groups=len(weight))
+        gate = torch.sigmoid(before)
+        dout = dout * gate * (1 + before * (1 - gate))
+    dweight = torch.stack([(dout * padded[..., k : k + length]).sum((0, 2)) for k in range(width)], dim=1)
+    # y[t] = sum_k w[k] x[t - (W-1) + k], hence dx is the correlation of dy with the taps in reversed order.
+    reversed_taps = weight.to(dtype).flip(-1).unsqueeze(1)
+    dpadded = F.conv1d(F.pad(dout, (width - 1, width - 1)), reversed_taps, groups=len(weight))
+    dx = torch.empty_like(x).copy_(dpadded[..., width - 1 :])
+    dbias = None if bias is None else dout.sum((0, 2)).to(bias.dtype)
+    if initial_states is None:
+        return dx, dweight.to(weight.dtype), dbias, None
+    dinitial = torch.empty_like(initial_states).copy_(dpadded[..., : width - 1])
+    return dx, dweight.to(weight.dtype), dbias, dinitial
 
 
 def causal_conv1d_update(

@@ -4,6 +4,8 @@ Symbols, after Gu & Dao, Mamba (arXiv 2312.00752): B batch, L tokens, D channels
 of channels that share B and C, R rank of the time-step projection, W convolution width, E model width.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,7 @@ def recurrence_loop(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack(states)
 
 
-def _prefix(a: Tensor, b: Tensor) -> Tensor:
+def recurrence_prefix(a: Tensor, b: Tensor) -> Tensor:
     """The same by parallel prefix: halve the sequence by joining neighbours, recurse, fill in between.
 
     log2 L levels whose sizes add up to 2 L (Blelloch, "Prefix sums and their applications", 1990).
@@ -40,39 +42,12 @@ def _prefix(a: Tensor, b: Tensor) -> Tensor:
     if length == 1:
         return b.clone()
     odd, even = slice(1, None, 2), slice(0, length - 1, 2)
-    h_odd = _prefix(a[odd] * a[even], torch.addcmul(b[odd], a[odd], b[even]))  # states 1, 3, 5, ...
+    h_odd = recurrence_prefix(a[odd] * a[even], torch.addcmul(b[odd], a[odd], b[even]))  # states 1, 3, 5, ...
     h = torch.empty_like(b)
     h[0] = b[0]
     h[odd] = h_odd
     h[2::2] = torch.addcmul(b[2::2], a[2::2], h_odd[: len(b[2::2])])
     return h
-
-
-class _Recurrence(torch.autograd.Function):
-    """Parallel prefix with its own gradient: the adjoint of a recurrence is a recurrence in reversed time."""
-
-    @staticmethod
-    def forward(ctx, a, b):
-        h = _prefix(a, b)
-        ctx.save_for_backward(a, h)
-        return h
-
-    @staticmethod
-    def backward(ctx, dh):
-        a, h = ctx.saved_tensors
-        # db[t] = dh[t] + conj(a[t+1]) * db[t+1]; da[t] = db[t] * conj(h[t-1])
-        decay = torch.cat([a[1:], torch.zeros_like(a[:1])]).conj().resolve_conj()
-        db = _prefix(decay.flip(0), dh.flip(0)).flip(0)
-        da = torch.zeros_like(a)
-        da[1:] = db[1:] * h[:-1].conj()
-        return da, db
-
-
-def recurrence_prefix(a: Tensor, b: Tensor) -> Tensor:
-    """`recurrence_loop` in about log2 L vectorised levels. a, b, and the result: (L, ...)."""
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        return _Recurrence.apply(a, b)
-    return _prefix(a, b)
 
 
 RECURRENCES = {"loop": recurrence_loop, "prefix": recurrence_prefix}
@@ -95,6 +70,55 @@ def _per_token(matrix: Tensor, channels: int, length: int, is_complex: bool) -> 
         matrix = torch.view_as_complex(matrix.unflatten(-1, (length, 2)).contiguous())
     matrix = matrix.repeat_interleave(channels // matrix.shape[1], dim=1)  # (B, D, N, L)
     return matrix.permute(3, 0, 1, 2)
+
+
+def _per_token_gradient(grad: Tensor, matrix: Tensor, is_complex: bool) -> Tensor:
+    """The adjoint of `_per_token`: (L, B, D, N) summed back to the form of `matrix`."""
+    if matrix.dim() == 2:
+        return grad.sum((0, 1)).to(matrix.dtype)
+    groups = 1 if matrix.dim() == 3 else matrix.shape[1]
+    grad = grad.permute(1, 2, 3, 0).unflatten(1, (groups, -1)).sum(2)  # (B, G, N, L)
+    if is_complex:
+        grad = torch.view_as_real(grad.contiguous()).flatten(-2)
+    return grad.reshape(matrix.shape).to(matrix.dtype)
+
+
+class _ScanTerms(NamedTuple):
+    """What forward and backward of the scan share. Per token: (L, B, D, ...)."""
+
+    x: Tensor  # (B, D, L)
+    delta: Tensor  # (B, D, L), biased, after softplus
+    A: Tensor  # (D, N)
+    B: Tensor  # broadcasts to (L, B, D, N), and so does C
+    C: Tensor
+    decay: Tensor  # (L, B, D, N)
+    states: Tensor  # (L, B, D, N)
+    y: Tensor  # (B, D, L), before the gate
+
+
+def _scan(u, delta, A, B, C, D, delta_bias, delta_softplus, recurrence) -> _ScanTerms:
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    state_dtype = torch.promote_types(dtype, torch.complex64) if A.is_complex() else dtype
+    x, delta = u.to(dtype), delta.to(dtype)
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(dtype)[:, None]
+    if delta_softplus:
+        delta = F.softplus(delta)
+    B, C = (_per_token(m, u.shape[1], u.shape[2], A.is_complex()).to(state_dtype) for m in (B, C))
+    A = A.to(state_dtype)
+    decay = torch.exp(_token_first(delta) * A)
+    states = RECURRENCES[recurrence](decay, _token_first(delta * x) * B)
+    y = (states * C).sum(-1).permute(1, 2, 0)  # (B, D, L)
+    if A.is_complex():
+        y = 2 * y.real
+    if D is not None:
+        y = y + x * D.to(dtype)[:, None]
+    return _ScanTerms(x, delta, A, B, C, decay, states, y)
+
+
+def _token_first(tensor: Tensor) -> Tensor:
+    """(B, D, L) -> (L, B, D, 1)."""
+    return tensor.permute(2, 0, 1).unsqueeze(-1)
 
 
 def selective_scan(
@@ -121,30 +145,9 @@ def selective_scan(
 
     Returns out (B, D, L) in u's dtype and the last state (B, D, N), computed in at least float32.
     """
-    dtype = torch.promote_types(u.dtype, torch.float32)
-    length, channels = u.shape[-1], u.shape[1]
-    x, delta = u.to(dtype), delta.to(dtype)
-    if delta_bias is not None:
-        delta = delta + delta_bias.to(dtype)[:, None]
-    if delta_softplus:
-        delta = F.softplus(delta)
-    is_complex = A.is_complex()
-    state_dtype = torch.promote_types(dtype, torch.complex64) if is_complex else dtype
-    A, B, C = (m if m.is_complex() else m.to(dtype) for m in (A, B, C))
-    step = delta.permute(2, 0, 1).unsqueeze(-1)  # (L, B, D, 1)
-    B, C = (_per_token(m, channels, length, is_complex).to(state_dtype) for m in (B, C))
-    decay = torch.exp(step * A.to(state_dtype))  # (L, B, D, N)
-    drive = (delta * x).permute(2, 0, 1).unsqueeze(-1) * B
-    states = RECURRENCES[recurrence](decay, drive)
-    y = (states * C).sum(-1)  # (L, B, D)
-    if is_complex:
-        y = 2 * y.real
-    y = y.permute(1, 2, 0)  # (B, D, L)
-    if D is not None:
-        y = y + x * D.to(dtype)[:, None]
-    if z is not None:
-        y = y * F.silu(z.to(dtype))
-    return y.to(u.dtype), states[-1].clone()
+    terms = _scan(u, delta, A, B, C, D, delta_bias, delta_softplus, recurrence)
+    out = terms.y if z is None else terms.y * F.silu(z.to(terms.y.dtype))
+    return out.to(u.dtype), terms.states[-1].clone()
 
 
 def selective_scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save):
@@ -154,14 +157,43 @@ def selective_scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, 
 
 
 def selective_scan_backward(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, saved):
-    """Gradients of `selective_scan` by autograd, None for an argument that was None."""
-    arguments = (u, delta, A, B, C, D, z, delta_bias)
+    """Gradients of `selective_scan`, None for an argument that was None.
 
-    def outputs(*inputs):
-        out, last_state = selective_scan(*inputs, delta_softplus)
-        return (out,) if dlast_state is None else (out, last_state)
+    The adjoint of the recurrence is a recurrence in reversed time: with g[t] the gradient that y[t] sends to
+    h[t], the gradient of its drive is db[t] = g[t] + conj(a[t+1]) db[t+1], and that of a[t] is db[t] conj(h[t-1]).
+    """
+    terms = _scan(u, delta, A, B, C, D, delta_bias, delta_softplus, "prefix")
+    x, step = terms.x, _token_first(terms.delta)
+    dy, dz = dout.to(x.dtype), None
+    if z is not None:
+        gate = torch.sigmoid(z.to(x.dtype))
+        dz = dy * terms.y * gate * (1 + z * (1 - gate))
+        dy = dy * z * gate
+    dy_token = _token_first(dy) * (2 if A.is_complex() else 1)  # y = 2 Re <C, h> for a complex A
+    dstates = dy_token * terms.C.conj()
+    if dlast_state is not None:
+        dstates = torch.cat([dstates[:-1], dstates[-1:] + dlast_state])
+    next_decay = torch.cat([terms.decay[1:], torch.zeros_like(terms.decay[:1])]).conj().resolve_conj()
+    ddrive = recurrence_prefix(next_decay.flip(0), dstates.flip(0)).flip(0)
+    previous = torch.cat([torch.zeros_like(terms.states[:1]), terms.states[:-1]])
+    dexponent = ddrive * (previous * terms.decay).conj()  # of delta A
+    dproduct = _real((ddrive * terms.B.conj()).sum(-1)).permute(1, 2, 0)  # of delta u
+    ddelta = _real((dexponent * terms.A.conj()).sum(-1)).permute(1, 2, 0) + dproduct * x
+    if delta_softplus:  # its derivative, sigmoid(v), is 1 - exp(-softplus(v))
+        ddelta = ddelta * -torch.expm1(-terms.delta)
+    du = dproduct * terms.delta
+    if D is not None:
+        du = du + dy * D.to(x.dtype)[:, None]
+    dB = _per_token_gradient(ddrive * step * _token_first(x), B, A.is_complex())
+    dC = _per_token_gradient(dy_token * terms.states.conj(), C, A.is_complex())
+    dA = (dexponent * step).sum((0, 1)).to(A.dtype)
+    dD = None if D is None else (dy * x).sum((0, 2)).to(D.dtype)
+    dbias = None if delta_bias is None else ddelta.sum((0, 2)).to(delta_bias.dtype)
+    return du.to(u.dtype), ddelta.to(delta.dtype), dA, dB, dC, dD, None if z is None else dz.to(z.dtype), dbias
 
-    return _gradients(outputs, arguments, (dout,) if dlast_state is None else (dout, dlast_state))
+
+def _real(tensor: Tensor) -> Tensor:
+    return tensor.real if tensor.is_complex() else tensor
 
 
 def selective_scan_saved_bytes(batch: int, channels: int, length: int, d_state: int, dtype: torch.dtype) -> int:
@@ -169,31 +201,59 @@ def selective_scan_saved_bytes(batch: int, channels: int, length: int, d_state: 
     return 0
 
 
-def _gradients(function, arguments, output_grads):
-    """Recompute `function` and differentiate it with respect to every argument that is a tensor."""
-    inputs = [None if t is None else t.detach().requires_grad_() for t in arguments]
-    with torch.enable_grad():
-        outputs = function(*inputs)
-        tensors = [t for t in inputs if t is not None]
-        grads = iter(torch.autograd.grad(outputs, tensors, output_grads, allow_unused=True, materialize_grads=True))
-    return tuple(None if t is None else next(grads) for t in inputs)
-
-
 # ---- the mixer of a bidirectional block --------------------------------------------------------------------
 
 
-def _direction(x: Tensor, parameters, reverse: bool) -> Tensor:
-    """One direction of the mixer without its gate: convolution, projections, scan. x, result: (B, D, L)."""
-    conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D = parameters
-    if reverse:
-        x = x.flip(-1)
-    x = F.silu(F.conv1d(F.pad(x, (conv_weight.shape[1] - 1, 0)), conv_weight.unsqueeze(1), conv_bias, groups=len(D)))
-    d_state = A.shape[1]
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Causal depthwise convolution of x (B, D, L) with weight (D, W)."""
+    return F.conv1d(F.pad(x, (weight.shape[1] - 1, 0)), weight.unsqueeze(1), bias, groups=len(weight))
+
+
+def _project(x: Tensor, parameters) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From the convolved x (B, D, L): its projection (B, R + 2 N, L), delta (B, D, L), B and C (B, N, L)."""
+    _, _, x_proj_weight, dt_weight, _, A, _ = parameters
     projected = torch.einsum("bdl,rd->brl", x, x_proj_weight)
-    dt, B, C = projected.split([dt_weight.shape[1], d_state, d_state], dim=1)
-    delta = torch.einsum("brl,dr->bdl", dt, dt_weight)
-    y, _ = selective_scan(x, delta, A, B, C, D, delta_bias=dt_bias, delta_softplus=True)
-    return y.flip(-1) if reverse else y
+    dt, B, C = projected.split([dt_weight.shape[1], A.shape[1], A.shape[1]], dim=1)
+    return projected, torch.einsum("brl,dr->bdl", dt, dt_weight), B, C
+
+
+def _direction(x: Tensor, parameters) -> Tensor:
+    """One direction without its gate: convolution, projections, scan. x and the result: (B, D, L)."""
+    conv_weight, conv_bias, _, _, dt_bias, A, D = parameters
+    x = F.silu(_convolve(x, conv_weight, conv_bias))
+    _, delta, B, C = _project(x, parameters)
+    return selective_scan(x, delta, A, B, C, D, delta_bias=dt_bias, delta_softplus=True)[0]
+
+
+def _direction_backward(dy: Tensor, x: Tensor, parameters):
+    """Gradients of `_direction`: dx, then those of its parameters in order."""
+    conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D = parameters
+    before = _convolve(x, conv_weight, conv_bias)
+    after = F.silu(before)
+    projected, delta, B, C = _project(after, parameters)
+    dafter, ddelta, dA, dB, dC, dD, _, ddt_bias = selective_scan_backward(
+        dy, None, after, delta, A, B, C, D, None, dt_bias, True, None
+    )
+    ddt_weight = torch.einsum("bdl,brl->dr", ddelta, projected[:, : dt_weight.shape[1]])
+    dprojected = torch.cat([torch.einsum("bdl,dr->brl", ddelta, dt_weight), dB, dC], dim=1)
+    dx_proj_weight = torch.einsum("brl,bdl->rd", dprojected, after)
+    dafter = dafter + torch.einsum("brl,rd->bdl", dprojected, x_proj_weight)
+    gate = torch.sigmoid(before)
+    dbefore = dafter * gate * (1 + before * (1 - gate))
+    width, length = conv_weight.shape[1], x.shape[-1]
+    # y[t] = sum_k w[k] x[t - (W-1) + k], hence dx is the correlation of dy with the taps in reversed order.
+    dx = F.conv1d(F.pad(dbefore, (0, width - 1)), conv_weight.flip(-1).unsqueeze(1), groups=len(conv_weight))
+    padded = F.pad(x, (width - 1, 0))
+    dconv_weight = torch.stack([(dbefore * padded[..., k : k + length]).sum((0, 2)) for k in range(width)], dim=1)
+    dconv_bias = None if conv_bias is None else dbefore.sum((0, 2))
+    return dx, (dconv_weight, dconv_bias, dx_proj_weight, ddt_weight, ddt_bias, dA, dD)
+
+
+def _widen(xz: Tensor, *parameter_sets):
+    """x and z as (B, D, L), and the parameters, in at least float32."""
+    dtype = torch.promote_types(xz.dtype, torch.float32)
+    x, z = xz.to(dtype).transpose(1, 2).chunk(2, dim=1)
+    return x, z, *([None if p is None else p.to(dtype) for p in parameters] for parameters in parameter_sets)
 
 
 def bimamba(xz: Tensor, forward_parameters, backward_parameters, scale: float) -> Tensor:
@@ -207,13 +267,8 @@ def bimamba(xz: Tensor, forward_parameters, backward_parameters, scale: float) -
 
     Returns (B, L, D) in xz's dtype.
     """
-    dtype = torch.promote_types(xz.dtype, torch.float32)
-    x, z = xz.to(dtype).transpose(1, 2).chunk(2, dim=1)  # (B, D, L) each
-    forward_parameters, backward_parameters = (
-        [None if p is None else p.to(dtype) for p in parameters]
-        for parameters in (forward_parameters, backward_parameters)
-    )
-    y = _direction(x, forward_parameters, False) + _direction(x, backward_parameters, True)
+    x, z, forward_parameters, backward_parameters = _widen(xz, forward_parameters, backward_parameters)
+    y = _direction(x, forward_parameters) + _direction(x.flip(-1), backward_parameters).flip(-1)
     return (scale * y * F.silu(z)).transpose(1, 2).to(xz.dtype)
 
 
@@ -224,14 +279,21 @@ def bimamba_forward(xz, forward_parameters, backward_parameters, scale, save):
 
 
 def bimamba_backward(dy, xz, forward_parameters, backward_parameters, scale, saved):
-    """Gradients of `bimamba` by autograd: dxz, then those of both parameter sets, None where there was none."""
-    count = len(forward_parameters)
+    """Gradients of `bimamba`: dxz, then those of both parameter sets, None where there was no parameter."""
+    x, z, ahead, behind = _widen(xz, forward_parameters, backward_parameters)
+    y = _direction(x, ahead) + _direction(x.flip(-1), behind).flip(-1)
+    dy = scale * dy.to(x.dtype).transpose(1, 2)  # (B, D, L)
+    gate = torch.sigmoid(z)
+    dz = dy * y * gate * (1 + z * (1 - gate))
+    dy = dy * z * gate
+    dx, grads = _direction_backward(dy, x, ahead)
+    dx_b, grads_b = _direction_backward(dy.flip(-1), x.flip(-1), behind)
+    dxz = torch.cat([dx + dx_b.flip(-1), dz], dim=1).transpose(1, 2).to(xz.dtype)
+    return dxz, _narrow(grads, forward_parameters), _narrow(grads_b, backward_parameters)
 
-    def output(xz, *parameters):
-        return bimamba(xz, parameters[:count], parameters[count:], scale)
 
-    dxz, *grads = _gradients(output, (xz, *forward_parameters, *backward_parameters), dy)
-    return dxz, tuple(grads[:count]), tuple(grads[count:])
+def _narrow(grads, parameters):
+    return tuple(None if g is None else g.to(p.dtype) for g, p in zip(grads, parameters))
 
 
 def bimamba_saved_bytes(

@@ -335,10 +335,12 @@ def bimamba_inner_fn(
 
 
 def _reverse_time(matrix: Tensor, is_complex: bool) -> Tensor:
-    """A per-token B or C backwards; a constant one as it is. Interleaved complex parts stay in order."""
-    if matrix.dim() == 2:
-        return matrix
-    if is_complex:
+    """A per-token B or C backwards in time, interleaved complex parts in order.
+
+    The published code reverses the last axis whatever it is, so a constant (D, N) matrix gets its states
+    reversed; kept, since results of its users depend on it.
+    """
+    if is_complex and matrix.dim() > 2:
         return matrix.unflatten(-1, (-1, 2)).flip(-2).flatten(-2)
     return matrix.flip(-1)
 
