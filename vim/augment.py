@@ -1,7 +1,7 @@
-"""From a PIL picture to a normalised tensor, and from a batch to a mixed batch.
+"""From a PIL image to a normalised tensor, and from a batch to a mixed batch.
 
 The training recipe is DeiT's (arXiv 2012.12877, table 9) through timm's transforms, or DeiT III's
-3-Augment (arXiv 2204.07118, section 3). Every random draw happens under `counter_randomness`, so a picture's
+3-Augment (arXiv 2204.07118, section 3). Every random draw happens under `counter_randomness`, so an image's
 augmentation depends on the counters it is called for and on nothing else.
 """
 
@@ -14,11 +14,10 @@ import torch
 from PIL import Image, ImageFilter
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-# At or below this many pixels a side, pictures are taken whole (CIFAR, digits): no zooming crop.
+# At or below this many pixels a side, images are taken whole (CIFAR, digits): no zooming crop.
 SMALL_SIDE = 32
 
 # First words of timm's augmentation policies, such as rand-m9-mstd0.5-inc1.
@@ -65,26 +64,25 @@ def channel_statistics(num_channels: int) -> tuple[tuple[float, ...], tuple[floa
 
 
 class ResizeToCover:
-    """Scale a picture, keeping its proportions, to the smallest size that covers (height, width).
+    """Scale an image (bicubic), keeping its proportions, to the smallest size that covers (height, width).
 
     For squares this is torchvision's Resize(side), which has no rectangular counterpart.
     """
 
-    def __init__(self, size: tuple[int, int], interpolation: str = "bicubic"):
+    def __init__(self, size: tuple[int, int]):
         self.size = size
-        self.interpolation = str_to_interp_mode(interpolation)
 
-    def __call__(self, picture: Image.Image) -> Image.Image:
+    def __call__(self, image: Image.Image) -> Image.Image:
         height, width = self.size
-        if picture.width * height >= picture.height * width:
-            target = height, picture.width * height // picture.height
+        if image.width * height >= image.height * width:
+            target = height, image.width * height // image.height
         else:
-            target = picture.height * width // picture.width, width
-        return transforms.functional.resize(picture, target, self.interpolation)
+            target = image.height * width // image.width, width
+        return transforms.functional.resize(image, target, InterpolationMode.BICUBIC)
 
 
 class ToChannels:
-    """An RGB picture with another number of channels: its luminance, `num_channels` times (3: left as it is).
+    """An RGB image with another number of channels: its luminance, `num_channels` times (3: left as it is).
 
     Comes after the augmentations, which are written for RGB.
     """
@@ -92,10 +90,10 @@ class ToChannels:
     def __init__(self, num_channels: int):
         self.num_channels = num_channels
 
-    def __call__(self, picture: Image.Image) -> Image.Image | np.ndarray:
+    def __call__(self, image: Image.Image) -> Image.Image | np.ndarray:
         if self.num_channels == 3:
-            return picture
-        grey = np.asarray(picture.convert("L"))
+            return image
+        grey = np.asarray(image.convert("L"))
         return np.repeat(grey[:, :, None], self.num_channels, axis=2)  # (H, W, num_channels)
 
 
@@ -106,12 +104,12 @@ class GaussianBlur:
         self.low = low
         self.high = high
 
-    def __call__(self, picture: Image.Image) -> Image.Image:
-        return picture.filter(ImageFilter.GaussianBlur(random.uniform(self.low, self.high)))
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(self.low, self.high)))
 
 
 def build_transform(args, train: bool, num_channels: int = 3) -> transforms.Compose:
-    """PIL RGB picture -> float32 tensor (num_channels, height, width), normalised.
+    """PIL RGB image -> float32 tensor (num_channels, height, width), normalised.
 
     Training follows `args.data_set` (digits are shifted, never flipped), `args.ThreeAugment`, `args.src`,
     `args.aa`, `args.color_jitter`, `args.train_interpolation`, `args.reprob`, `args.remode`, `args.recount`.
@@ -152,7 +150,7 @@ def _small_shifts(size: tuple[int, int]) -> list:
 
 
 def _deit_steps(args, size: tuple[int, int]) -> list:
-    """Random resized crop, flip, RandAugment (or colour jitter): the picture part of DeiT's recipe."""
+    """Random resized crop, flip, RandAugment (or colour jitter): the image part of DeiT's recipe."""
     if args.aa not in (None, "", "none") and not args.aa.startswith(AUTO_AUGMENT):
         raise ValueError(f"--aa {args.aa}: expected none or a policy beginning {', '.join(AUTO_AUGMENT)}")
     crop, augment, _ = create_transform(
@@ -169,9 +167,7 @@ def _deit_steps(args, size: tuple[int, int]) -> list:
     return geometry + augment.transforms
 
 
-def three_augment(
-    size: tuple[int, int], color_jitter: float | None, simple_crop: bool, interpolation: str = "bicubic"
-) -> list:
+def three_augment(size: tuple[int, int], color_jitter: float | None, simple_crop: bool) -> list:
     """DeiT III's 3-Augment: crop, flip, one of {grey, solarise, blur}, colour jitter (arXiv 2204.07118, 3).
 
     Args:
@@ -181,9 +177,9 @@ def three_augment(
     """
     if simple_crop:
         padded_crop = transforms.RandomCrop(size, padding=4, padding_mode="reflect")
-        crop = [ResizeToCover(size, interpolation), padded_crop]
+        crop = [ResizeToCover(size), padded_crop]
     else:
-        crop = [transforms.RandomResizedCrop(size, interpolation=InterpolationMode(interpolation))]
+        crop = [transforms.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC)]
     one_of_three = transforms.RandomChoice(
         [transforms.Grayscale(3), transforms.RandomSolarize(threshold=128, p=1.0), GaussianBlur()]
     )
@@ -231,6 +227,6 @@ def build_mixup(args, num_classes: int) -> CountedMixup | None:
 def _require_even(batch_size: int) -> None:
     if batch_size % 2:
         raise ValueError(
-            f"a batch of {batch_size}: mixup and cutmix pair the pictures of a batch; "
+            f"a batch of {batch_size}: mixup and cutmix pair the images of a batch; "
             "use an even --batch-size, or --mixup 0 --cutmix 0"
         )

@@ -1,7 +1,7 @@
-"""Where pictures come from: folders, CIFAR, iNaturalist, scikit-learn's digits. Nothing else knows.
+"""Where images come from: folders, CIFAR, iNaturalist, scikit-learn's digits. Nothing else knows.
 
-A *source* knows names, labels and how to read one picture; a `PictureDataset` adds the transform, the counted
-randomness and the policy for pictures that cannot be read. All that can be known to be wrong before the first
+A *source* knows names, labels and how to read one image; an `ImageDataset` adds the transform, the counted
+randomness and the policy for images that cannot be read. All that can be known to be wrong before the first
 step is found by `build_datasets` and raised as one `DataError` line that names the path and the mend.
 """
 
@@ -37,20 +37,20 @@ class DataError(ValueError):
         super().__init__(message.rstrip().rsplit("DataError: ", 1)[-1])
 
 
-class BrokenPicture(Exception):
-    """One picture that cannot be decoded: its name and why."""
+class BrokenImage(Exception):
+    """One image that cannot be decoded: its name and why."""
 
 
 class Source(Protocol):
-    """What a PictureDataset asks of a place that pictures come from. `labels` is an int64 array (size,)."""
+    """What an ImageDataset asks of a place that images come from. `labels` is an int64 array (size,)."""
 
     labels: np.ndarray
 
     def read(self, index: int) -> Image.Image:
-        """The picture, RGB and upright. Raises BrokenPicture."""
+        """The image, RGB and upright. Raises BrokenImage."""
 
     def name(self, index: int) -> str:
-        """Path or number by which a person finds the picture."""
+        """Path or number by which a person finds the image."""
 
 
 @dataclass
@@ -67,36 +67,36 @@ class Sources:
 class DataBundle:
     """Data of one run. `train` is None when only evaluation was asked for."""
 
-    train: "PictureDataset | None"
-    val: "PictureDataset"
+    train: "ImageDataset | None"
+    val: "ImageDataset"
     num_classes: int
     class_names: list[str]
     description: str
 
 
-class PictureDataset(Dataset):
+class ImageDataset(Dataset):
     """Items (float32 tensor (C, H, W), int label) by SampleKey(epoch, index, repeat), or by index (epoch 0).
 
     The augmentation's randomness comes from (seed, epoch, index, repeat) and the global generators are put
     back, so the number of loader workers never changes a run.
 
     Args:
-        source: where the pictures come from.
-        transform: PIL picture -> tensor.
+        source: where the images come from.
+        transform: PIL image -> tensor.
         seed: the run's seed.
-        bad_picture: what a picture that cannot be read does: "raise" stops; "next" takes the next readable
-            one with its label (training); "grey" shows flat grey under the picture's own label, so that an
-            accuracy still counts every picture (evaluation).
-        max_bad_share: share of distinct unreadable pictures above which "next" and "grey" stop as well.
+        bad_image: what an image that cannot be read does: "raise" stops; "next" takes the next readable
+            one with its label (training); "grey" shows flat grey under the image's own label, so that an
+            accuracy still counts every image (evaluation).
+        max_bad_share: share of distinct unreadable images above which "next" and "grey" stop as well.
     """
 
-    def __init__(self, source: Source, transform, seed: int = 0, bad_picture="raise", max_bad_share=0.01):
-        if bad_picture not in ("raise", "next", "grey"):
-            raise ValueError(f"bad_picture={bad_picture!r}: expected 'raise', 'next' or 'grey'")
+    def __init__(self, source: Source, transform, seed: int = 0, bad_image="raise", max_bad_share=0.01):
+        if bad_image not in ("raise", "next", "grey"):
+            raise ValueError(f"bad_image={bad_image!r}: expected 'raise', 'next' or 'grey'")
         self.source = source
         self.transform = transform
         self.seed = seed
-        self.bad_picture = bad_picture
+        self.bad_image = bad_image
         self.max_bad_share = max_bad_share
         # In shared memory, so that what a worker process finds is counted here.
         self._broken = torch.zeros(len(source.labels), dtype=torch.bool).share_memory_()
@@ -106,21 +106,21 @@ class PictureDataset(Dataset):
 
     def __getitem__(self, key: SampleKey | int) -> tuple[torch.Tensor, int]:
         epoch, index, repeat = key if isinstance(key, tuple) else SampleKey(0, key, 0)
-        picture, label = self._readable(index)
+        image, label = self._readable(index)
         with counter_randomness(self.seed, epoch, index, repeat):
-            return self.transform(picture), label
+            return self.transform(image), label
 
     def raw(self, index: int) -> Image.Image:
-        """The picture as read, RGB and upright, before any transform."""
+        """The image as read, RGB and upright, before any transform."""
         return self.source.read(index)
 
     def name(self, index: int) -> str:
-        """The picture's path, or its number where there are no files."""
+        """The image's path, or its number where there are no files."""
         return self.source.name(index)
 
     @property
     def num_replaced(self) -> int:
-        """Distinct unreadable pictures met so far by this process and its loader workers."""
+        """Distinct unreadable images met so far by this process and its loader workers."""
         return int(self._broken.sum())
 
     def _readable(self, index: int) -> tuple[Image.Image, int]:
@@ -128,50 +128,50 @@ class PictureDataset(Dataset):
             candidate = (index + offset) % len(self)
             try:
                 return self.source.read(candidate), int(self.source.labels[candidate])
-            except BrokenPicture as error:
+            except BrokenImage as error:
                 self._count_broken(candidate, error)
-            if self.bad_picture == "grey":
+            if self.bad_image == "grey":
                 return Image.new("RGB", (256, 256), (124, 116, 104)), int(self.source.labels[index])
-        raise DataError(f"none of {len(self)} pictures can be read, the first is {self.name(0)}")
+        raise DataError(f"none of {len(self)} images can be read, the first is {self.name(0)}")
 
-    def _count_broken(self, index: int, error: BrokenPicture) -> None:
-        """Say a broken picture once; raise if the policy or the share of broken ones says so."""
-        if self.bad_picture == "raise":
+    def _count_broken(self, index: int, error: BrokenImage) -> None:
+        """Say a broken image once; raise if the policy or the share of broken ones says so."""
+        if self.bad_image == "raise":
             raise DataError(f"{error}; mend or remove the file, or use --bad-image replace") from error
         if self._broken[index]:
             return
         self._broken[index] = True
-        print(f"unreadable picture replaced: {error}", file=sys.stderr, flush=True)
+        print(f"unreadable image replaced: {error}", file=sys.stderr, flush=True)
         if self.num_replaced > self.max_bad_share * len(self):
             raise DataError(
-                f"{self.num_replaced} of {len(self)} pictures cannot be read, more than --bad-image-share "
+                f"{self.num_replaced} of {len(self)} images cannot be read, more than --bad-image-share "
                 f"{self.max_bad_share}; the last is {error}"
             ) from error
 
 
-def read_picture(path: str | Path) -> Image.Image:
-    """The picture in `path`, RGB and upright (EXIF orientation applied). Raises BrokenPicture."""
+def read_image(path: str | Path) -> Image.Image:
+    """The image in `path`, RGB and upright (EXIF orientation applied). Raises BrokenImage."""
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            return to_rgb(ImageOps.exif_transpose(picture))
+        with Image.open(path) as image:
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise what they like; every case leaves as BrokenPicture
+    except Exception as error:  # decoders raise what they like; every case leaves as BrokenImage
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise BrokenPicture(f"{path}: {reason}") from error
+        raise BrokenImage(f"{path}: {reason}") from error
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL mode as RGB. 16-bit greys keep their upper byte: PIL's own conversion clips them to white."""
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture)
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
         if values.max() > 255:
             values = values >> 8
-        picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    elif picture.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range; save the picture with 8 or 16 bits")
-    return picture.convert("RGB")
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range; save the image with 8 or 16 bits")
+    return image.convert("RGB")
 
 
 class FileSource:
@@ -185,51 +185,51 @@ class FileSource:
         self.labels = np.array(labels, dtype=np.int64)
 
     def read(self, index: int) -> Image.Image:
-        return read_picture(self.name(index))
+        return read_image(self.name(index))
 
     def name(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(bytes(self.files[index])))
 
 
 class ArraySource:
-    """Pictures in memory: uint8 array (size, H, W) grey or (size, H, W, 3), labels (size,)."""
+    """Images in memory: uint8 array (size, H, W) grey or (size, H, W, 3), labels (size,)."""
 
-    def __init__(self, title: str, pictures: np.ndarray, labels):
+    def __init__(self, title: str, images: np.ndarray, labels):
         self.title = title
-        self.pictures = pictures
+        self.images = images
         self.labels = np.asarray(labels, dtype=np.int64)
 
     def read(self, index: int) -> Image.Image:
-        return Image.fromarray(self.pictures[index]).convert("RGB")
+        return Image.fromarray(self.images[index]).convert("RGB")
 
     def name(self, index: int) -> str:
         return f"{self.title} #{index}"
 
 
 def scan_classes(folder: Path) -> dict[str, list[str]]:
-    """Class name -> picture files relative to `folder`, both sorted: one subfolder per class.
+    """Class name -> image files relative to `folder`, both sorted: one subfolder per class.
 
-    Raises DataError when there is no class folder, or one without pictures.
+    Raises DataError when there is no class folder, or one without images.
     """
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if not names:
-        raise DataError(f"{folder} holds no class folders; sort its pictures into one folder per class")
-    classes = {name: _pictures_below(folder, name) for name in names}
+        raise DataError(f"{folder} holds no class folders; sort its images into one folder per class")
+    classes = {name: _images_below(folder, name) for name in names}
     empty = [name for name, files in classes.items() if not files]
     if empty:
         raise DataError(
-            f"{folder}: no pictures in class folder {_some(empty)}; fill or remove it "
-            f"(pictures end in {' '.join(IMG_EXTENSIONS)})"
+            f"{folder}: no images in class folder {_some(empty)}; fill or remove it "
+            f"(images end in {' '.join(IMG_EXTENSIONS)})"
         )
     return classes
 
 
-def _pictures_below(folder: Path, name: str) -> list[str]:
+def _images_below(folder: Path, name: str) -> list[str]:
     found = []
     for directory, _, files in sorted(os.walk(folder / name, followlinks=True)):
         relative = os.path.relpath(directory, folder)
-        pictures = sorted(file for file in files if file.lower().endswith(IMG_EXTENSIONS))
-        found += [os.path.join(relative, file) for file in pictures]
+        images = sorted(file for file in files if file.lower().endswith(IMG_EXTENSIONS))
+        found += [os.path.join(relative, file) for file in images]
     return found
 
 
@@ -248,7 +248,7 @@ def _existing_folder(path: Path, mend: str) -> Path:
 def image_folder_sources(root: Path, need_train: bool) -> Sources:
     """`root`/train/CLASS/* and `root`/val/CLASS/*.
 
-    Classes are train's, and val's pictures are labelled by class name. Without training, a missing train
+    Classes are train's, and val's images are labelled by class name. Without training, a missing train
     folder leaves val to define the classes.
     """
     _existing_folder(root, "--data-path takes the folder that holds train/ and val/")
@@ -271,7 +271,7 @@ def image_folder_sources(root: Path, need_train: bool) -> Sources:
         train=_labelled(root / "train", train, names) if need_train else None,
         val=_labelled(root / "val", val, names),
         class_names=names,
-        remark=f"; val has no pictures of {len(absent)} classes: {_some(absent)}" if absent else "",
+        remark=f"; val has no images of {len(absent)} classes: {_some(absent)}" if absent else "",
     )
 
 
@@ -297,9 +297,9 @@ def cifar_sources(root: Path, kind: type[CIFAR10], need_train: bool) -> Sources:
 
 def inat_sources(root: Path, year: int, category: str, need_train: bool) -> Sources:
     """iNaturalist 2018 or 2019 as DeiT lays it out: `root` holds train{year}.json, val{year}.json,
-    categories.json and the picture folders that the JSON files name.
+    categories.json and the image folders that the JSON files name.
 
-    The label of a picture is its category's entry `category` (such as "name" or "genus"); labels are numbered
+    The label of an image is its category's entry `category` (such as "name" or "genus"); labels are numbered
     in the order in which train's annotations first show them, so evaluation needs train's JSON too.
     """
     if category not in INAT_CATEGORIES:
@@ -335,12 +335,12 @@ def _inat_split(
         files = [image["file_name"] for image in content["images"]]
         titles = [title_of[category_of[image["id"]]] for image in content["images"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{root / file}: unreadable labels: a picture or annotation lacks {error}") from error
+        raise DataError(f"{root / file}: unreadable labels: an image or annotation lacks {error}") from error
     unknown = sorted(set(titles) - set(names))
     if unknown:
         raise DataError(f"{root / file} has categories that train lacks: {_some(unknown)}; remove them")
     if not files:
-        raise DataError(f"{root / file} lists no pictures; fetch it again")
+        raise DataError(f"{root / file} lists no images; fetch it again")
     return FileSource(root, _inat_layout(root, file, files), [label_of[title] for title in titles])
 
 
@@ -351,7 +351,7 @@ def _inat_layout(root: Path, file: str, files: list[str]) -> list[str]:
     short = [os.path.join(*(part for i, part in enumerate(name.split("/")) if i != 1)) for name in files]
     if (root / short[0]).exists():
         return short
-    raise DataError(f"{root / file} names {files[0]}, which is not below {root}; unpack the pictures there")
+    raise DataError(f"{root / file} names {files[0]}, which is not below {root}; unpack the images there")
 
 
 def digits_sources(need_train: bool) -> Sources:
@@ -360,13 +360,13 @@ def digits_sources(need_train: bool) -> Sources:
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    pictures = (digits.images * (255 / 16)).round().astype(np.uint8)
+    images = (digits.images * (255 / 16)).round().astype(np.uint8)
     train, val = train_test_split(
-        np.arange(len(pictures)), test_size=DIGITS_HELD_OUT, random_state=0, stratify=digits.target
+        np.arange(len(images)), test_size=DIGITS_HELD_OUT, random_state=0, stratify=digits.target
     )
     return Sources(
-        train=ArraySource("digits train", pictures[train], digits.target[train]) if need_train else None,
-        val=ArraySource("digits val", pictures[val], digits.target[val]),
+        train=ArraySource("digits train", images[train], digits.target[train]) if need_train else None,
+        val=ArraySource("digits val", images[val], digits.target[val]),
         class_names=[str(name) for name in digits.target_names],
         remark="; small shifts are the only augmentation, whatever the flags say" if need_train else "",
     )
@@ -404,12 +404,12 @@ def _sources(args, need_train: bool) -> Sources:
     raise DataError(f"--data-set {args.data_set}: expected one of {', '.join(DATA_SETS)}")
 
 
-def _dataset(args, source: Source, train: bool) -> PictureDataset:
+def _dataset(args, source: Source, train: bool) -> ImageDataset:
     if args.bad_image not in ("raise", "replace"):
         raise DataError(f"--bad-image {args.bad_image}: expected raise or replace")
     policy = "raise" if args.bad_image == "raise" else "next" if train else "grey"
     transform = build_transform(args, train, args.in_chans)
-    return PictureDataset(source, transform, args.seed, policy, args.bad_image_share)
+    return ImageDataset(source, transform, args.seed, policy, args.bad_image_share)
 
 
 def _checked_num_classes(asked: int | None, names: list[str]) -> int:
@@ -422,7 +422,7 @@ def _checked_num_classes(asked: int | None, names: list[str]) -> int:
 
 def _check_labels(source: Source, names: list[str]) -> None:
     if len(source.labels) == 0:
-        raise DataError("a data set without pictures")
+        raise DataError("a data set without images")
     low, high = source.labels.min(), source.labels.max()
     if low < 0 or high >= len(names):
         worst = int(source.labels.argmin() if low < 0 else source.labels.argmax())
@@ -431,17 +431,17 @@ def _check_labels(source: Source, names: list[str]) -> None:
 
 def _describe(args, sources: Sources) -> str:
     where = "" if args.data_set == "DIGITS" else f" {args.data_path}"
-    counts = f"{len(sources.val.labels):,} val pictures in {len(sources.class_names):,} classes"
+    counts = f"{len(sources.val.labels):,} val images in {len(sources.class_names):,} classes"
     if sources.train is not None:
         per_class = Counter(sources.train.labels.tolist()).values()
         spread = f"{min(per_class):,} to {max(per_class):,} a class"
-        counts = f"{len(sources.train.labels):,} train pictures ({spread}) and {counts}"
-    grey = f"; pictures become grey, {args.in_chans} channel(s)" if args.in_chans != 3 else ""
+        counts = f"{len(sources.train.labels):,} train images ({spread}) and {counts}"
+    grey = f"; images become grey, {args.in_chans} channel(s)" if args.in_chans != 3 else ""
     return f"{args.data_set}{where}: {counts}{sources.remark}{grey}"
 
 
 def build_loader(dataset: Dataset, sampler: Sampler, args, train: bool) -> DataLoader:
-    """Batches (pictures (B, C, H, W) float32, labels (B,) int64) in the sampler's order.
+    """Batches (images (B, C, H, W) float32, labels (B,) int64) in the sampler's order.
 
     Reads `batch_size, num_workers, pin_mem, loader_timeout`. Training leaves out an incomplete batch,
     evaluation keeps it. Workers stay alive between epochs; RuntimeError if one gives no batch for

@@ -1,8 +1,8 @@
-"""Which picture comes when: training order and evaluation shards as pure functions of counters.
+"""Which image comes when: training order and evaluation shards as pure functions of counters.
 
 Nothing here has state that a checkpoint would have to carry. The order of an epoch follows from (seed, epoch)
 alone, a resumed epoch starts at `start_batch`, and a rank takes its turn of one global order, so that
-another number of ranks sees the same pictures at the same step.
+another number of ranks sees the same images at the same step.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ ORDER_STREAM = 1
 
 
 class SampleKey(NamedTuple):
-    """One view of one picture: what a dataset needs to draw its augmentation from counters."""
+    """One view of one image: what a dataset needs to draw its augmentation from counters."""
 
     epoch: int
     index: int
@@ -31,12 +31,12 @@ class TrainSampler(Sampler[SampleKey]):
     rank r takes every num_ranks-th entry of it from r on. The order's tail that fills no whole batch is left
     out (another one each epoch), so every rank runs the same number of batches.
 
-    With `repeats` = 3 each picture stands three times in a row, each time under another augmentation, and the
-    epoch keeps its length: about a third of the pictures, three times each (Hoffer et al., "Augment your
+    With `repeats` = 3 each image stands three times in a row, each time under another augmentation, and the
+    epoch keeps its length: about a third of the images, three times each (Hoffer et al., "Augment your
     batch", arXiv 1901.09335; DeiT, arXiv 2012.12877, section 6). Neighbours go to different ranks where
     there are several, and to the same batch in one process.
 
-    Raises ValueError when the pictures do not fill one batch, or `repeats` or `rank` makes no sense.
+    Raises ValueError when the images do not fill one batch, or `repeats` or `rank` makes no sense.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class TrainSampler(Sampler[SampleKey]):
         self.num_batches = size // (batch_size * num_ranks)
         if self.num_batches == 0:
             raise ValueError(
-                f"{size} training pictures do not fill one batch of {batch_size} on each of {num_ranks} "
+                f"{size} training images do not fill one batch of {batch_size} on each of {num_ranks} "
                 f"rank(s): lower --batch-size to at most {max(1, size // num_ranks)}"
             )
 
@@ -86,8 +86,8 @@ class TrainSampler(Sampler[SampleKey]):
         order = self._global_order()
         step = self.batch_size * self.num_ranks
         for position in range(self.start_batch * step + self.rank, self.num_batches * step, self.num_ranks):
-            picture, repeat = divmod(position, self.repeats)
-            yield SampleKey(self.epoch, int(order[picture]), repeat)
+            image, repeat = divmod(position, self.repeats)
+            yield SampleKey(self.epoch, int(order[image]), repeat)
 
     def _global_order(self) -> np.ndarray:
         if not self.shuffle:
@@ -97,7 +97,7 @@ class TrainSampler(Sampler[SampleKey]):
 
 
 class EvalSampler(Sampler[int]):
-    """Every picture exactly once over all ranks: rank r takes r, r + num_ranks, ...; sizes differ by one."""
+    """Every image exactly once over all ranks: rank r takes r, r + num_ranks, ...; sizes differ by one."""
 
     def __init__(self, size: int, num_ranks: int = 1, rank: int = 0):
         if not 0 <= rank < num_ranks:

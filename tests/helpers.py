@@ -1,0 +1,87 @@
+"""Small data sets and arguments for the program's tests."""
+
+import hashlib
+import json
+import pickle
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+from arguments import build_parser
+from PIL import Image
+
+# Everything random in the recipe off, for tests that compare pixels.
+PLAIN = ("--aa", "none", "--color-jitter", "0", "--reprob", "0")
+
+
+def run_args(*flags: str) -> Namespace:
+    """The program's own defaults with `flags` on top, in one process without loader workers."""
+    return build_parser().parse_args(["--num_workers", "0", *flags])
+
+
+def random_image(seed: int, width: int = 40, height: int = 32) -> Image.Image:
+    """Smooth coloured noise: it survives JPEG, and no flip or shift of it looks like another."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def write_image_folder(root: Path, classes=("ant", "bee", "cow"), per_class: int = 8, **size) -> Path:
+    """`root`/{train,val}/CLASS/N.jpg."""
+    for split, name in ((split, name) for split in ("train", "val") for name in classes):
+        folder = root / split / name
+        folder.mkdir(parents=True)
+        for i in range(per_class):
+            seed = int.from_bytes(hashlib.sha256(f"{split}/{name}/{i}".encode()).digest()[:4], "big")
+            random_image(seed, **size).save(folder / f"{i}.jpg")
+    return root
+
+
+def write_cifar(root: Path, kind: type, monkeypatch, size: int = 12) -> Path:
+    """A CIFAR of `size` images a file in the layout that torchvision reads, with digests that fit."""
+    folder = root / kind.base_folder
+    folder.mkdir(parents=True)
+    names = [f"class {i}" for i in range(100 if kind.meta["key"] == "fine_label_names" else 10)]
+    label_key = "fine_labels" if len(names) == 100 else "labels"
+
+    def write(file: str, content: dict) -> str:
+        (folder / file).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / file).read_bytes()).hexdigest()
+
+    def batch(seed: int) -> dict:
+        rng = np.random.default_rng(seed)
+        data = rng.integers(0, 256, (size, 3 * 32 * 32), dtype=np.uint8)
+        return {"data": data, label_key: rng.integers(0, len(names), size).tolist()}
+
+    for attribute in ("train_list", "test_list"):
+        files = [file for file, _ in getattr(kind, attribute)]
+        digests = [[file, write(file, batch(seed))] for seed, file in enumerate(files)]
+        monkeypatch.setattr(kind, attribute, digests)
+    digest = write(kind.meta["filename"], {kind.meta["key"]: names})
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": digest})
+    return root
+
+
+def write_inat(root: Path, year: int, keep_supercategory: bool = True) -> Path:
+    """iNaturalist with categories 7, 3, 5 (two of them of one genus); 3 train images of each, 2 val images."""
+    root.mkdir(parents=True, exist_ok=True)
+    genus_of = {7: "Apis", 3: "Bos", 5: "Bos"}
+    categories = [{"id": i, "name": f"{genus} {i}", "genus": genus} for i, genus in genus_of.items()]
+    (root / "categories.json").write_text(json.dumps(categories))
+    for split, per_category in (("train", 3), ("val", 2)):
+        images, annotations = [], []
+        for category in genus_of:
+            for i in range(per_category):
+                number = len(images)
+                folder = (
+                    f"train_val{year}/Animalia/{category}"
+                    if keep_supercategory
+                    else f"train_val{year}/{category}"
+                )
+                (root / folder).mkdir(parents=True, exist_ok=True)
+                random_image(1000 * category + i).save(root / folder / f"{split}{i}.jpg")
+                name = f"train_val{year}/Animalia/{category}/{split}{i}.jpg"
+                images.append({"id": number, "file_name": name})
+                annotations.append({"image_id": number, "category_id": category})
+        content = {"images": images, "annotations": annotations}
+        (root / f"{split}{year}.json").write_text(json.dumps(content))
+    return root
