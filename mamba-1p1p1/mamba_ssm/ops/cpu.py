@@ -16,6 +16,7 @@ from torch import Tensor
 
 ISA_VARIABLE = "MAMBA_SSM_CPU_ISA"
 ISAS = ("avx512", "avx2", "portable")
+OPS = ("bimamba",)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 MAX_WIDTH, MAX_STATES = 8, 256
 _LIBRARY_STEM = "_cpu_kernels"
@@ -106,6 +107,8 @@ def _lanes() -> int:
 
 def unsupported(op: str, dtype: torch.dtype, d_state: int | None, d_conv: int | None) -> str | None:
     """Why the kernels do not serve this kind of call, or None."""
+    if op not in OPS:
+        return f"{op} has no CPU kernel"
     if dtype not in DTYPES:
         return f"{op} of dtype {dtype}: the CPU kernels serve float32 and bfloat16"
     if d_state is not None and not 1 <= d_state <= MAX_STATES:
@@ -174,3 +177,19 @@ def bimamba_forward(xz, forward_params, backward_params, scale, save):
     arguments.y = y.data_ptr()
     _call("bimamba_forward", arguments)
     return y, saved
+
+
+def bimamba_backward(dy, xz, forward_params, backward_params, scale, saved):
+    """`reference.bimamba_backward` from the states that forward saved: (dxz, forward and backward gradients)."""
+    xz, dy = xz if xz.stride(2) == 1 else xz.contiguous(), dy.to(xz.dtype).contiguous()
+    originals = (forward_params, backward_params)
+    parameters = [[_plain(p) for p in params] for params in originals]
+    grads = [[None if p is None else torch.empty_like(p) for p in params] for params in parameters]
+    dxz = torch.empty(xz.shape, dtype=xz.dtype)
+    arguments = _bimamba_arguments(xz, parameters, scale, saved)
+    arguments.dy, arguments.dxz = dy.data_ptr(), dxz.data_ptr()
+    arguments.gradients = (_Direction * 2)(*(_direction(g) for g in grads))
+    _call("bimamba_backward", arguments)
+    return dxz, *(
+        tuple(None if g is None else g.to(p.dtype) for g, p in zip(*pair)) for pair in zip(grads, originals)
+    )

@@ -1,0 +1,16 @@
+// All kernels for one instruction set, named by the macro ISA; compiled once for each (setup.py).
+#include "bimamba_backward.h"
+
+#define JOIN(a, b) a##_##b
+#define NAME(function, isa) JOIN(function, isa)
+#define EXPORT(function) extern "C" __attribute__((visibility("default"))) int NAME(mamba_ssm_##function, ISA)
+
+EXPORT(lanes)() { return VL; }
+
+EXPORT(bimamba_forward)(const BimambaArguments* a) {
+    return a->dtype == BFLOAT16 ? bimamba_forward<bf16>(*a) : bimamba_forward<float>(*a);
+}
+
+EXPORT(bimamba_backward)(const BimambaArguments* a) {
+    return a->dtype == BFLOAT16 ? bimamba_backward<bf16>(*a) : bimamba_backward<float>(*a);
+}

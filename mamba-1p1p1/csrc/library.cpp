@@ -1,0 +1,46 @@
+// What does not depend on the instruction set: which ones this processor has, and the workspace.
+#include <cstdlib>
+
+#include "workspace.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+struct Workspace {
+    float* data = nullptr;
+    size_t floats = 0;
+    ~Workspace() { free(data); }
+};
+
+thread_local Workspace workspace;
+
+}  // namespace
+
+float* mamba_ssm_workspace(size_t floats) {
+    if (floats > workspace.floats) {
+        free(workspace.data);
+        workspace.floats = 0;
+        workspace.data = static_cast<float*>(aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64));
+        if (workspace.data) workspace.floats = floats;
+    }
+    return workspace.data;
+}
+
+// 1 if this processor can run the kernels compiled for an instruction set.
+EXPORT int mamba_ssm_has_avx512() {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#else
+    return 0;
+#endif
+}
+
+EXPORT int mamba_ssm_has_avx2() {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+    return 0;
+#endif
+}

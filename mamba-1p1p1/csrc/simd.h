@@ -1,0 +1,211 @@
+// Vectors of float32 lanes for one instruction set, and the few functions of them that the kernels need.
+//
+// Each kernel source is compiled once per instruction set, so everything here is in an unnamed namespace and
+// no standard-library template is used: a shared inline function compiled for AVX-512 could otherwise be the
+// copy that the linker keeps, and then run on a machine without it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define UNROLL _Pragma("GCC unroll 32")
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define SIMD_AVX512 1
+constexpr int VL = 16;
+#elif defined(__AVX2__) && defined(__FMA__)
+#define SIMD_AVX2 1
+constexpr int VL = 8;
+#else
+constexpr int VL = 4;  // SSE2 or NEON registers; plain C++ elsewhere
+#endif
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef uint32_t vu __attribute__((vector_size(VL * 4)));
+typedef uint16_t vh __attribute__((vector_size(VL * 2)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+
+constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+template <class T> constexpr T smaller(T a, T b) { return a < b ? a : b; }
+template <class T> constexpr T larger(T a, T b) { return a > b ? a : b; }
+
+INLINE vf set1(float s) { return s - vf{}; }
+
+INLINE vf fma(vf a, vf b, vf c) {
+#if SIMD_AVX512
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif SIMD_AVX2
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+// Both return the second operand where one is not a number, as the x86 instructions do.
+INLINE vf vmax(vf a, vf b) {
+#if SIMD_AVX512
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif SIMD_AVX2
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+INLINE vf vmin(vf a, vf b) {
+#if SIMD_AVX512
+    return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif SIMD_AVX2
+    return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
+INLINE vf vabs(vf a) { return (vf)((vu)a & 0x7fffffffu); }
+
+INLINE float sum_lanes(vf a) {
+#if SIMD_AVX512
+    return _mm512_reduce_add_ps((__m512)a);
+#else
+    float total = 0;
+    UNROLL for (int i = 0; i < VL; ++i) total += a[i];
+    return total;
+#endif
+}
+
+// Loads and stores of float32 or bfloat16 memory; `lanes` < VL reads or writes only that many.
+
+INLINE vf load(const float* p) {
+    vf v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE vf load(const bf16* p) {
+    vh h;
+    __builtin_memcpy(&h, p, sizeof h);
+    return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+
+INLINE void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
+
+// Round to nearest even; a not-a-number keeps a bit set.
+INLINE vh to_bf16(vf v) {
+    vu bits = (vu)v;
+    vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    vu quiet = (bits >> 16) | 0x40u;
+    return __builtin_convertvector((v == v) ? rounded : quiet, vh);
+}
+
+INLINE void store(bf16* p, vf v) {
+    vh h = to_bf16(v);
+    __builtin_memcpy(p, &h, sizeof h);
+}
+
+template <class T> INLINE vf load(const T* p, int lanes) {
+    if (__builtin_expect(lanes >= VL, 1)) return load(p);
+    T part[VL] = {};
+    for (int i = 0; i < lanes; ++i) part[i] = p[i];
+    return load(part);
+}
+
+template <class T> INLINE void store(T* p, vf v, int lanes) {
+    if (__builtin_expect(lanes >= VL, 1)) return store(p, v);
+    T part[VL];
+    store(part, v);
+    for (int i = 0; i < lanes; ++i) p[i] = part[i];
+}
+
+INLINE float scalar(float value) { return value; }
+INLINE float scalar(bf16 value) {
+    uint32_t bits = (uint32_t)value.bits << 16;
+    float result;
+    __builtin_memcpy(&result, &bits, 4);
+    return result;
+}
+
+// p * 2^n for integral n: zero below the range of float32.
+INLINE vf scale_by_power(vf p, vf n) {
+#if SIMD_AVX512
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    const vf magic = set1(12582912.f);
+    vf r = vmax(set1(-126.f), vmin(set1(127.f), n)) + magic;
+    return (vf)((vi)p + ((vi)r << 23));
+#endif
+}
+
+// 2^(d * a). Nearest-integer reduction, then 1 + f q(f) with q the minimax fit of (2^f - 1) / f on [-1/2, 1/2]
+// in relative error, 4.3e-7: it is the relative error of the decay rate, what the error of a slow state is
+// made of, and p(0) is exactly 1. (The Taylor polynomial of the same degree has 1e-5.)
+INLINE vf exp2_of_product(vf d, vf a) {
+    const vf magic = set1(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+    vf n = fma(d, a, magic) - magic;
+    vf f = fma(d, a, -n);
+    vf p = fma(f, set1(0.0013333538081496954f), set1(0.009666245430707932f));
+    p = fma(p, f, set1(0.05550500378012657f));
+    p = fma(p, f, set1(0.24022351205348969f));
+    p = fma(p, f, set1(0.6931471228599548f));
+    p = fma(p, f, set1(1.f));
+    return scale_by_power(p, n);
+}
+
+// exp(-x) for |x| <= 87, and beyond that the value there: all that a float32 sigmoid can tell apart.
+INLINE vf exp_minus(vf x) { return exp2_of_product(vmax(set1(-87.f), vmin(set1(87.f), x)), set1(-LOG2E)); }
+
+INLINE vf sigmoid(vf x) { return 1.f / (1.f + exp_minus(x)); }
+
+INLINE vf silu(vf x) { return x / (1.f + exp_minus(x)); }
+
+// d silu(x) / dx, given s = sigmoid(x).
+INLINE vf silu_slope(vf x, vf s) { return s * fma(x, 1.f - s, set1(1.f)); }
+
+// log2(1 + 2^(x log2 e)): softplus in units of ln 2. max(x, 0) + log1p(exp(-|x|)), where log1p(e) = e q(e) with
+// q the minimax fit on [0, 1] (2e-7), keeps the relative accuracy of small results.
+INLINE vf softplus_log2(vf x) {
+    vf e = exp_minus(vabs(x));
+    vf q = fma(e, set1(-0.012319466099143028f), set1(0.06360787153244019f));
+    q = fma(q, e, set1(-0.15535186231136322f));
+    q = fma(q, e, set1(0.2560097277164459f));
+    q = fma(q, e, set1(-0.35339483618736267f));
+    q = fma(q, e, set1(0.48006370663642883f));
+    q = fma(q, e, set1(-0.7213100790977478f));
+    q = fma(q, e, set1(1.4426947832107544f));
+    return fma(e, q, vmax(set1(0.f), x) * LOG2E);
+}
+
+// Sixteen-by-sixteen (VL by VL) transposition in registers: VL rows in, VL columns out.
+template <int H> INLINE void interleave(vf a, vf b, vf& low, vf& high) {
+    vi low_order{}, high_order{};
+    UNROLL for (int i = 0; i < VL; ++i) {
+        low_order[i] = i / 2 + (i % 2) * VL;
+        high_order[i] = VL / 2 + i / 2 + (i % 2) * VL;
+    }
+    low = __builtin_shuffle(a, b, low_order);
+    high = __builtin_shuffle(a, b, high_order);
+}
+
+INLINE void transpose(vf* rows) {
+    vf other[VL];
+    UNROLL for (int round = 1; round < VL; round *= 2) {
+        UNROLL for (int i = 0; i < VL / 2; ++i)
+            interleave<0>(rows[i], rows[i + VL / 2], other[2 * i], other[2 * i + 1]);
+        UNROLL for (int i = 0; i < VL; ++i) rows[i] = other[i];
+    }
+}
+
+}  // namespace
