@@ -1,0 +1,483 @@
+"""The command line of the training program: every flag, its default and what it is for.
+
+Names, meanings and defaults are those of DeiT's and Vim's `main.py`, so that their commands keep working.
+`--config FILE.yaml` gives the same flags from a file (the command line wins), and `save_arguments` writes the
+resolved ones in that very form, so that `--config RUN/args.yaml` repeats a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+INTERPOLATIONS = ("random", "bilinear", "bicubic")
+DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19", "DIGITS")
+INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+NOT_SAVED = ("config",)
+
+
+class ConfigError(ValueError):
+    """A combination of arguments that cannot work; its text is the one line the user reads."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, with the nearest flag for a misspelt one."""
+
+    def error(self, message: str):
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            flag = message.removeprefix(prefix).split()[0].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=3)
+            message += f" (did you mean {' or '.join(near)}?)" if near else " (--help lists all flags)"
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+def natural_int(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative; give 0 or a positive whole number")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def tracker_list(text: str) -> str:
+    unknown = [name for name in text.split(",") if name and name not in TRACKERS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(TRACKERS)}")
+    return text
+
+
+class Switch(argparse.Action):
+    """A boolean flag of two names: the first turns it on, the second off."""
+
+    def __init__(self, option_strings, dest, default=False, help=None):
+        super().__init__(option_strings, dest, nargs=0, default=default, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, option_string == self.option_strings[0])
+
+
+def switch(add, name: str, default: bool, text: str) -> None:
+    """Add the boolean flag `--name` with its negation `--no-name`, as DeiT writes them."""
+    add(f"--{name}", f"--no-{name}", action=Switch, default=default, help=text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all flags. Defaults of None are resolved by `parse_args`, which says how."""
+    parser = OneLineParser(
+        prog="main.py",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train, fine-tune and evaluate Vision Mamba, or any timm model, on images.",
+        epilog="Without --data-path it trains on scikit-learn's digits, which need no download.",
+    )
+    parser.add_argument(
+        "--config", default="", metavar="FILE.yaml", help="flags from a file; the command line wins"
+    )
+    for add_group in (
+        add_run_flags,
+        add_data_flags,
+        add_model_flags,
+        add_weight_flags,
+        add_optimizer_flags,
+        add_schedule_flags,
+        add_augmentation_flags,
+        add_mixup_flags,
+        add_loss_flags,
+        add_evaluation_flags,
+        add_device_flags,
+        add_reliability_flags,
+        add_distributed_flags,
+    ):
+        add_group(parser)
+    return parser
+
+
+def add_run_flags(parser) -> None:
+    add = parser.add_argument_group("run").add_argument
+    add("--batch-size", default=64, type=positive_int, help="images per rank and micro-batch")
+    add("--epochs", default=300, type=positive_int, help="passes over the training images")
+    add(
+        "--accum-steps",
+        default=1,
+        type=positive_int,
+        help="micro-batches per optimiser step: the whole batch is batch-size x ranks x accum-steps",
+    )
+    add(
+        "--output_dir",
+        "--output-dir",
+        default="",
+        metavar="DIR",
+        help="where checkpoints, logs and pictures go; empty saves nothing",
+    )
+    add("--seed", default=0, type=natural_int, help="the one number that all randomness derives from")
+    add(
+        "--report-to",
+        default="tensorboard",
+        type=tracker_list,
+        metavar="NAMES",
+        help="trackers, with commas: tensorboard, wandb, mlflow; log.txt and metrics.csv always come",
+    )
+    add(
+        "--log-every",
+        default=50,
+        type=positive_int,
+        metavar="STEPS",
+        help="steps between two points of the trackers and, where no terminal is, two printed lines",
+    )
+
+
+def add_data_flags(parser) -> None:
+    add = parser.add_argument_group("data").add_argument
+    add("--data-path", default="", metavar="DIR", help="the data set's folder")
+    add(
+        "--data-set",
+        default=None,
+        choices=DATA_SETS,
+        help="IMNET is any image folder with train/ and val/; CIFAR has 100 classes; default IMNET, "
+        "or DIGITS if there is no --data-path",
+    )
+    add("--inat-category", default="name", choices=INAT_CATEGORIES, help="what INAT calls a class")
+    add("--input-size", default=224, type=positive_int, help="pixels per side the model sees")
+    add("--in-chans", default=3, type=positive_int, help="channels of an image: 1 is grey, 3 RGB")
+    add("--num-classes", default=None, type=positive_int, help="default: as many as the data has")
+    add("--num_workers", "--num-workers", default=10, type=natural_int, help="loader processes")
+    add(
+        "--loader-timeout",
+        default=600.0,
+        type=float,
+        metavar="SECONDS",
+        help="wait for a batch at most so long",
+    )
+    add("--bad-image", default="raise", choices=("raise", "replace"), help="what an unreadable picture does")
+    add("--bad-image-share", default=0.01, type=fraction, help="share of replaced pictures that ends the run")
+    switch(add, "pin-mem", True, "page-locked batches, which a GPU copies without waiting")
+    switch(add, "repeated-aug", True, "each image three times per pass, differently augmented")
+    switch(add, "train-mode", True, "train with dropout and running statistics on; off to freeze them")
+
+
+def add_model_flags(parser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--model",
+        default="deit_base_patch16_224",
+        metavar="NAME",
+        help="vim_tiny_patch16_224, vim_nano_patch4_32, ... or any timm model",
+    )
+    add("--drop", default=0.0, type=fraction, metavar="P", help="dropout")
+    add("--drop-path", default=0.1, type=fraction, metavar="P", help="stochastic depth, last block")
+    add(
+        "--dt-init-backward",
+        default="published",
+        choices=("published", "same"),
+        help="backward time steps of a Vim start from a zero bias, as published, or as the forward ones",
+    )
+    switch(add, "attn-only", False, "train the attention layers and the head alone (vision transformers)")
+    switch(add, "compile", False, "torch.compile the model")
+    switch(add, "grad-checkpointing", False, "recompute activations in the backward pass to save memory")
+    switch(add, "model-ema", True, "keep an exponential moving average of the weights")
+    add("--model-ema-decay", default=0.99996, type=fraction, help="weight of the old average per step")
+    switch(add, "model-ema-force-cpu", False, "keep the average in the CPU's memory")
+
+
+def add_weight_flags(parser) -> None:
+    add = parser.add_argument_group("weights").add_argument
+    add(
+        "--resume",
+        default="",
+        metavar="CKPT",
+        help="go on from a file, https://, hf-hub: or `auto`, the newest whole one in --output_dir",
+    )
+    add("--finetune", default="", metavar="CKPT", help="start from these weights; the head may differ")
+    add(
+        "--pos-embed-resize",
+        default="grid",
+        choices=("grid", "published"),
+        help="position embeddings at another size: resample the grid, or scramble it as published",
+    )
+    switch(add, "trust-checkpoint", False, "unpickle a checkpoint although that may run code it contains")
+    add("--start_epoch", "--start-epoch", default=0, type=natural_int, help="where to begin counting")
+
+
+def add_optimizer_flags(parser) -> None:
+    add = parser.add_argument_group("optimiser").add_argument
+    add("--opt", default="adamw", metavar="NAME", help="any optimiser of timm")
+    add("--opt-eps", default=1e-8, type=float, metavar="EPS")
+    add("--opt-betas", default=None, type=float, nargs="+", metavar="BETA", help="the optimiser's own")
+    add("--clip-grad", default=None, type=float, metavar="NORM", help="largest gradient norm; no limit")
+    add("--momentum", default=0.9, type=float, metavar="M", help="of SGD")
+    add("--weight-decay", default=0.05, type=float, help="not for biases, norms and embeddings")
+    add(
+        "--no-decay-ssm",
+        "--decay-ssm",
+        action=Switch,
+        help="exempt A_log, which the published runs decayed, from weight decay",
+    )
+
+
+def add_schedule_flags(parser) -> None:
+    add = parser.add_argument_group("learning rate").add_argument
+    add("--lr", default=5e-4, type=float, help="at a whole batch of 512; scaled linearly")
+    switch(add, "unscale-lr", False, "take --lr as it is, whatever the batch")
+    add("--sched", default="cosine", metavar="NAME", help="any schedule of timm")
+    switch(add, "sched-on-updates", False, "change the learning rate at every step, not every epoch")
+    add("--lr-noise", default=None, type=float, nargs="+", metavar="FRACTION", help="noise on/off epochs")
+    add("--lr-noise-pct", default=0.67, type=float, metavar="PERCENT", help="largest noise")
+    add("--lr-noise-std", default=1.0, type=float, metavar="STD")
+    add("--warmup-lr", default=1e-6, type=float, help="the first epoch's")
+    add("--min-lr", default=1e-5, type=float, help="the last epochs'")
+    add("--decay-epochs", default=30, type=float, help="between two steps of --sched step")
+    add("--warmup-epochs", default=5, type=natural_int)
+    add("--cooldown-epochs", default=10, type=natural_int, help="at min-lr, if --epochs leaves room")
+    add("--patience-epochs", default=10, type=natural_int, help="of --sched plateau")
+    add("--decay-rate", "--dr", default=0.1, type=float, help="factor of --sched step and plateau")
+
+
+def add_augmentation_flags(parser) -> None:
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--color-jitter", default=0.3, type=float, metavar="PCT", help="only where --aa is off")
+    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="RandAugment; `none` for off")
+    add("--train-interpolation", default="bicubic", choices=INTERPOLATIONS)
+    add("--reprob", default=0.25, type=fraction, metavar="P", help="random erasing")
+    add("--remode", default="pixel", choices=("pixel", "rand", "const"), help="what erases")
+    add("--recount", default=1, type=positive_int, help="erased boxes")
+    switch(add, "resplit", False, "of timm's augmentation splits, which this recipe has not: refused")
+    switch(add, "ThreeAugment", False, "DeiT III: one of grey, solarise, blur, then colour jitter")
+    switch(add, "src", False, "DeiT III's simple random crop instead of a random resized one")
+
+
+def add_mixup_flags(parser) -> None:
+    add = parser.add_argument_group("mixup and cutmix").add_argument
+    add("--mixup", default=0.8, type=float, metavar="ALPHA", help="0 for off")
+    add("--cutmix", default=1.0, type=float, metavar="ALPHA", help="0 for off")
+    add("--cutmix-minmax", default=None, type=float, nargs="+", metavar="RATIO", help="box size range")
+    add("--mixup-prob", default=1.0, type=fraction, metavar="P", help="of mixing at all")
+    add("--mixup-switch-prob", default=0.5, type=fraction, metavar="P", help="of cutmix when both are on")
+    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares a ratio")
+
+
+def add_loss_flags(parser) -> None:
+    add = parser.add_argument_group("loss and distillation").add_argument
+    add("--smoothing", default=0.1, type=fraction, help="label smoothing")
+    switch(add, "bce-loss", False, "one binary cross-entropy per class (DeiT III)")
+    switch(add, "cosub", False, "two sub-models of one batch teach each other (DeiT III)")
+    add("--teacher-model", default="regnety_160", metavar="NAME", help="any timm model")
+    add("--teacher-path", default="", metavar="CKPT", help="the teacher's weights")
+    add("--distillation-type", default="none", choices=("none", "soft", "hard"))
+    add("--distillation-alpha", default=0.5, type=fraction, help="the teacher's share of the loss")
+    add("--distillation-tau", default=1.0, type=float, help="temperature of soft distillation")
+
+
+def add_evaluation_flags(parser) -> None:
+    add = parser.add_argument_group("evaluation").add_argument
+    switch(add, "eval", False, "evaluate the weights of --resume and leave")
+    add("--eval-crop-ratio", default=0.875, type=float, help="share of the image the crop keeps")
+    add(
+        "--eval-weights",
+        default="both",
+        choices=("raw", "ema", "both"),
+        help="which weights are evaluated, of those there are; the best checkpoint follows the first",
+    )
+    switch(add, "dist-eval", False, "share the evaluation among the ranks; the counts stay exact")
+
+
+def add_device_flags(parser) -> None:
+    add = parser.add_argument_group("device and precision").add_argument
+    add("--device", default="cuda", help="cuda, cpu, mps, or `auto`: the fastest there is")
+    add(
+        "--if_amp",
+        "--no_amp",
+        action=Switch,
+        default=None,
+        help="mixed precision; default: on a GPU yes, elsewhere no, as published",
+    )
+    add(
+        "--amp-dtype",
+        default="bfloat16",
+        choices=("bfloat16", "float16"),
+        help="of mixed precision; float16 also scales the loss. The scan's state stays float32",
+    )
+    switch(add, "deterministic", False, "the same bits at every run, some operations slower")
+
+
+def add_reliability_flags(parser) -> None:
+    add = parser.add_argument_group("reliability").add_argument
+    add(
+        "--checkpoint-steps",
+        default=0,
+        type=natural_int,
+        metavar="STEPS",
+        help="also save inside an epoch, every so many steps; 0 saves after each epoch alone",
+    )
+    add("--keep-checkpoints", default=2, type=positive_int, metavar="K", help="newest ones kept")
+    add(
+        "--nonfinite",
+        default=None,
+        choices=("stop", "skip"),
+        help="a loss or gradient that is not finite: end the run (exit code 3, default) or skip its step",
+    )
+    add("--nonfinite-limit", default=10, type=positive_int, help="steps left out in a row before the end")
+    add(
+        "--if_continue_inf", "--no_continue_inf", action=Switch, help="the published name of --nonfinite skip"
+    )
+    add("--if_nan2num", "--no_nan2num", action=Switch, help="make the logits finite before the loss")
+
+
+def add_distributed_flags(parser) -> None:
+    add = parser.add_argument_group("several processes (torchrun sets these)").add_argument
+    switch(add, "distributed", False, "insist on running under torchrun")
+    add("--world_size", "--world-size", default=1, type=positive_int, help="processes in all")
+    add("--dist_url", "--dist-url", default="env://", help="where the processes meet")
+    add("--local-rank", "--local_rank", default=0, type=natural_int, help="as old launchers pass it")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read flags from `--config` and the command line, the latter winning, and resolve open defaults.
+
+    Exits with 2 on what argparse refuses; raises ConfigError for combinations that cannot work.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    finder = OneLineParser(prog="main.py", add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", default="")
+    path = finder.parse_known_args(argv)[0].config
+    tokens = yaml_tokens(path, parser) if path else []
+    args = parser.parse_args(tokens + argv)
+    resolve_defaults(args)
+    check_arguments(args)
+    return args
+
+
+def yaml_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
+    """Turn a YAML mapping into command-line tokens, so that the same checks read both.
+
+    Keys are flag names without the leading dashes; `-` and `_` are the same. Raises ConfigError for a file
+    that is not such a mapping and for unknown keys, naming near ones.
+    """
+    known = yaml_keys(parser)
+    tokens = []
+    for key, value in read_mapping(path).items():
+        action = known.get(normalised(key))
+        if action is None:
+            near = difflib.get_close_matches(normalised(key), known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "`main.py --help` lists all flags"
+            raise ConfigError(f"--config {path} has the unknown key {key!r}; {hint}")
+        tokens += value_tokens(path, action, value)
+    return tokens
+
+
+def normalised(key) -> str:
+    return str(key).lstrip("-").replace("-", "_")
+
+
+def yaml_keys(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """What a configuration file may set: every flag's names, negations left out."""
+    known = {}
+    for action in parser._actions:
+        if action.dest in ("help", *NOT_SAVED):
+            continue
+        names = action.option_strings[:1] if isinstance(action, Switch) else action.option_strings
+        known.update({normalised(name): action for name in (*names, action.dest)})
+    return known
+
+
+def read_mapping(path: str) -> dict:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"--config {path} holds a {type(content).__name__}; it takes lines of `flag: value`"
+        )
+    return content
+
+
+def value_tokens(path: str, action: argparse.Action, value) -> list[str]:
+    """Write one `key: value` of a configuration file as the command line would."""
+    flag = action.option_strings[0]
+    if value is None and action.default is None:
+        return []
+    if isinstance(value, bool) != isinstance(action, Switch) or value is None or isinstance(value, dict):
+        wanted = (
+            "true or false" if isinstance(action, Switch) else "a value, not true, false, null or a mapping"
+        )
+        raise ConfigError(f"--config {path}: {action.dest}: {value!r} cannot be; {flag} takes {wanted}")
+    if isinstance(value, bool):
+        return [action.option_strings[0 if value else 1]]
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [f"{flag}={value}"]
+
+
+def resolve_defaults(args: argparse.Namespace) -> None:
+    """Give every open default its value, in place: device, mixed precision, data set, policy."""
+    if args.device == "auto":
+        args.device = (
+            torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+        )
+    if args.if_amp is None:
+        args.if_amp = args.device.startswith("cuda")
+    if args.data_set is None:
+        args.data_set = "IMNET" if args.data_path else "DIGITS"
+    if args.nonfinite is None:
+        args.nonfinite = "skip" if args.if_continue_inf else "stop"
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is loaded. Raises ConfigError, one line each."""
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"--device {args.device}: this torch sees no GPU; use --device cpu or --device auto"
+        )
+    if args.device.partition(":")[0] not in ("cuda", "cpu", "mps"):
+        raise ConfigError(f"--device {args.device} is not one of cuda, cpu, mps, auto")
+    if args.data_set != "DIGITS" and not args.data_path:
+        raise ConfigError(
+            f"--data-set {args.data_set} needs --data-path DIR; without one only DIGITS can be had"
+        )
+    if args.resplit:
+        raise ConfigError("--resplit belongs to augmentation splits, which this recipe has not; leave it out")
+    if args.distillation_type != "none" and not args.teacher_path:
+        raise ConfigError(f"--distillation-type {args.distillation_type} needs --teacher-path CKPT")
+    if args.distillation_type != "none" and args.cosub:
+        raise ConfigError("--cosub is its own teacher; take it or --distillation-type, not both")
+    if args.eval and not args.resume:
+        raise ConfigError("--eval needs --resume CKPT, the weights to evaluate")
+    if args.resume == "auto" and not args.output_dir:
+        raise ConfigError("--resume auto looks into --output_dir, which is not given")
+    if args.resume and args.finetune:
+        raise ConfigError(
+            "--resume goes on with a run, --finetune begins one from its weights; give one of them"
+        )
+    if args.sched == "plateau" and args.sched_on_updates:
+        raise ConfigError("--sched plateau follows the evaluations; leave --sched-on-updates out")
+
+
+def save_arguments(args: argparse.Namespace, path: Path) -> None:
+    """Write the resolved arguments as YAML that `--config` reads back to the same namespace."""
+    values = {key: value for key, value in sorted(vars(args).items()) if key not in NOT_SAVED}
+    Path(path).write_text(yaml.safe_dump(values, sort_keys=True), encoding="utf-8")

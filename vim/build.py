@@ -1,0 +1,196 @@
+"""From arguments to the parts of a run: model, teacher, optimiser."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import models_baseline  # noqa: F401  (registers its models with timm)
+import models_mamba  # noqa: F401  (registers its models with timm)
+import timm
+import torch
+from arguments import ConfigError
+from augment import build_mixup
+from checkpoint import load_weights, read_checkpoint
+from datasets import DataBundle
+from distributed import World
+from ema import WeightsEma
+from engine import Run
+from losses import build_criterion
+from optim import Schedule, build_optimizer, nearby, scaled_lr, whole_batch
+from precision import build_scaler
+from samplers import TrainSampler
+from timm.models import is_model_in_modules
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+# What not every timm model takes; where one does not, it is said and left out.
+OPTIONAL_ARGUMENTS = ("img_size", "drop_path_rate", "drop_rate")
+UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
+
+
+@contextmanager
+def as_config_error(prefix: str = "") -> Iterator[None]:
+    """Turn a ValueError that a user's argument caused deeper down into the one line the user reads."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(prefix + " ".join(str(error).split())) from error
+
+
+def is_vim(name: str) -> bool:
+    return is_model_in_modules(name, ["models_mamba"])
+
+
+def check_model_name(flag: str, name: str) -> None:
+    if not name.startswith("hf-hub:") and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ConfigError(f"{flag} {name} is not registered with timm{nearby(near)}")
+
+
+def create_model(name: str, say=print, **arguments) -> nn.Module:
+    """timm's create_model, without those optional arguments that this model does not have."""
+    while True:
+        try:
+            with as_config_error(f"--model {name}: "):
+                return timm.create_model(name, **arguments)
+        except TypeError as error:
+            unexpected = UNEXPECTED.search(str(error))
+            if (
+                unexpected is None
+                or unexpected[1] not in OPTIONAL_ARGUMENTS
+                or unexpected[1] not in arguments
+            ):
+                raise
+            value = arguments.pop(unexpected[1])
+            say(f"{name} has no argument {unexpected[1]} (here {value}): left out")
+
+
+def build_model(args, num_classes: int, say=print) -> nn.Module:
+    """The model of `--model` for this data. Raises ConfigError, one line each, for what cannot be."""
+    check_model_name("--model", args.model)
+    arguments = {
+        "num_classes": num_classes,
+        "in_chans": args.in_chans,
+        "img_size": args.input_size,
+        "drop_rate": args.drop,
+        "drop_path_rate": args.drop_path,
+    }
+    if is_vim(args.model):
+        arguments["dt_init_backward"] = args.dt_init_backward
+    elif args.dt_init_backward != "published":
+        raise ConfigError(f"--dt-init-backward is for a Vim; {args.model} is none, leave it out")
+    model = create_model(args.model, say, **arguments)
+    check_input_size(args, model)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    if args.attn_only:
+        train_attention_only(args, model)
+    return model
+
+
+def check_input_size(args, model: nn.Module) -> None:
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    smallest = max(patch) if isinstance(patch, tuple | list) else patch
+    if args.input_size < smallest:
+        raise ConfigError(
+            f"--input-size {args.input_size} is smaller than a patch of {args.model}: at least {smallest}"
+        )
+
+
+def train_attention_only(args, model: nn.Module) -> None:
+    """Freeze all but attention layers and the head (Touvron et al., arXiv 2203.09795)."""
+    names = [name for name, _ in model.named_parameters()]
+    if not any(".attn." in name for name in names):
+        raise ConfigError(
+            f"--attn-only: {args.model} has no attention layers; leave it out to train all of the model, "
+            "or take a vision transformer such as --model deit_tiny_patch16_224"
+        )
+    head = {id(p) for p in model.get_classifier().parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".attn." in name or id(parameter) in head)
+
+
+def build_teacher(args, num_classes: int, device: torch.device, say=print) -> nn.Module | None:
+    """`--teacher-model` with the weights of `--teacher-path`, frozen; None without distillation."""
+    if args.distillation_type == "none":
+        return None
+    check_model_name("--teacher-model", args.teacher_model)
+    teacher = create_model(
+        args.teacher_model, say, num_classes=num_classes, in_chans=args.in_chans, img_size=args.input_size
+    )
+    checkpoint = read_checkpoint(args.teacher_path, args.trust_checkpoint)
+    load_weights(teacher, checkpoint.weights("model"))
+    return teacher.to(device).eval().requires_grad_(False)
+
+
+def wrap_model(args, world: World, model: nn.Module) -> nn.Module:
+    """What the loop calls: the model, compiled where asked for, its gradients averaged over ranks."""
+    net = torch.compile(model) if args.compile else model
+    if world.size > 1:
+        net = DistributedDataParallel(net, device_ids=[world.device] if world.device.type == "cuda" else None)
+    return net
+
+
+def build_run(args, world: World, model: nn.Module, data: DataBundle, say=print) -> Run:
+    """All that training needs, ready at epoch `--start_epoch`."""
+    with as_config_error():
+        mixup = build_mixup(args, data.num_classes)
+        repeats = 3 if args.repeated_aug else 1
+        sampler = TrainSampler(len(data.train), args.batch_size, world.size, world.rank, args.seed, repeats)
+    teacher = build_teacher(args, data.num_classes, world.device, say)
+    if teacher is not None and hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(True)
+    optimizer = build_optimizer(args, model, scaled_lr(args, world.size))
+    steps_per_epoch = math.ceil(sampler.num_batches / args.accum_steps)
+    run = Run(
+        args=args,
+        world=world,
+        model=model,
+        net=wrap_model(args, world, model),
+        criterion=build_criterion(args, mixup is not None, data.num_classes, teacher),
+        optimizer=optimizer,
+        schedule=Schedule(args, optimizer, steps_per_epoch),
+        scaler=build_scaler(args, world.device),
+        sampler=sampler,
+        mixup=mixup,
+        ema=build_ema(args, model),
+    )
+    run.progress.epoch = args.start_epoch
+    run.progress.step = args.start_epoch * steps_per_epoch
+    return run
+
+
+def build_ema(args, model: nn.Module) -> WeightsEma | None:
+    if not args.model_ema:
+        return None
+    return WeightsEma(model, args.model_ema_decay, "cpu" if args.model_ema_force_cpu else None)
+
+
+def describe(run: Run, data: DataBundle) -> str:
+    """The numbers this run is made of, each with what it was derived from."""
+    args, world = run.args, run.world
+    batch, lr = whole_batch(args, world.size), scaled_lr(args, world.size)
+    rule = f"{args.lr:g}, unscaled" if args.unscale_lr else f"{args.lr:g} x {batch} / 512"
+    trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    precision = f"mixed with {args.amp_dtype}" if args.if_amp else "float32"
+    lines = (
+        f"model          {args.model}, {trainable / 1e6:.2f} M trainable parameters",
+        f"device         {device_name(world.device)}, {precision}, {world.size} rank(s)",
+        f"whole batch    {batch} = {args.batch_size} x {world.size} rank(s) x {args.accum_steps} accumulated",
+        f"learning rate  {lr:g} = {rule}; {args.opt}, {args.sched}",
+        f"epoch          {run.steps_per_epoch} steps = {run.sampler.num_batches} batches / "
+        f"{args.accum_steps}; {args.epochs} epochs are {args.epochs * run.steps_per_epoch:,} steps",
+    )
+    if is_vim(args.model):
+        lines += (f"time steps     backward ones start as {args.dt_init_backward}; see --dt-init-backward",)
+    return "\n".join(lines)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({device})"
+    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type

@@ -1,0 +1,157 @@
+"""Ranks, exit codes and stop signals: what a run needs to know of the processes around it.
+
+Every helper here is the identity in a run of one process, so that the loop has no `if distributed`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from arguments import ConfigError
+
+EXIT_DONE = 0
+EXIT_NONFINITE = 3
+EXIT_USAGE = 4
+EXIT_REQUEUE = 75
+
+# A rank that waits longer than this for another one takes it for dead.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+# See samplers.ORDER_STREAM: one stream of random numbers per purpose.
+MODEL_STREAM = 4
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: rank of size, and the device it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks and writes files for all."""
+        return self.rank == 0
+
+
+def start(args) -> World:
+    """Join the other processes if a launcher started several; a run of one process needs no launcher.
+
+    Ranks come from torchrun's environment, or from SLURM's. Raises ConfigError for `--distributed` or
+    `--world_size` without either.
+    """
+    rank, size, local_rank = read_ranks(args)
+    device = torch.device(args.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank)
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {rank} asks for GPU {local_rank} of {torch.cuda.device_count()}; start fewer ranks"
+            )
+        torch.cuda.set_device(device)
+    if size > 1 or args.distributed:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, init_method=args.dist_url, world_size=size, rank=rank, timeout=COLLECTIVE_TIMEOUT
+        )
+    return World(rank, size, device)
+
+
+def read_ranks(args) -> tuple[int, int, int]:
+    """(rank, number of ranks, rank within the machine) from the launcher's environment."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", args.local_rank))
+    if args.distributed or args.world_size > 1:
+        if "SLURM_PROCID" in env and "MASTER_ADDR" in env:
+            return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
+        flag = "--distributed" if args.distributed else f"--world_size {args.world_size}"
+        raise ConfigError(
+            f"{flag}: no launcher started this process; use torchrun --nproc_per_node=N main.py ... "
+            "(srun needs MASTER_ADDR and MASTER_PORT)"
+        )
+    return 0, 1, args.local_rank
+
+
+def finish() -> None:
+    """Leave the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place; returns `tensor`."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_objects(item) -> list:
+    """What every rank passed, in the order of ranks, on every rank."""
+    if not dist.is_initialized():
+        return [item]
+    items = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seed what builds the model, the same on all ranks; with `deterministic`, also choose exact algorithms.
+
+    Randomness during training does not come from here but from counters (`seed_step` and the datasets).
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may add up in any order
+        torch.use_deterministic_algorithms(True)
+
+
+def seed_step(seed: int, micro_batch: int, rank: int) -> None:
+    """Draw the model's own randomness (dropout, stochastic depth) from (seed, micro-batch of the run, rank).
+
+    So a resumed run drops what the uninterrupted one would have, without saving any generator's state.
+    """
+    sequence = np.random.SeedSequence([seed, micro_batch, rank], spawn_key=(MODEL_STREAM,))
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+
+class StopSignal:
+    """Remembers that SIGTERM, SIGUSR1 or SIGINT came, so that the loop can finish its step and save.
+
+    A second SIGINT interrupts at once, as a person at a keyboard expects.
+    """
+
+    HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self):
+        self.received: str | None = None
+        self._previous = {}
+
+    def __enter__(self) -> StopSignal:
+        self._previous = {number: signal.signal(number, self._remember) for number in self.HANDLED}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number, frame) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name

@@ -1,0 +1,393 @@
+"""The visible loop: one training step, one epoch, one evaluation.
+
+A run's randomness is a function of counters (seed, epoch, step, rank), and all that changes while it runs is
+in `Progress` and the state dicts beside it. So a run that is stopped anywhere and resumed is the run that
+never was.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
+
+import torch
+from arguments import ConfigError
+from augment import CountedMixup
+from checkpoint import Checkpoint, load_weights, store_checkpoint
+from datasets import DataBundle, build_loader
+from distributed import EXIT_DONE, EXIT_REQUEUE, StopSignal, World, seed_step, sum_over_ranks
+from ema import WeightsEma
+from evaluation import Evaluation, evaluate_weights, in_words
+from losses import DistillationLoss
+from optim import Schedule, whole_batch
+from precision import autocast
+from report import RunLog
+from samplers import EvalSampler, TrainSampler
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient that is not finite, and the rule is to stop."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands. All of it is saved; a resumed run starts from it, in mid-epoch too."""
+
+    epoch: int = 0  # the one under way
+    samples: int = 0  # of it that were seen, over all ranks
+    step: int = 0  # optimiser steps of the whole run, skipped ones included
+    loss_sum: float = 0.0  # over this epoch's steps
+    loss_steps: int = 0
+    skipped: int = 0  # steps left out in the whole run because something was not finite
+    skipped_in_row: int = 0
+    best: float | None = None  # highest top-1 so far
+    best_epoch: int | None = None
+
+    def record_step(self, loss: float, finite: bool) -> None:
+        """Count one step; the loss of one that was left out is not averaged."""
+        self.step += 1
+        if finite:
+            self.loss_sum += loss
+            self.loss_steps += 1
+            self.skipped_in_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_row += 1
+
+    def next_epoch(self) -> None:
+        self.epoch += 1
+        self.samples = self.loss_steps = 0
+        self.loss_sum = 0.0
+
+    def state_dict(self) -> dict:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def load_state_dict(self, state: dict) -> None:
+        for f in fields(self):
+            setattr(self, f.name, state.get(f.name, f.default))
+
+    @property
+    def position(self) -> str:
+        return f"epoch {self.epoch + 1}, image {self.samples:,} of it, step {self.step:,}"
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss_sum / self.loss_steps if self.loss_steps else math.nan
+
+
+@dataclass
+class Run:
+    """All that a training step touches."""
+
+    args: object
+    world: World
+    model: nn.Module  # the plain one: its state dict has the published keys
+    net: (
+        nn.Module
+    )  # what is called: the model, compiled and wrapped for several ranks where that was asked for
+    criterion: DistillationLoss
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    scaler: torch.amp.GradScaler
+    sampler: TrainSampler
+    mixup: CountedMixup | None = None
+    ema: WeightsEma | None = None
+    stop: StopSignal = field(default_factory=StopSignal)
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.sampler.num_batches / self.args.accum_steps)
+
+    @property
+    def batches_done(self) -> int:
+        """Batches of the current epoch that this rank has seen."""
+        return self.progress.samples // (self.args.batch_size * self.world.size)
+
+
+@dataclass
+class StepResult:
+    """What one step had to say, the same on all ranks."""
+
+    loss: float  # mean over ranks and micro-batches
+    grad_norm: float
+    lr: float
+    finite: bool  # False: the step was left out
+    stop: bool  # some rank was asked to stop
+
+
+def training_step(run: Run, batches: list, first_micro: int) -> StepResult:
+    """One optimiser step over micro-batches (images (B, C, H, W), labels (B,)), numbered from `first_micro`.
+
+    The ranks agree on whether loss and gradient are finite before the optimiser moves; if they are not, all
+    of them leave the step out or raise NonFiniteError.
+    """
+    args, world, progress = run.args, run.world, run.progress
+    lr = run.schedule.set(progress.epoch, progress.step)
+    total = torch.zeros((), device=world.device)
+    for i, (images, labels) in enumerate(batches):
+        seed_step(args.seed, first_micro + i, world.rank)
+        images = images.to(world.device, non_blocking=True)
+        targets = labels.to(world.device, non_blocking=True)
+        if run.mixup is not None:
+            images, targets = run.mixup(images, targets, first_micro + i, world.rank)
+        with gradients_summed(run.net, now=i == len(batches) - 1):
+            with autocast(args, world.device):
+                loss = forward_loss(run, images, targets) / len(batches)
+            run.scaler.scale(loss).backward()
+        total += loss.detach()
+
+    run.scaler.unscale_(run.optimizer)
+    norm = clip_gradients(run.model, args.clip_grad)
+    loss, norm, stop = agree(total, norm, run.stop.received is not None, world)
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite:
+        run.scaler.step(run.optimizer)
+        if run.ema is not None:
+            run.ema.update(run.model)
+    run.scaler.update()
+    run.optimizer.zero_grad()
+    progress.record_step(loss, finite)
+    if not finite:
+        check_tolerated(run, loss, norm)
+    return StepResult(loss, norm, lr, finite, stop)
+
+
+def forward_loss(run: Run, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The loss of one micro-batch. With `--cosub` the images pass twice, through two random sub-models."""
+    if run.args.cosub:
+        images = torch.cat([images, images])  # (B, C, H, W) -> (2B, C, H, W)
+    outputs = run.net(images)
+    if run.args.if_nan2num:
+        outputs = (
+            tuple(map(torch.nan_to_num, outputs)) if isinstance(outputs, tuple) else outputs.nan_to_num()
+        )
+    return run.criterion(images, outputs, targets)
+
+
+def gradients_summed(net: nn.Module, now: bool):
+    """Ranks exchange gradients in the last micro-batch of a step alone."""
+    return net.no_sync() if isinstance(net, DistributedDataParallel) and not now else nullcontext()
+
+
+def clip_gradients(model: nn.Module, limit: float | None) -> torch.Tensor:
+    """The gradients' total norm, before they are scaled down to `limit` in place."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if limit is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+def agree(loss: torch.Tensor, norm: torch.Tensor, stop: bool, world: World) -> tuple[float, float, bool]:
+    """Mean loss and gradient norm over ranks, and whether any rank was asked to stop.
+
+    One exchange and one read of the device per step, which the decision before the optimiser moves cannot do
+    without. A value that is not finite on one rank is not finite in the sum.
+    """
+    asked = torch.full((), float(stop), device=loss.device)
+    loss_sum, norm_sum, stops = sum_over_ranks(torch.stack([loss.float(), norm.float(), asked])).tolist()
+    return loss_sum / world.size, norm_sum / world.size, stops > 0
+
+
+def check_tolerated(run: Run, loss: float, norm: float) -> None:
+    """Raise NonFiniteError unless leaving this step out is what `--nonfinite` allows.
+
+    An infinite gradient of a finite loss is how float16 finds its scale: it counts, but only a row of them
+    ends the run.
+    """
+    args, progress = run.args, run.progress
+    overflow = run.scaler.is_enabled() and math.isfinite(loss)
+    if (args.nonfinite == "skip" or overflow) and progress.skipped_in_row <= args.nonfinite_limit:
+        return
+    raise NonFiniteError(
+        f"step {progress.step - 1} of epoch {progress.epoch}: loss {loss}, gradient norm {norm}, "
+        f"{progress.skipped_in_row} such step(s) in a row; the weights were not touched by them. "
+        "Lower --lr, set --clip-grad, use --amp-dtype bfloat16 or --no_amp, or allow it with --nonfinite skip"
+    )
+
+
+def training_steps(run: Run, loader) -> Iterator[StepResult]:
+    """What is left of the current epoch, one optimiser step at a time, from where `run.progress` stands."""
+    progress, sampler = run.progress, run.sampler
+    sampler.set_epoch(progress.epoch, run.batches_done)
+    run.net.train(run.args.train_mode)
+    micro = progress.epoch * sampler.num_batches + run.batches_done
+    for batches in groups_of(run.args.accum_steps, loader):
+        result = training_step(run, batches, micro)
+        micro += len(batches)
+        progress.samples += len(batches) * run.args.batch_size * run.world.size
+        yield result
+
+
+def groups_of(size: int, items: Iterable) -> Iterator[list]:
+    """Lists of `size` items; the last one may be shorter."""
+    iterator = iter(items)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
+
+
+def train_one_epoch(run: Run, loader, log: RunLog) -> bool:
+    """Train to the end of the epoch, or until some rank is asked to stop: then True."""
+    args, progress = run.args, run.progress
+    done = math.ceil(run.batches_done / args.accum_steps)
+    with log.progress(progress.epoch, run.steps_per_epoch, done, whole_batch(args, run.world.size)) as bar:
+        for result in training_steps(run, loader):
+            bar.advance(result.loss, result.lr)
+            if not result.finite:
+                log.say(
+                    f"step {progress.step} was left out: loss {result.loss}, gradient norm {result.grad_norm}"
+                )
+            if progress.step % args.log_every == 0:
+                log.step(progress.step, result, bar.images_per_second)
+            if result.stop:
+                return True
+            if args.checkpoint_steps and progress.step % args.checkpoint_steps == 0:
+                save(run)
+    return False
+
+
+def fit(run: Run, data: DataBundle, log: RunLog) -> int:
+    """Train from where `run.progress` stands to the last epoch; returns the exit code."""
+    args, progress = run.args, run.progress
+    train_loader = build_loader(data.train, run.sampler, args, train=True)
+    val_loader = build_val_loader(data.val, args, run.world)
+    results: dict[str, Evaluation] = {}
+    with run.stop:
+        if progress.best is None and progress.epoch > 0:
+            results = assess(run, val_loader, data)
+            progress.best = leading(results).top1
+            log.say(f"the checkpoint knows no best top-1; its weights have {progress.best:.2f} %")
+        while progress.epoch < args.epochs:
+            if train_one_epoch(run, train_loader, log):
+                save(run)
+                log.say(f"stopped by {run.stop.received or 'another rank'} and saved; --resume auto goes on")
+                return EXIT_REQUEUE
+            results = assess(run, val_loader, data)
+            best = record_epoch(run, results, data, log)
+            progress.next_epoch()
+            save(run, best)
+    results = results or assess(run, val_loader, data)
+    log.say(
+        f"done: {progress.step:,} steps, {progress.skipped} left out, "
+        f"{data.train.num_replaced} images replaced; {in_words(results)}; best top-1 {progress.best:.2f} %"
+    )
+    log.pictures(leading(results), data)
+    return EXIT_DONE
+
+
+def build_val_loader(dataset, args, world: World):
+    """Without `--dist-eval` every rank evaluates all images, as DeiT does; the numbers are the same."""
+    ranks = (world.size, world.rank) if args.dist_eval else (1, 0)
+    return build_loader(dataset, EvalSampler(len(dataset), *ranks), args, train=False)
+
+
+def assess(run: Run, loader, data: DataBundle) -> dict[str, Evaluation]:
+    return evaluate_weights(run.model, run.ema, loader, run.args, run.world, data.num_classes)
+
+
+def leading(results: dict[str, Evaluation]) -> Evaluation:
+    """The evaluation that the best checkpoint follows: the raw weights' where both were evaluated."""
+    return next(iter(results.values()))
+
+
+def record_epoch(run: Run, results: dict[str, Evaluation], data: DataBundle, log: RunLog) -> bool:
+    """Log the epoch, tell the schedule, and say whether this was the best so far."""
+    progress = run.progress
+    row = {
+        "epoch": progress.epoch,
+        "step": progress.step,
+        "train_lr": run.optimizer.param_groups[0]["lr"],
+        "train_loss": progress.mean_loss,
+    }
+    for name, result in results.items():
+        prefix = "test_" if name == "raw" else "test_ema_"
+        row |= {f"{prefix}loss": result.loss, f"{prefix}acc1": result.top1, f"{prefix}acc5": result.top5}
+    row |= {
+        "skipped_steps": progress.skipped,
+        "replaced_images": data.train.num_replaced,
+        "n_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+    }
+    top1 = leading(results).top1
+    run.schedule.observe(progress.epoch, top1)
+    best = progress.best is None or top1 > progress.best
+    if best:
+        progress.best, progress.best_epoch = top1, progress.epoch
+    log.epoch(row)
+    log.say(
+        f"epoch {progress.epoch + 1}/{run.args.epochs}: training loss {progress.mean_loss:.4f}; "
+        f"held-out {in_words(results)}; best {progress.best:.2f} %"
+    )
+    return best
+
+
+def save(run: Run, best: bool = False) -> None:
+    """Write a checkpoint of the run as it stands, in the published form plus `progress`."""
+    args, progress = run.args, run.progress
+    if not (args.output_dir and run.world.is_main):
+        return
+    state = {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "lr_scheduler": run.schedule.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "epoch": progress.epoch - 1,  # the last finished one, as in published files
+        "step": progress.step,
+        "best_metric": progress.best,
+        "progress": progress.state_dict(),
+        "args": args,
+    }
+    if run.ema is not None:
+        state["model_ema"] = run.ema.state_dict()
+    store_checkpoint(args.output_dir, state, keep=args.keep_checkpoints, best=best)
+
+
+def restore(run: Run, checkpoint: Checkpoint) -> str:
+    """Take a run up where a checkpoint left it, as far as the file knows; returns what it knew, in words.
+
+    A published file says which epoch was the last; a bare state dict has the weights alone, and
+    `--start_epoch` counts. The average starts at the weights where the file has none.
+    """
+    load_weights(run.model, checkpoint.weights("model"))
+    known = ["weights"]
+    if run.ema is not None:
+        run.ema.load_state_dict(checkpoint.model_ema or run.model.state_dict())
+        known += ["average"] if checkpoint.model_ema else []
+    if checkpoint.optimizer is not None:
+        load_optimizer(run, checkpoint)
+        known.append("optimiser")
+    run.schedule.load_state_dict(checkpoint.lr_scheduler or {})
+    if run.scaler.is_enabled() and checkpoint.scaler:
+        run.scaler.load_state_dict(checkpoint.scaler)
+    restore_progress(run, checkpoint)
+    return f"{checkpoint.path}: {', '.join(known)}; goes on at {run.progress.position}"
+
+
+def load_optimizer(run: Run, checkpoint: Checkpoint) -> None:
+    """Raises ConfigError where the file's optimiser is another one or of other parameters."""
+    before = getattr(checkpoint.args, "opt", run.args.opt)
+    if before != run.args.opt:
+        raise ConfigError(
+            f"{checkpoint.path} was trained with --opt {before}, not {run.args.opt}; take that, or --finetune"
+        )
+    try:
+        run.optimizer.load_state_dict(checkpoint.optimizer)
+    except ValueError as error:
+        raise ConfigError(
+            f"{checkpoint.path}: its optimiser state does not fit ({error}); "
+            "give the flags of that run, or --finetune"
+        ) from None
+
+
+def restore_progress(run: Run, checkpoint: Checkpoint) -> None:
+    """Published files lack `progress`: they were written after an epoch, which all its steps precede."""
+    if "progress" in checkpoint.extra:
+        run.progress.load_state_dict(checkpoint.extra["progress"])
+        return
+    run.progress.epoch = run.args.start_epoch if checkpoint.epoch is None else checkpoint.epoch + 1
+    run.progress.step = run.progress.epoch * run.steps_per_epoch

@@ -1,0 +1,108 @@
+"""How good a model is, counted exactly: accuracy, loss, confusion matrix, most confident mistakes."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from distributed import World, gather_objects, sum_over_ranks
+from ema import WeightsEma
+from precision import autocast
+from torch import nn
+
+# A table of classes x classes; beyond this many classes it neither fits a picture nor is worth its memory.
+LARGEST_CONFUSION = 2000
+
+
+@dataclass
+class Mistake:
+    """One image that the model took for another class."""
+
+    index: int
+    label: int
+    predicted: int
+    confidence: float
+
+
+@dataclass
+class Evaluation:
+    """Exact results over all images: percentages, mean loss, table of (label, predicted) counts, mistakes."""
+
+    images: int
+    top1: float
+    top5: float
+    loss: float
+    confusion: torch.Tensor | None
+    mistakes: list[Mistake]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader, args, world: World, num_classes: int) -> Evaluation:
+    """Evaluate `model` on the loader's images.
+
+    With `--dist-eval` every rank holds another part of them and the counts are added up; no image counts
+    twice. With fewer than five classes top-5 is top-C, 100 %.
+    """
+    model.eval()
+    rows = [torch.empty(0, 5, device=world.device)]
+    for images, labels in loader:
+        labels = labels.to(world.device, non_blocking=True)
+        with autocast(args, world.device):
+            logits = model(images.to(world.device, non_blocking=True))
+        logits = logits.float()
+        best = logits.topk(min(5, logits.shape[1])).indices  # (B, C) -> (B, 5), the first choice first
+        hit = (best == labels[:, None]).any(dim=1)
+        confidence = logits.softmax(dim=1).amax(dim=1)
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        rows.append(torch.stack([labels, best[:, 0], hit, confidence, loss], dim=1))  # five of (B,) -> (B, 5)
+    return summarise(torch.cat(rows).cpu(), list(loader.sampler), num_classes, world, args.dist_eval)
+
+
+def summarise(rows: torch.Tensor, indices: list, num_classes: int, world: World, shared: bool) -> Evaluation:
+    """Count what `evaluate` saw: rows (images, 5) of label, prediction, top-5 hit, confidence, loss."""
+    label, predicted, hit, confidence, loss = rows.double().unbind(dim=1)
+    right = label == predicted
+    sums = torch.stack([torch.tensor(len(rows)).double(), right.sum(), hit.sum(), loss.sum()])
+    pairs = (label * num_classes + predicted).long()
+    wrong = (~right).nonzero()[:, 0]
+    mistakes = [
+        Mistake(int(indices[i]), int(label[i]), int(predicted[i]), float(confidence[i]))
+        for i in wrong.tolist()
+    ]
+    confusion = None
+    if num_classes <= LARGEST_CONFUSION:
+        confusion = torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+    if shared:
+        sums = sum_over_ranks(sums.to(world.device)).cpu()
+        confusion = None if confusion is None else sum_over_ranks(confusion.to(world.device)).cpu()
+        mistakes = list(itertools.chain(*gather_objects(most_confident(mistakes))))
+    images, right, hits, loss = sums.tolist()
+    top1, top5 = 100 * right / images, 100 * hits / images
+    return Evaluation(int(images), top1, top5, loss / images, confusion, most_confident(mistakes))
+
+
+def most_confident(mistakes: list[Mistake], limit: int = 24) -> list[Mistake]:
+    return sorted(mistakes, key=lambda mistake: (-mistake.confidence, mistake.index))[:limit]
+
+
+def evaluate_weights(
+    model: nn.Module, ema: WeightsEma | None, loader, args, world: World, num_classes: int
+) -> dict[str, Evaluation]:
+    """Evaluate "raw" weights and their average, "ema": those of `--eval-weights` that there are."""
+    results = {}
+    if args.eval_weights != "ema" or ema is None:
+        results["raw"] = evaluate(model, loader, args, world, num_classes)
+    if args.eval_weights != "raw" and ema is not None:
+        with ema.applied_to(model):
+            results["ema"] = evaluate(model, loader, args, world, num_classes)
+    return results
+
+
+def in_words(results: dict[str, Evaluation]) -> str:
+    """The numbers that everybody asks for first."""
+    return ", ".join(
+        f"{name} weights: top-1 {r.top1:.2f} %, top-5 {r.top5:.2f} %, loss {r.loss:.4f}"
+        for name, r in results.items()
+    )

@@ -1,0 +1,97 @@
+"""Train, fine-tune and evaluate Vision Mamba: `python main.py --help`.
+
+Exit codes: 0 done, 2 wrong flag, 3 a loss or gradient was not finite, 4 data or configuration that cannot
+work, 75 stopped by a signal and saved, to be queued again.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import distributed
+from arguments import ConfigError, parse_args, save_arguments
+from build import build_model, build_run, describe
+from checkpoint import CheckpointError, latest_checkpoint, load_weights, read_checkpoint
+from datasets import DataBundle, DataError, build_datasets
+from distributed import EXIT_DONE, EXIT_NONFINITE, EXIT_USAGE, World
+from engine import NonFiniteError, Run, build_val_loader, fit, restore
+from evaluation import evaluate, in_words
+from report import RunLog
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; returns the exit code. What a user can mend is one line on stderr."""
+    try:
+        args = parse_args(argv)
+        world = distributed.start(args)
+        return execute(args, world)
+    except (ConfigError, DataError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_NONFINITE
+    finally:
+        distributed.finish()
+
+
+def execute(args, world: World) -> int:
+    """Data, model, then evaluation or training."""
+    log = RunLog(args, world.is_main)
+    distributed.seed_everything(args.seed, args.deterministic)
+    if not args.data_path:
+        log.say("no --data-path: training on scikit-learn's digits")
+    data = build_datasets(args)
+    log.say(data.description)
+    model = build_model(args, data.num_classes, log.say).to(world.device)
+    if args.eval:
+        return evaluate_checkpoint(args, world, model, data, log)
+    if args.finetune:
+        checkpoint = read_checkpoint(args.finetune, args.trust_checkpoint)
+        report = load_weights(model, checkpoint.weights(), "finetune", args.pos_embed_resize)
+        log.say(f"fine-tuning {checkpoint.path}: {report}")
+    run = build_run(args, world, model, data, log.say)
+    log.say(describe(run, data))
+    resume(run, log)
+    args.num_classes = data.num_classes
+    if log.dir:
+        save_arguments(args, log.dir / "args.yaml")
+    log.open(run.progress.epoch, run.progress.step)
+    try:
+        return fit(run, data, log)
+    finally:
+        log.close()
+
+
+def resume(run: Run, log: RunLog) -> None:
+    """Go on from the checkpoint of `--resume`, or begin where there is none to go on from."""
+    path = run.args.resume
+    if path == "auto":
+        path = latest_checkpoint(run.args.output_dir, on_rejected=log.say)
+        if path is None:
+            log.say(f"--resume auto: no checkpoint in {run.args.output_dir} yet, beginning")
+    if path:
+        log.say(f"resuming {restore(run, read_checkpoint(path, run.args.trust_checkpoint))}")
+
+
+def evaluate_checkpoint(args, world: World, model, data: DataBundle, log: RunLog) -> int:
+    """`--eval`: the raw and averaged weights of `--resume`, those of `--eval-weights` that it holds."""
+    path = latest_checkpoint(args.output_dir) if args.resume == "auto" else args.resume
+    checkpoint = read_checkpoint(path, args.trust_checkpoint)
+    wanted = {"raw": ["model"], "ema": ["model_ema"], "both": ["model", "model_ema"]}[args.eval_weights]
+    found = [which for which in wanted if getattr(checkpoint, which) is not None]
+    if not found:
+        checkpoint.weights(wanted[0])  # raises, saying what the file holds
+    loader = build_val_loader(data.val, args, world)
+    results = {}
+    for which in found:
+        load_weights(model, checkpoint.weights(which))
+        name = "raw" if which == "model" else "ema"
+        results[name] = evaluate(model, loader, args, world, data.num_classes)
+    log.say(f"{checkpoint.path}: {len(data.val):,} images; {in_words(results)}")
+    log.pictures(next(iter(results.values())), data)
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

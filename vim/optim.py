@@ -1,0 +1,99 @@
+"""The optimiser and the learning rate, both from timm."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from functools import partial
+
+import torch
+from arguments import ConfigError
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+from torch import nn
+
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "constant", "plateau", "poly", "wsd", "rsqrt", "none")
+
+
+def whole_batch(args, num_ranks: int) -> int:
+    """Images per optimiser step."""
+    return args.batch_size * num_ranks * args.accum_steps
+
+
+def scaled_lr(args, num_ranks: int) -> float:
+    """The learning rate for this run's whole batch, linear in it; `--lr` is for 512 images."""
+    return args.lr if args.unscale_lr else args.lr * whole_batch(args, num_ranks) / 512
+
+
+def build_optimizer(args, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """An optimiser over the trainable parameters: without weight decay for biases, norms and embeddings.
+
+    The published runs decayed the scan's `A_log`; `--no-decay-ssm` exempts it. Raises ConfigError for an
+    unknown name.
+    """
+    name = args.opt.lower()
+    if name not in list_optimizers():
+        near = difflib.get_close_matches(name, list_optimizers(), n=3)
+        raise ConfigError(f"--opt {args.opt} is no optimiser of timm{nearby(near)}")
+    groups = None
+    if args.no_decay_ssm:
+        if not any(key.endswith("A_log") for key, _ in model.named_parameters()):
+            raise ConfigError(f"--no-decay-ssm: {args.model} has no state-space parameters; leave it out")
+        exempt = {"*A_log", "*A_b_log", *getattr(model, "no_weight_decay", set)()}
+        groups = partial(
+            param_groups_weight_decay, weight_decay=args.weight_decay, no_weight_decay_list=exempt
+        )
+    return create_optimizer_v2(model, **{**optimizer_kwargs(args), "lr": lr}, param_group_fn=groups)
+
+
+def nearby(names: list[str]) -> str:
+    return f"; did you mean {' or '.join(names)}?" if names else ""
+
+
+class Schedule:
+    """The learning rate as a function of the epoch or of the step, never of how often it was asked for.
+
+    By default it changes once an epoch, with DeiT's values: epochs 0 and 1 share the schedule's first value,
+    because DeiT steps its schedule after an epoch with that epoch's number. `--sched-on-updates` makes it a
+    function of the global step instead. `plateau` follows the evaluations and alone has a state.
+    """
+
+    def __init__(self, args, optimizer: torch.optim.Optimizer, steps_per_epoch: int):
+        if args.sched not in SCHEDULES:
+            near = difflib.get_close_matches(args.sched, SCHEDULES, n=3)
+            raise ConfigError(f"--sched {args.sched} is not one of {', '.join(SCHEDULES)}{nearby(near)}")
+        with warnings.catch_warnings():
+            # timm warns that it does not save the state of a plateau schedule; `state_dict` here does.
+            warnings.simplefilter("ignore", FutureWarning)
+            self.timm, _ = create_scheduler_v2(
+                optimizer, **scheduler_kwargs(args), updates_per_epoch=steps_per_epoch
+            )
+        self.optimizer = optimizer
+        self.follows_metric = args.sched == "plateau"
+        self.on_updates = args.sched_on_updates
+
+    def set(self, epoch: int, step: int) -> float:
+        """Give the optimiser the learning rate of this epoch and global step; returns it."""
+        if self.timm is not None and not self.follows_metric:
+            if self.on_updates:
+                self.timm.step_update(step)
+            else:
+                self.timm.step(max(epoch - 1, 0))
+        return self.optimizer.param_groups[0]["lr"]
+
+    def observe(self, epoch: int, metric: float) -> None:
+        """Tell a plateau schedule how good the model is after `epoch`."""
+        if self.follows_metric:
+            self.timm.step(epoch, metric)
+
+    def state_dict(self) -> dict:
+        if not self.follows_metric:
+            return {}
+        return {"plateau": self.timm.lr_scheduler.state_dict(), "restore_lr": self.timm.restore_lr}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over the state of a plateau schedule; the others have none to take over."""
+        if self.follows_metric and "plateau" in state:
+            self.timm.lr_scheduler.load_state_dict(state["plateau"])
+            self.timm.restore_lr = state["restore_lr"]

@@ -1,0 +1,342 @@
+"""What a run says and leaves behind: printed lines, log files, trackers and pictures.
+
+`log.txt` (one JSON object an epoch) and `metrics.csv` hold no times, so that a run that was stopped and
+resumed leaves the same bytes as one that was not; speeds go to the terminal and to the trackers.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from arguments import ConfigError
+from datasets import DataBundle
+from evaluation import Evaluation
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+# More names than this on an axis cannot be read.
+MOST_NAMES = 40
+
+
+class Tracker:
+    """Takes numbers by global step and does nothing with them; the others derive from it."""
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class TensorBoardTracker(Tracker):
+    """Events for `tensorboard --logdir DIR`; what a crashed run wrote after `first_step` is hidden."""
+
+    def __init__(self, output_dir: Path, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(output_dir, purge_step=first_step)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbTracker(Tracker):
+    """Weights & Biases, resumed under the output folder's name."""
+
+    def __init__(self, args, output_dir: Path):
+        wandb = import_tracker("wandb")
+        self.run = wandb.init(
+            project="vision-mamba", id=output_dir.name, resume="allow", dir=output_dir, config=vars(args)
+        )
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.run.log(values, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class MlflowTracker(Tracker):
+    """MLflow, at the server that its environment variables name."""
+
+    def __init__(self, args, output_dir: Path):
+        self.mlflow = import_tracker("mlflow")
+        self.mlflow.start_run(run_name=output_dir.name)
+        self.mlflow.log_params({key: str(value) for key, value in vars(args).items()})
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.mlflow.log_metrics(values, step=step)
+
+    def close(self) -> None:
+        self.mlflow.end_run()
+
+
+class TrackerList(Tracker):
+    """Several trackers as one; none at all is a tracker too."""
+
+    def __init__(self, trackers: list[Tracker]):
+        self.trackers = trackers
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        for tracker in self.trackers:
+            tracker.log(finite, step)
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def import_tracker(name: str):
+    """An optional package. Raises ConfigError with the command that installs it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ConfigError(f"--report-to {name}: the package is not installed; pip install {name}") from None
+
+
+def build_trackers(args, output_dir: Path | None, first_step: int) -> TrackerList:
+    """The trackers of `--report-to`, which need an output folder."""
+    names = [name for name in args.report_to.split(",") if name] if output_dir else []
+    makers = {
+        "tensorboard": lambda: TensorBoardTracker(output_dir, first_step),
+        "wandb": lambda: WandbTracker(args, output_dir),
+        "mlflow": lambda: MlflowTracker(args, output_dir),
+    }
+    return TrackerList([makers[name]() for name in names])
+
+
+class RunLog:
+    """The one place where a run speaks. On ranks other than the first it is silent and writes nothing."""
+
+    def __init__(self, args, is_main: bool):
+        self.args = args
+        self.is_main = is_main
+        self.dir = Path(args.output_dir) if args.output_dir and is_main else None
+        self.rows: list[dict] = []
+        self.trackers = TrackerList([])
+        if self.dir:
+            make_folder(self.dir)
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def open(self, epoch: int, step: int) -> None:
+        """Start the log files, or take them up at `epoch`: rows that a crash left after the checkpoint go."""
+        self.trackers = build_trackers(self.args, self.dir, step)
+        if self.dir and epoch and (self.dir / "log.txt").exists():
+            lines = (self.dir / "log.txt").read_text(encoding="utf-8").splitlines()
+            self.rows = [row for row in map(json.loads, lines) if row["epoch"] < epoch]
+
+    def step(self, step: int, result, images_per_second: float) -> None:
+        """Numbers of one step, for the trackers alone."""
+        values = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr}
+        values["images_per_second"] = images_per_second
+        self.trackers.log({f"train/{name}": value for name, value in values.items()}, step)
+
+    def epoch(self, row: dict) -> None:
+        """Numbers of one epoch: log.txt, metrics.csv, curves.png and the trackers."""
+        self.rows.append(row)
+        self.trackers.log({f"epoch/{name}": value for name, value in row.items()}, row["step"])
+        if self.dir:
+            replace_text(self.dir / "log.txt", "".join(json.dumps(row) + "\n" for row in self.rows))
+            replace_text(self.dir / "metrics.csv", as_csv(self.rows))
+            draw_curves(self.rows, self.dir / "curves.png")
+
+    def pictures(self, evaluation: Evaluation, data: DataBundle) -> None:
+        """The confusion matrix and the most confident mistakes of an evaluation."""
+        if not self.dir:
+            return
+        if evaluation.confusion is not None:
+            draw_confusion(evaluation.confusion, data.class_names, self.dir / "confusion.png")
+        draw_mistakes(evaluation, data, self.dir / "mistakes.png")
+        self.say(f"pictures: {', '.join(str(path) for path in sorted(self.dir.glob('*.png')))}")
+
+    @contextmanager
+    def progress(self, epoch: int, steps: int, done: int, images_per_step: int) -> Iterator[Progress]:
+        """A progress bar on a terminal, now and then a line elsewhere."""
+        title = f"epoch {epoch + 1}/{self.args.epochs}"
+        kind = TerminalProgress if sys.stderr.isatty() else LineProgress
+        bar = (kind if self.is_main else Progress)(title, steps, done, images_per_step, self.args.log_every)
+        try:
+            yield bar
+        finally:
+            bar.close()
+
+    def close(self) -> None:
+        self.trackers.close()
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output_dir {path} cannot be made: {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise ConfigError(f"--output_dir {path} cannot be written to")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a whole file at once, so that a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def as_csv(rows: list[dict]) -> str:
+    """Rows under the names of all their columns, in the order of appearance."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+class Progress:
+    """Measures the speed of an epoch and shows nothing."""
+
+    def __init__(self, title: str, steps: int, done: int, images_per_step: int, every: int):
+        self.title = title
+        self.steps = steps
+        self.done = done
+        self.images_per_step = images_per_step
+        self.every = every
+        self.began = time.perf_counter()
+        self.done_at_start = done
+
+    @property
+    def images_per_second(self) -> float:
+        seconds = time.perf_counter() - self.began
+        return (self.done - self.done_at_start) * self.images_per_step / max(seconds, 1e-9)
+
+    @property
+    def seconds_left(self) -> float:
+        return (self.steps - self.done) * self.images_per_step / max(self.images_per_second, 1e-9)
+
+    def advance(self, loss: float, lr: float) -> None:
+        self.done += 1
+
+    def close(self) -> None:
+        pass
+
+
+class LineProgress(Progress):
+    """A plain line every few steps, for log files."""
+
+    def advance(self, loss: float, lr: float) -> None:
+        super().advance(loss, lr)
+        if self.done % self.every == 0 or self.done == self.steps:
+            print(
+                f"{self.title}  step {self.done}/{self.steps}  loss {loss:.4f}  lr {lr:.2e}  "
+                f"{self.images_per_second:.0f} images/s  {clock(self.seconds_left)} left",
+                flush=True,
+            )
+
+
+class TerminalProgress(Progress):
+    """A bar with the loss, images/s and the time left."""
+
+    def __init__(self, title: str, steps: int, done: int, images_per_step: int, every: int):
+        super().__init__(title, steps, done, images_per_step, every)
+        layout = "{desc} |{bar}| {n_fmt}/{total_fmt} {postfix} {remaining} left"
+        self.bar = tqdm(
+            total=steps, initial=done, desc=title, bar_format=layout, leave=False, dynamic_ncols=True
+        )
+
+    def advance(self, loss: float, lr: float) -> None:
+        super().advance(loss, lr)
+        self.bar.set_postfix_str(
+            f"loss {loss:.3f} lr {lr:.1e} {self.images_per_second:.0f} images/s", refresh=False
+        )
+        self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def draw_curves(rows: list[dict], path: Path) -> None:
+    """Loss, accuracy and learning rate over epochs, side by side."""
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    panels = figure.subplots(1, 3)
+    wanted = (
+        ("loss", {"train_loss": "training", "test_loss": "held-out", "test_ema_loss": "held-out, EMA"}),
+        ("top-1, %", {"test_acc1": "held-out", "test_ema_acc1": "held-out, EMA"}),
+        ("learning rate", {"train_lr": ""}),
+    )
+    for panel, (title, columns) in zip(panels, wanted):
+        for name, label in columns.items():
+            points = [(row["epoch"] + 1, row[name]) for row in rows if name in row]
+            if points:
+                panel.plot(*zip(*points), marker="o", markersize=3, label=label)
+        panel.set(title=title, xlabel="epoch")
+        panel.grid(alpha=0.3)
+        if len(panel.lines) > 1:
+            panel.legend()
+    figure.savefig(path, dpi=120)
+
+
+def draw_confusion(confusion: torch.Tensor, names: list[str], path: Path) -> None:
+    """Counts (C, C) of (label, predicted), each row as shares of its label's images."""
+    shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp_min(1)
+    size = min(4 + 0.3 * len(confusion), 14)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="label", title="share of each label's images")
+    if len(names) <= MOST_NAMES:
+        axes.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0)
+        axes.set_yticks(range(len(names)), names)
+    if len(confusion) <= 20:
+        for (row, column), count in zip(confusion.ne(-1).nonzero().tolist(), confusion.flatten().tolist()):
+            color = "black" if shares[row, column] > 0.5 else "white"
+            if count:
+                axes.text(column, row, count, ha="center", va="center", color=color, fontsize=8)
+    figure.colorbar(image, shrink=0.8)
+    figure.savefig(path, dpi=120)
+
+
+def draw_mistakes(evaluation: Evaluation, data: DataBundle, path: Path, columns: int = 6) -> None:
+    """The images that the model was surest about and wrong, with label, prediction and confidence."""
+    mistakes, names = evaluation.mistakes, data.class_names
+    lines = max(1, -(-len(mistakes) // columns))
+    figure = Figure(figsize=(columns * 1.9, 0.6 + lines * 2.3), layout="constrained")
+    figure.suptitle(
+        f"most confident mistakes; {evaluation.top1:.2f} % of {evaluation.images:,} images are right"
+    )
+    for panel in figure.subplots(lines, columns, squeeze=False).flat:
+        panel.axis("off")
+    for panel, mistake in zip(figure.axes, mistakes):
+        panel.imshow(data.val.raw(mistake.index))
+        label, predicted = names[mistake.label], class_name(names, mistake.predicted)
+        panel.set_title(f"{label}\ntaken for {predicted}, {100 * mistake.confidence:.0f} %", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def class_name(names: list[str], label: int) -> str:
+    """The name of a class; a model may have more classes than the data."""
+    return names[label] if label < len(names) else f"class {label}"
