@@ -62,23 +62,20 @@ def write_cifar(root: Path, kind: type, monkeypatch, size: int = 12) -> Path:
 
 
 def write_inat(root: Path, year: int, keep_supercategory: bool = True) -> Path:
-    """iNaturalist with categories 7, 3, 5 (two of them of one genus); 3 train images of each, 2 val images."""
+    """iNaturalist with categories 7, 3, 5, the last two of one genus; 3 train and 2 val images of each."""
     root.mkdir(parents=True, exist_ok=True)
     genus_of = {7: "Apis", 3: "Bos", 5: "Bos"}
     categories = [{"id": i, "name": f"{genus} {i}", "genus": genus} for i, genus in genus_of.items()]
     (root / "categories.json").write_text(json.dumps(categories))
+    between = ("Animalia",) if keep_supercategory else ()
     for split, per_category in (("train", 3), ("val", 2)):
         images, annotations = [], []
         for category in genus_of:
             for i in range(per_category):
                 number = len(images)
-                folder = (
-                    f"train_val{year}/Animalia/{category}"
-                    if keep_supercategory
-                    else f"train_val{year}/{category}"
-                )
-                (root / folder).mkdir(parents=True, exist_ok=True)
-                random_image(1000 * category + i).save(root / folder / f"{split}{i}.jpg")
+                folder = root.joinpath(f"train_val{year}", *between, str(category))
+                folder.mkdir(parents=True, exist_ok=True)
+                random_image(1000 * category + i).save(folder / f"{split}{i}.jpg")
                 name = f"train_val{year}/Animalia/{category}/{split}{i}.jpg"
                 images.append({"id": number, "file_name": name})
                 annotations.append({"image_id": number, "category_id": category})

@@ -213,6 +213,9 @@ def test_contradictory_and_unknown_augmentation_is_refused():
         build_transform(arguments("--src"), train=True)
     with pytest.raises(ValueError, match=r"--aa ramd-m9: expected none or .* rand, "):
         build_transform(arguments("--aa", "ramd-m9"), train=True)
+    for ratio in ("0", "1.5"):
+        with pytest.raises(ValueError, match=f"--eval-crop-ratio {ratio}"):
+            build_transform(arguments("--eval-crop-ratio", ratio), train=False)
 
 
 def mixed(step: int, rank: int = 0, *flags: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -112,8 +112,9 @@ def build_transform(args, train: bool, num_channels: int = 3) -> transforms.Comp
     """PIL RGB image -> float32 tensor (num_channels, height, width), normalised.
 
     Training follows `args.data_set` (digits are shifted, never flipped), `args.ThreeAugment`, `args.src`,
-    `args.aa`, `args.color_jitter`, `args.train_interpolation`, `args.reprob`, `args.remode`, `args.recount`.
-    Evaluation is deterministic: `args.eval_crop_ratio` alone matters. Raises ValueError for `--src` alone.
+    `args.aa`, `args.color_jitter`, `args.train_interpolation`, `args.reprob`, `args.remode`, `args.recount`;
+    3-Augment has neither auto-augment nor erasing, as published. Evaluation is deterministic, and
+    `args.eval_crop_ratio` alone matters. Raises ValueError for values that make no sense.
     """
     size = size_of(args.input_size)
     to_tensor = [ToChannels(num_channels), transforms.ToTensor(), _normalize(num_channels)]
@@ -138,6 +139,8 @@ def _normalize(num_channels: int) -> transforms.Normalize:
 
 def _centre(size: tuple[int, int], crop_ratio: float) -> list:
     """Resize to int(size / crop_ratio) and crop the centre."""
+    if not 0 < crop_ratio <= 1:
+        raise ValueError(f"--eval-crop-ratio {crop_ratio}: expected a share above 0 and up to 1")
     height, width = size
     return [ResizeToCover((int(height / crop_ratio), int(width / crop_ratio))), transforms.CenterCrop(size)]
 

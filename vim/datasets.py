@@ -84,19 +84,19 @@ class ImageDataset(Dataset):
         source: where the images come from.
         transform: PIL image -> tensor.
         seed: the run's seed.
-        bad_image: what an image that cannot be read does: "raise" stops; "next" takes the next readable
+        on_broken: what an image that cannot be read does: "raise" stops; "next" takes the next readable
             one with its label (training); "grey" shows flat grey under the image's own label, so that an
             accuracy still counts every image (evaluation).
         max_bad_share: share of distinct unreadable images above which "next" and "grey" stop as well.
     """
 
-    def __init__(self, source: Source, transform, seed: int = 0, bad_image="raise", max_bad_share=0.01):
-        if bad_image not in ("raise", "next", "grey"):
-            raise ValueError(f"bad_image={bad_image!r}: expected 'raise', 'next' or 'grey'")
+    def __init__(self, source: Source, transform, seed: int = 0, on_broken="raise", max_bad_share=0.01):
+        if on_broken not in ("raise", "next", "grey"):
+            raise ValueError(f"on_broken={on_broken!r}: expected 'raise', 'next' or 'grey'")
         self.source = source
         self.transform = transform
         self.seed = seed
-        self.bad_image = bad_image
+        self.on_broken = on_broken
         self.max_bad_share = max_bad_share
         # In shared memory, so that what a worker process finds is counted here.
         self._broken = torch.zeros(len(source.labels), dtype=torch.bool).share_memory_()
@@ -111,8 +111,8 @@ class ImageDataset(Dataset):
             return self.transform(image), label
 
     def raw(self, index: int) -> Image.Image:
-        """The image as read, RGB and upright, before any transform."""
-        return self.source.read(index)
+        """The image before any transform, RGB and upright; its replacement if it cannot be read."""
+        return self._readable(index)[0]
 
     def name(self, index: int) -> str:
         """The image's path, or its number where there are no files."""
@@ -130,13 +130,13 @@ class ImageDataset(Dataset):
                 return self.source.read(candidate), int(self.source.labels[candidate])
             except BrokenImage as error:
                 self._count_broken(candidate, error)
-            if self.bad_image == "grey":
+            if self.on_broken == "grey":
                 return Image.new("RGB", (256, 256), (124, 116, 104)), int(self.source.labels[index])
         raise DataError(f"none of {len(self)} images can be read, the first is {self.name(0)}")
 
     def _count_broken(self, index: int, error: BrokenImage) -> None:
         """Say a broken image once; raise if the policy or the share of broken ones says so."""
-        if self.bad_image == "raise":
+        if self.on_broken == "raise":
             raise DataError(f"{error}; mend or remove the file, or use --bad-image replace") from error
         if self._broken[index]:
             return
@@ -206,15 +206,17 @@ class ArraySource:
         return f"{self.title} #{index}"
 
 
-def scan_classes(folder: Path) -> dict[str, list[str]]:
-    """Class name -> image files relative to `folder`, both sorted: one subfolder per class.
-
-    Raises DataError when there is no class folder, or one without images.
-    """
+def class_folders(folder: Path) -> list[str]:
+    """Names of the class folders in `folder`, sorted: their numbers. Raises DataError if there is none."""
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if not names:
         raise DataError(f"{folder} holds no class folders; sort its images into one folder per class")
-    classes = {name: _images_below(folder, name) for name in names}
+    return names
+
+
+def scan_classes(folder: Path) -> dict[str, list[str]]:
+    """Class name -> image files relative to `folder`, both sorted. Raises DataError for an empty class."""
+    classes = {name: _images_below(folder, name) for name in class_folders(folder)}
     empty = [name for name, files in classes.items() if not files]
     if empty:
         raise DataError(
@@ -251,16 +253,16 @@ def image_folder_sources(root: Path, need_train: bool) -> Sources:
     Classes are train's, and val's images are labelled by class name. Without training, a missing train
     folder leaves val to define the classes.
     """
-    _existing_folder(root, "--data-path takes the folder that holds train/ and val/")
+    mend = "--data-path takes the folder that holds train/ and val/"
+    _existing_folder(root, mend)
     there = sorted(entry.name for entry in os.scandir(root))
-    mend = f"--data-path needs one folder per class below it; {root} holds: {_some(there) or 'nothing'}"
+    mend = f"{mend}, and {root} holds: {_some(there) or 'nothing'}"
     val = scan_classes(_existing_folder(root / "val", mend))
-    if need_train or (root / "train").is_dir():
-        train = scan_classes(_existing_folder(root / "train", mend))
-    else:
-        train = None
-    names = list(val if train is None else train)
-    unknown = [name for name in val if name not in set(names)]
+    train = scan_classes(_existing_folder(root / "train", mend)) if need_train else None
+    names = list(train or val)
+    if not need_train and (root / "train").is_dir():
+        names = class_folders(root / "train")
+    unknown = sorted(set(val) - set(names))
     if unknown:
         raise DataError(
             f"{root / 'val'} has {len(unknown)} class folder(s) that {root / 'train'} lacks: "
@@ -331,11 +333,17 @@ def _inat_split(
 ) -> FileSource:
     label_of = {name: label for label, name in enumerate(names)}
     try:
-        category_of = {a["image_id"]: int(a["category_id"]) for a in content["annotations"]}
+        title_by_image = {a["image_id"]: title_of[int(a["category_id"])] for a in content["annotations"]}
+        ids = [image["id"] for image in content["images"]]
         files = [image["file_name"] for image in content["images"]]
-        titles = [title_of[category_of[image["id"]]] for image in content["images"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{root / file}: unreadable labels: an image or annotation lacks {error}") from error
+        raise DataError(
+            f"{root / file}: unreadable labels: an entry lacks {error}; fetch it again"
+        ) from error
+    unlabelled = [name for name, image in zip(files, ids) if image not in title_by_image]
+    if unlabelled:
+        raise DataError(f"{root / file} has no annotation for {_some(unlabelled)}; fetch it again")
+    titles = [title_by_image[image] for image in ids]
     unknown = sorted(set(titles) - set(names))
     if unknown:
         raise DataError(f"{root / file} has categories that train lacks: {_some(unknown)}; remove them")
