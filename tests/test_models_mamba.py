@@ -1,0 +1,266 @@
+"""The model against the published implementation's numbers, its contracts, and the interface timm's tools expect."""
+
+import pytest
+import timm
+import torch
+from oracle_cases import fill, gradient_numbers, image, load_arrays, load_json
+
+import models_mamba
+from models_mamba import VARIANTS, VisionMamba, resample_pos_embed
+
+CASES = {case["name"]: case for case in load_json("models.json")}
+REGISTERED = load_json("registered.json")
+ALIASES = {name: name.split("_bimambav2")[0] for name in VARIANTS if "_bimambav2" in name}
+NANO = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_classes": 5}
+
+
+def layout(model):
+    return [[name, list(tensor.shape)] for name, tensor in model.state_dict().items()]
+
+
+def build(case, dtype):
+    kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in case["kwargs"].items()}
+    return fill(VisionMamba(**kwargs).to(dtype))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_state_dict_of_small_models(name):
+    model = build(CASES[name], torch.float32)
+    assert layout(model) == load_json("layouts.json")[CASES[name]["layout"]]
+    assert sum(p.numel() for p in model.parameters()) == CASES[name]["n_params"]
+
+
+def expect_gradients(model, images, numbers, tolerance):
+    """Every recorded norm and projection, `null` meaning no gradient; `<image>` is the input's."""
+    images = images.clone().requires_grad_()
+    logits = model(images)
+    loss = logits.square().mean()
+    loss.backward()
+    parameters = dict(model.named_parameters()) | {"<image>": images}
+    for name, recorded in numbers["grads"].items():
+        grad = parameters[name].grad
+        if recorded is None:
+            assert grad is None or not grad.any(), name
+            continue
+        l2, probe = gradient_numbers(name, grad)
+        limit = tolerance * recorded[0] + 1e-3 * tolerance
+        assert abs(l2 - recorded[0]) <= limit and abs(probe - recorded[1]) <= limit, (name, l2, probe, recorded)
+    assert loss.item() == pytest.approx(numbers["loss"], rel=tolerance)
+    return logits
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_small_models_in_float64(name):
+    case = CASES[name]
+    logits = expect_gradients(build(case, torch.float64).train(), image(**case["image"]).double(), case, 1e-8)
+    torch.testing.assert_close(logits.detach(), load_arrays("models.npz")[name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_small_models_in_float32(name):
+    case = CASES[name]
+    logits = expect_gradients(build(case, torch.float32).train(), image(**case["image"]), case, 1e-4)
+    expected = load_arrays("models.npz")[name].float()
+    torch.testing.assert_close(logits.detach(), expected, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize("name", sorted({key.split("/")[1] for key in load_arrays("models.npz") if key[:5] == "trace"}))
+def test_every_block(name):
+    model, arrays = build(CASES[name], torch.float64), load_arrays("models.npz")
+    step = 2 if CASES[name]["kwargs"]["bidirectional"] == "layer" else 1
+    with torch.no_grad():
+        stages = list(model._stages(model._embed(image(**CASES[name]["image"]).double())))
+    assert len(stages) == len(model.layers) // step
+    for i, (hidden, residual) in enumerate(stages):
+        def recorded(what, i=i):
+            value = arrays[f"trace/{name}/layer{step * i}/{what}"]
+            if step == 2:  # the second of a pair reads the sequence backwards; both are summed
+                value = value + arrays[f"trace/{name}/layer{step * i + 1}/{what}"].flip(1)
+            return value.double()
+
+        torch.testing.assert_close(hidden, recorded("hidden"), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(residual, recorded("residual"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_state_dict_of_registered_names(name):
+    """Published weights load by these names and shapes."""
+    with torch.device("meta"):
+        model, alias = timm.create_model(name), timm.create_model(ALIASES[name])
+    assert layout(model) == layout(alias)
+    if name in REGISTERED:
+        assert layout(model) == load_json("layouts.json")[REGISTERED[name]["layout"]]
+        assert sum(p.numel() for p in model.parameters()) == REGISTERED[name]["n_params"]
+
+
+def test_parameter_counts():
+    with torch.device("meta"):
+        counts = {
+            size: round(sum(p.numel() for p in timm.create_model(f"vim_{size}_patch16_224").parameters()) / 1e6, 2)
+            for size in ("tiny", "small", "base")
+        }
+    assert counts == {"tiny": 7.15, "small": 25.80, "base": 97.60}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REGISTERED)
+def test_registered_names(name):
+    """Logits to 1e-5 of their largest, and every gradient, in float32 on whatever backend runs here."""
+    model, images = fill(timm.create_model(name)), image(2, 3, 224, 224)
+    if "grads" in REGISTERED[name]:
+        logits = expect_gradients(model.train(), images, REGISTERED[name], 1e-4).detach()
+    else:
+        with torch.no_grad():
+            logits = model.eval()(images)
+    expected = load_arrays("models.npz")[name]
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert logits.argmax(1).tolist() == REGISTERED[name]["argmax"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REGISTERED)
+def test_autocast_bfloat16_stays_close(name):
+    model, images = fill(timm.create_model(name)).eval(), image(2, 3, 224, 224)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(images)
+    expected = load_arrays("models.npz")[name]
+    assert torch.cosine_similarity(logits.double(), expected).min() >= 0.9999
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"bidirectional": "v3"},
+        {"cls_token": "center"},
+        {"global_pool": "mean"},  # with a class token
+        {"cls_token": "none"},  # with global_pool="token"
+        {"norm": "batch"},
+        {"dt_init_backward": "zero"},
+        {"bidirectional": "layer", "depth": 3},
+        {"img_size": 4},
+    ],
+    ids=str,
+)
+def test_bad_option_values(wrong):
+    with pytest.raises(ValueError, match="use"):
+        VisionMamba(**NANO | wrong)
+
+
+def test_a_misspelt_option_raises():
+    with pytest.raises(TypeError, match="bidirectionl"):
+        timm.create_model("vim_nano_patch4_32", bidirectionl="v2")
+
+
+def test_drop_path_rates_are_shifted_by_one():
+    model = VisionMamba(**NANO | {"depth": 4, "drop_path_rate": 0.3})
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in model.layers]
+    assert rates == pytest.approx([0.0, 0.0, 0.1, 0.2]) and model.drop_path.drop_prob == pytest.approx(0.3)
+
+
+def test_initialisation_is_the_published_one():
+    torch.manual_seed(0)
+    mixer = VisionMamba(**NANO | {"embed_dim": 128}).layers[0].mixer
+    delta = torch.nn.functional.softplus(mixer.dt_proj.bias)
+    assert delta.min() >= 0.0009 and delta.max() <= 0.11
+    assert not mixer.dt_proj_b.bias.any(), "the backward time step starts at softplus(0)"
+    assert mixer.dt_proj.weight.abs().max() <= mixer.dt_rank**-0.5
+    torch.testing.assert_close(mixer.A_b_log[3], torch.arange(1, 17).float().log())
+    bound = 1 / (256**0.5 * 2**0.5)  # torch's default bound for D = 256 inputs, over sqrt(depth)
+    assert bound * 0.9 < mixer.out_proj.weight.abs().max() <= bound
+    same = VisionMamba(**NANO | {"dt_init_backward": "same"}).layers[0].mixer
+    assert same.dt_proj_b.bias.any()
+
+
+@pytest.mark.parametrize("cls_token, pool", [("middle", "token"), ("head", "token"), ("double", "token"), ("none", "mean")])
+@pytest.mark.parametrize("bidirectional", ["v2", "layer"])
+def test_intermediates_are_the_residual_stream_without_class_tokens(cls_token, pool, bidirectional):
+    torch.manual_seed(0)
+    model = VisionMamba(
+        **NANO | {"img_size": (32, 48), "cls_token": cls_token, "global_pool": pool, "bidirectional": bidirectional}
+    ).eval()
+    images = torch.randn(2, 3, 32, 48)
+    tokens, (feature,) = model.forward_intermediates(images, indices=1, norm=True)
+    assert feature.shape == (2, 32, 4, 6)
+    torch.testing.assert_close(tokens, model.forward_features(images))
+    patches = models_mamba.split_cls_tokens(tokens, cls_token)[0]
+    torch.testing.assert_close(feature, patches.transpose(1, 2).unflatten(2, (4, 6)))
+    raw = model.forward_intermediates(images, indices=1, output_fmt="NLC", intermediates_only=True)[0]
+    hidden, residual = list(model._stages(model._embed(images)))[-1]
+    torch.testing.assert_close(raw, models_mamba.split_cls_tokens(hidden + residual, cls_token)[0])
+
+
+def test_features_only():
+    model = timm.create_model("vim_nano_patch4_32", features_only=True, out_indices=(0, 2))
+    features = model(torch.randn(2, 3, 32, 32))
+    assert [tuple(f.shape) for f in features] == [(2, 64, 8, 8), (2, 64, 8, 8)]
+    assert model.feature_info.channels() == [64, 64] and model.feature_info.reduction() == [4, 4]
+    assert len(model.model.layers) == 3, "blocks after the last feature are pruned"
+
+
+def test_classifier_can_be_reset():
+    model = timm.create_model("vim_nano_patch4_32", num_classes=7)
+    images = torch.randn(2, 3, 32, 32)
+    assert model(images).shape == (2, 7) and model.get_classifier().out_features == 7
+    model.reset_classifier(3)
+    assert model(images).shape == (2, 3)
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(images), model.forward_head(model.forward_features(images), pre_logits=True))
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory():
+    model, images = fill(VisionMamba(**NANO)).train(), torch.randn(2, 3, 32, 32)
+    grads = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(images).sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_layer_wise_decay_groups_every_parameter():
+    from timm.models import group_parameters
+
+    model = VisionMamba(**NANO)
+    groups = group_parameters(model, model.group_matcher(), reverse=False)
+    assert sorted(sum(groups.values(), [])) == sorted(name for name, _ in model.named_parameters())
+    assert len(groups) == 1 + NANO["depth"] + 1  # stem, blocks, and norm with head
+
+
+def plain_resample(grid, size):
+    return torch.nn.functional.interpolate(grid, size=size, mode="bicubic", antialias=False)
+
+
+@pytest.mark.parametrize("old, new", [((14, 14), (27, 27)), ((14, 14), (10, 20)), ((4, 6), (5, 5))])
+def test_position_embeddings_resample_around_the_class_token(old, new):
+    torch.manual_seed(0)
+    pos_embed = torch.randn(1, old[0] * old[1] + 1, 8)
+    out = resample_pos_embed(pos_embed, new, "middle", old)
+    half, new_half = old[0] * old[1] // 2, new[0] * new[1] // 2
+    assert torch.equal(out[:, new_half], pos_embed[:, half])
+    grid = torch.cat([pos_embed[:, :half], pos_embed[:, half + 1 :]], 1).unflatten(1, old).permute(0, 3, 1, 2)
+    patches = torch.cat([out[:, :new_half], out[:, new_half + 1 :]], 1)
+    torch.testing.assert_close(patches, plain_resample(grid, new).flatten(2).transpose(1, 2))
+    assert resample_pos_embed(pos_embed, old, "middle", old) is pos_embed
+
+
+def test_dynamic_image_size_equals_a_model_built_for_it():
+    torch.manual_seed(0)
+    dynamic = VisionMamba(**NANO | {"dynamic_img_size": True}).eval()
+    fixed = VisionMamba(**NANO | {"img_size": (40, 64)}).eval()
+    state = dynamic.state_dict()
+    state["pos_embed"] = resample_pos_embed(state["pos_embed"], (5, 8))
+    fixed.load_state_dict(state)
+    images = torch.randn(2, 3, 40, 64)
+    torch.testing.assert_close(dynamic(images), fixed(images))
+    with pytest.raises(ValueError, match="dynamic_img_size"):
+        fixed(torch.randn(2, 3, 32, 32))
+    fixed.set_input_size((32, 32))
+    assert fixed(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+
+
+@pytest.mark.slow
+def test_compiles_into_one_graph():
+    model, images = fill(VisionMamba(**NANO)).eval(), torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,519 @@
+"""Vision Mamba (Vim): an image as a sequence of patches, read in both directions by Mamba blocks.
+
+Zhu et al., "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
+arXiv 2401.09417. Symbols, here and in the shape comments:
+
+    B  images in the batch          M  patches = H * W of the grid          L  tokens: M and the class tokens
+    E  embedding width              D  inner width = expand * E             N  states of a channel
+
+A block is add, then norm, then mixer, and hands on two tensors: what its mixer gave (`hidden`), and the sum of
+all before it (`residual`, the float32 stream).
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, lecun_normal_, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+try:
+    from mamba_ssm.modules.mamba_simple import BIMAMBA_TYPES, Mamba
+    from mamba_ssm.ops.triton.layer_norm import layer_norm_fn
+except ImportError as error:
+    raise ImportError(
+        "mamba_ssm is missing, or it is the registry's package and not this repository's: "
+        "run `pip install -e causal_conv1d -e mamba-1p1p1` in the repository's root"
+    ) from error
+
+# Where class tokens stand among M patches (table 5 of the paper), and the parameters that hold them.
+CLS_TOKENS = {
+    "middle": ("cls_token",),
+    "head": ("cls_token",),
+    "double": ("cls_token_head", "cls_token_tail"),
+    "none": (),
+}
+GLOBAL_POOLS = ("token", "mean", "max", "last")
+NORMS = ("rms", "layer")
+BIDIRECTIONALS = (*BIMAMBA_TYPES, "layer")
+
+
+def _choose(name: str, value: str, accepted) -> str:
+    if value not in accepted:
+        raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, accepted))}")
+    return value
+
+
+def cls_token_positions(cls_token: str, num_patches: int) -> tuple[int, ...]:
+    """Indices of the class tokens in the whole sequence."""
+    return {
+        "middle": (num_patches // 2,),
+        "head": (0,),
+        "double": (0, num_patches + 1),
+        "none": (),
+    }[_choose("cls_token", cls_token, CLS_TOKENS)]
+
+
+def split_cls_tokens(x: Tensor, cls_token: str) -> tuple[Tensor, Tensor]:
+    """Take the class tokens out of a sequence (B, L, E): patches (B, M, E) and class tokens (B, 0 to 2, E)."""
+    num_patches = x.shape[1] - len(CLS_TOKENS[_choose("cls_token", cls_token, CLS_TOKENS)])
+    positions = cls_token_positions(cls_token, num_patches)
+    edges = (-1, *positions, x.shape[1])
+    patches = [x[:, before + 1 : after] for before, after in zip(edges, edges[1:])]
+    return torch.cat(patches, dim=1), x[:, list(positions)]
+
+
+def insert_cls_tokens(patches: Tensor, cls_tokens: Tensor, cls_token: str) -> Tensor:
+    """Put class tokens (B, 0 to 2, E) into their places among patches (B, M, E): (B, L, E)."""
+    half = patches.shape[1] // 2
+    return {
+        "middle": lambda: torch.cat([patches[:, :half], cls_tokens, patches[:, half:]], dim=1),
+        "head": lambda: torch.cat([cls_tokens, patches], dim=1),
+        "double": lambda: torch.cat([cls_tokens[:, :1], patches, cls_tokens[:, 1:]], dim=1),
+        "none": lambda: patches,
+    }[cls_token]()
+
+
+def resample_pos_embed(
+    pos_embed: Tensor,
+    new_grid: tuple[int, int],
+    cls_token: str = "middle",
+    old_grid: tuple[int, int] | None = None,
+) -> Tensor:
+    """Position embeddings for another grid of patches.
+
+    The class tokens' slots are taken out at their true indices, the grid is resampled (bicubic, no antialias),
+    and the slots are put back where the new sequence has them.
+
+    Args:
+        pos_embed: (1, L, E). new_grid, old_grid: (H, W); old_grid None means square.
+
+    Returns (1, L', E); the very same tensor if the grids are equal. Raises ValueError if `pos_embed` does not
+    fit `old_grid`, or no square.
+    """
+    grid, cls = split_cls_tokens(pos_embed, cls_token)  # (1, M, E)
+    side = math.isqrt(grid.shape[1])
+    height, width = old_grid or (side, side)
+    if height * width != grid.shape[1]:
+        raise ValueError(
+            f"pos_embed holds {grid.shape[1]} patches, which is not {height} x {width}: pass old_grid=(H, W)"
+        )
+    if (height, width) == tuple(new_grid):
+        return pos_embed
+    grid = grid.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # (1, E, H, W)
+    grid = F.interpolate(grid.float(), size=tuple(new_grid), mode="bicubic", antialias=False)
+    grid = grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)  # (1, M', E)
+    return insert_cls_tokens(grid, cls, cls_token)
+
+
+class PatchEmbed(nn.Module):
+    """Image (B, C, height, width) to patches (B, M, E), overlapping if the stride is below the patch size."""
+
+    def __init__(self, img_size, patch_size, stride, in_chans: int, embed_dim: int, dynamic_img_size: bool = False):
+        super().__init__()
+        self.img_size, self.patch_size = to_2tuple(img_size), to_2tuple(patch_size)
+        self.stride = self.patch_size if stride is None else to_2tuple(stride)
+        self.dynamic_img_size = dynamic_img_size
+        self.grid_size = self.grid_of(*self.img_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride)
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Patches along each side of an image."""
+        if height < self.patch_size[0] or width < self.patch_size[1]:
+            raise ValueError(
+                f"an image of {height} x {width} is smaller than a patch of {self.patch_size[0]} x "
+                f"{self.patch_size[1]}: use a larger image or a smaller patch_size"
+            )
+        sides = zip((height, width), self.patch_size, self.stride)
+        return tuple((side - patch) // stride + 1 for side, patch, stride in sides)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.dynamic_img_size and tuple(x.shape[-2:]) != self.img_size:
+            raise ValueError(
+                f"the image is {x.shape[-2]} x {x.shape[-1]} and the model's img_size {self.img_size}: build the "
+                "model with this img_size, or with dynamic_img_size=True"
+            )
+        # The patches start the float32 residual stream: under bfloat16 autocast this layer alone cost a third of
+        # the logits' error, at 2 % of the arithmetic.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+class AddNorm(nn.Module):
+    """Norm of x + residual, float32 inside: returns (norm, sum), the sum being the float32 residual stream."""
+
+    def __init__(self, dim: int, kind: str, eps: float):
+        super().__init__()
+        self.kind, self.eps = _choose("norm", kind, NORMS), eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(dim)) if kind == "layer" else None)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return layer_norm_fn(
+            x, self.weight, self.bias, residual, self.eps,
+            prenorm=True, residual_in_fp32=True, is_rms_norm=self.kind == "rms",
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, kind={self.kind!r}, eps={self.eps}"
+
+
+class Block(nn.Module):
+    """Add, norm, mixer. Stochastic depth drops what the block before it gave (hence the shifted rates)."""
+
+    def __init__(self, norm: AddNorm, mixer: nn.Module, drop_path: float):
+        super().__init__()
+        self.mixer, self.norm = mixer, norm
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """hidden, residual: (B, L, E); without a residual, hidden starts the stream."""
+        if residual is not None:
+            hidden = self.drop_path(hidden)
+        hidden, residual = self.norm(hidden, residual)
+        return self.mixer(hidden), residual
+
+
+class VisionMamba(nn.Module):
+    """Vision Mamba (arXiv 2401.09417).
+
+    Args:
+        img_size, patch_size: int or (height, width). stride: step between patches, default the patch size.
+        in_chans, num_classes: channels of the image; classes of the head, 0 for features.
+        global_pool: "token" exactly when there is a class token; otherwise "mean", "max" (the head on every
+            token, then the maximum of each logit) or "last".
+        embed_dim, depth: E, and the number of blocks.
+        bidirectional: "v2" two full directions (all released weights), "v1" a second scan with its own A only,
+            "none" forward only, "layer" blocks in pairs of which the second reads the sequence backwards.
+        cls_token: "middle", "head", "double" (first and last, averaged) or "none".
+        pos_embed: learned position embeddings, or none.
+        norm, norm_eps: "rms" or "layer", and its epsilon.
+        d_state, d_conv, expand, dt_rank, conv_bias, bias, dt_init_backward, layer_scale: of the mixer, see `Mamba`.
+        drop_rate, drop_path_rate: dropout after the position embeddings; maximum of stochastic depth.
+        dynamic_img_size: accept any image size, resampling the position embeddings on the fly.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        stride: int | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 192,
+        depth: int = 24,
+        bidirectional: str = "v2",
+        cls_token: str = "middle",
+        pos_embed: bool = True,
+        norm: str = "rms",
+        norm_eps: float = 1e-5,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | str = "auto",
+        conv_bias: bool = True,
+        bias: bool = False,
+        dt_init_backward: str = "published",
+        layer_scale: float | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        dynamic_img_size: bool = False,
+    ):
+        super().__init__()
+        self.bidirectional = _choose("bidirectional", bidirectional, BIDIRECTIONALS)
+        self.cls_token_design = _choose("cls_token", cls_token, CLS_TOKENS)
+        self._check_pool(global_pool)
+        if bidirectional == "layer" and depth % 2:
+            raise ValueError(f"depth={depth}: bidirectional='layer' pairs its blocks, so use an even depth")
+        self.global_pool, self.num_classes, self.in_chans = global_pool, num_classes, in_chans
+        self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
+        self.dynamic_img_size, self.grad_checkpointing = dynamic_img_size, False
+
+        for name in CLS_TOKENS[cls_token]:
+            self.register_parameter(name, nn.Parameter(torch.zeros(1, 1, embed_dim)))
+        patch_embed = PatchEmbed(img_size, patch_size, stride, in_chans, embed_dim, dynamic_img_size)
+        tokens = patch_embed.num_patches + len(CLS_TOKENS[cls_token])
+        self.register_parameter("pos_embed", nn.Parameter(torch.zeros(1, tokens, embed_dim)) if pos_embed else None)
+        self.patch_embed = patch_embed
+        self.pos_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        # The rate of block i is that of the mixer before it: block 0 has none before it, norm_f follows the last.
+        rates = [0.0, *(drop_path_rate * i / max(depth - 1, 1) for i in range(depth))]
+        mixers = (
+            Mamba(
+                embed_dim, d_state, d_conv, expand, dt_rank, conv_bias=conv_bias, bias=bias, layer_idx=i,
+                bimamba_type="none" if bidirectional == "layer" else bidirectional,
+                if_divide_out=bidirectional == "v2", init_layer_scale=layer_scale, dt_init_backward=dt_init_backward,
+            )
+            for i in range(depth)
+        )  # fmt: skip
+        self.layers = nn.ModuleList(
+            Block(AddNorm(embed_dim, norm, norm_eps), mixer, rate) for mixer, rate in zip(mixers, rates)
+        )
+        self.norm_f = AddNorm(embed_dim, norm, norm_eps)
+        self.drop_path = DropPath(rates[-1]) if rates[-1] > 0 else nn.Identity()
+        self._describe_features()
+        self._init_weights()
+
+    def _check_pool(self, global_pool: str) -> None:
+        _choose("global_pool", global_pool, GLOBAL_POOLS)
+        if (global_pool == "token") != bool(CLS_TOKENS[self.cls_token_design]):
+            raise ValueError(
+                f"global_pool={global_pool!r} does not go with cls_token={self.cls_token_design!r}: use 'token' "
+                "exactly when there is a class token, and 'mean', 'max' or 'last' with cls_token='none'"
+            )
+
+    def _describe_features(self) -> None:
+        reduction = max(self.patch_embed.stride)
+        self.feature_info = [
+            {"num_chs": self.embed_dim, "reduction": reduction, "module": f"layers.{last}"}
+            for last in range(self._stage_size - 1, len(self.layers), self._stage_size)
+        ]
+
+    @property
+    def _stage_size(self) -> int:
+        """Blocks that make one step of the residual stream."""
+        return 2 if self.bidirectional == "layer" else 1
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """As the published training started; what the mixers hold beyond this, `Mamba` initialises."""
+        lecun_normal_(self.patch_embed.proj.weight)
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        self._init_head()
+        for name in (*CLS_TOKENS[self.cls_token_design], "pos_embed"):
+            if getattr(self, name) is not None:
+                trunc_normal_(getattr(self, name), std=0.02)
+        for block in self.layers:
+            nn.init.kaiming_uniform_(block.mixer.out_proj.weight, a=math.sqrt(5))
+            block.mixer.out_proj.weight /= math.sqrt(len(self.layers))
+            for linear in (block.mixer.in_proj, block.mixer.out_proj):
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+
+    def _init_head(self) -> None:
+        if self.num_classes > 0:
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    # What timm's tools expect of a model.
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that are never decayed."""
+        return {"pos_embed", "cls_token", "cls_token_head", "cls_token_tail"}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Groups for layer-wise learning rates: the stem, one group a block, and the last norm with the head."""
+        return {
+            "stem": r"^cls_token|^pos_embed|^patch_embed",
+            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in backward instead of keeping their activations."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh head for other classes, 0 for none."""
+        if global_pool is not None:
+            self._check_pool(global_pool)
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        like = self.patch_embed.proj.weight
+        head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.head = head.to(like.device, like.dtype)
+        self._init_head()
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Rebuild for another image size, resampling the position embeddings."""
+        old_grid = self.patch_embed.grid_size
+        self.patch_embed.img_size = to_2tuple(img_size)
+        self.patch_embed.grid_size = self.patch_embed.grid_of(*self.patch_embed.img_size)
+        if self.pos_embed is not None:
+            resampled = resample_pos_embed(
+                self.pos_embed.detach(), self.patch_embed.grid_size, self.cls_token_design, old_grid
+            )
+            self.pos_embed = nn.Parameter(resampled)
+
+    def cls_token_position(self, num_patches: int) -> tuple[int, ...]:
+        """Indices of this model's class tokens among `num_patches` patches."""
+        return cls_token_positions(self.cls_token_design, num_patches)
+
+    # The forward pass.
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """Image (B, C, height, width) -> tokens with class tokens and positions (B, L, E)."""
+        if x.dim() != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"the model takes images (B, {self.in_chans}, height, width), not {tuple(x.shape)}")
+        grid = self.patch_embed.grid_of(*x.shape[-2:])
+        x = self.patch_embed(x)  # (B, M, E)
+        if CLS_TOKENS[self.cls_token_design]:
+            cls = torch.cat([getattr(self, name) for name in CLS_TOKENS[self.cls_token_design]], dim=1)
+            x = insert_cls_tokens(x, cls.expand(len(x), -1, -1).to(x.dtype), self.cls_token_design)
+        if self.pos_embed is not None:
+            pos_embed = self.pos_embed
+            if grid != self.patch_embed.grid_size:
+                pos_embed = resample_pos_embed(pos_embed, grid, self.cls_token_design, self.patch_embed.grid_size)
+            x = x + pos_embed
+        return self.pos_drop(x)
+
+    def _run(self, block: Block, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, hidden, residual, use_reentrant=False)
+        return block(hidden, residual)
+
+    def _stages(self, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(hidden, residual), (B, L, E) each, after every block, or after every pair of blocks with "layer"."""
+        residual = None
+        if self.bidirectional != "layer":
+            for block in self.layers:
+                hidden, residual = self._run(block, hidden, residual)
+                yield hidden, residual
+            return
+        for ahead, behind in zip(self.layers[::2], self.layers[1::2]):
+            hidden_f, residual_f = self._run(ahead, hidden, residual)
+            backwards = None if residual is None else residual.flip(1)
+            hidden_b, residual_b = self._run(behind, hidden.flip(1), backwards)
+            hidden, residual = hidden_f + hidden_b.flip(1), residual_f + residual_b.flip(1)
+            yield hidden, residual
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Image (B, C, height, width) -> all tokens after the last norm (B, L, E), class tokens in their places."""
+        for hidden, residual in self._stages(self._embed(x)):  # noqa: B007 - the last one counts
+            pass
+        return self.norm_f(self.drop_path(hidden), residual)[0]
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """(B, L, E) -> (B, E)."""
+        if self.global_pool == "token":
+            positions = self.cls_token_position(x.shape[1] - len(CLS_TOKENS[self.cls_token_design]))
+            return x[:, positions[0]] if len(positions) == 1 else x[:, list(positions)].mean(1)
+        return {"mean": x.mean(1), "last": x[:, -1], "max": x.amax(1)}[self.global_pool]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens (B, L, E) -> logits (B, num_classes), or with `pre_logits` the pooled feature (B, E)."""
+        if self.global_pool == "max" and not pre_logits:
+            return self.head(x).amax(1)
+        x = self._pool(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image (B, C, height, width) -> logits (B, num_classes), or features (B, E) if there is no head."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list | tuple[Tensor, list]:
+        """Features after chosen blocks: the residual stream with what the block added, class tokens taken out.
+
+        Args:
+            x: image (B, C, height, width). indices: the last n blocks if an int, all if None, or a list.
+            return_prefix_tokens: pair each feature with its class tokens (B, 0 to 2, E).
+            norm: apply the last norm to each. stop_early: run no block after the last one asked for.
+            output_fmt: "NCHW" (B, E, H, W) or "NLC" (B, M, E).
+            intermediates_only: return the features alone.
+
+        Returns (all tokens after the last norm (B, L, E), features), or the features.
+        """
+        _choose("output_fmt", output_fmt, ("NCHW", "NLC"))
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        grid = self.patch_embed.grid_of(*x.shape[-2:])
+        features = []
+        for i, (hidden, residual) in enumerate(self._stages(self._embed(x))):
+            if i in take:
+                tokens = self.norm_f(hidden, residual)[0] if norm else hidden + residual
+                patches, cls = split_cls_tokens(tokens, self.cls_token_design)
+                if output_fmt == "NCHW":
+                    patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
+                features.append((patches, cls) if return_prefix_tokens else patches)
+            if i == last and (stop_early and intermediates_only):
+                break
+        if intermediates_only:
+            return features
+        return self.norm_f(self.drop_path(hidden), residual)[0], features
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the blocks after the last feature asked for, and the norm and head if told; returns the indices."""
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        self.layers = self.layers[: (last + 1) * self._stage_size]
+        if prune_norm:
+            self.norm_f = _KeepAll()
+        if prune_head:
+            self.reset_classifier(0)
+        return take
+
+
+class _KeepAll(nn.Module):
+    """In the place of a pruned norm: the sum, unnormed."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return x + residual, residual
+
+
+# name: (constructor arguments, image side). The long names are those of the published checkpoints.
+_PUBLISHED = "bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
+_TINY, _SMALL, _BASE = ({"embed_dim": width, "depth": 24} for width in (192, 384, 768))
+VARIANTS = {
+    f"vim_tiny_patch16_224_{_PUBLISHED}": (_TINY, 224),
+    f"vim_tiny_patch16_stride8_224_{_PUBLISHED}": (_TINY | {"stride": 8}, 224),
+    f"vim_small_patch16_224_{_PUBLISHED}": (_SMALL, 224),
+    f"vim_small_patch16_stride8_224_{_PUBLISHED}": (_SMALL | {"stride": 8}, 224),
+    "vim_base_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_middle_cls_token_div2": (_BASE, 224),
+    "vim_tiny_patch16_224": (_TINY, 224),
+    "vim_tiny_patch16_stride8_224": (_TINY | {"stride": 8}, 224),
+    "vim_small_patch16_224": (_SMALL, 224),
+    "vim_small_patch16_stride8_224": (_SMALL | {"stride": 8}, 224),
+    "vim_base_patch16_224": (_BASE, 224),
+    "vim_base_patch16_stride8_224": (_BASE | {"stride": 8}, 224),
+    "vim_nano_patch4_32": ({"embed_dim": 64, "depth": 4, "patch_size": 4}, 32),
+}
+
+
+def _default_cfg(img_size: int) -> dict:
+    """What timm's tools read off a model: input and preprocessing, names of the first and last layer."""
+    return {
+        "url": "", "num_classes": 1000, "input_size": (3, img_size, img_size), "fixed_input_size": True,
+        "crop_pct": 0.875, "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj", "classifier": "head", "license": "apache-2.0",
+    }  # fmt: skip
+
+
+default_cfgs = {name: _default_cfg(img_size) for name, (_, img_size) in VARIANTS.items()}
+
+
+def _register(name: str, arguments: dict) -> None:
+    def entrypoint(pretrained: bool = False, **kwargs) -> VisionMamba:
+        return build_model_with_cfg(
+            VisionMamba, name, pretrained,
+            feature_cfg={"out_indices": 3, "feature_cls": "getter"}, **(arguments | kwargs),
+        )  # fmt: skip
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__ = f"`VisionMamba` with {arguments}, and whatever else its constructor takes."
+    register_model(entrypoint)
+
+
+for _name, (_arguments, _) in VARIANTS.items():
+    _register(_name, _arguments)
