@@ -59,6 +59,23 @@ def fraction(text: str) -> float:
     return value
 
 
+def at_least_two(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"{text} is less than 2: a damaged newest file must leave another")
+    return value
+
+
+def image_size(text: str) -> int | tuple[int, int]:
+    """`224` for squares, `192x256` for height x width."""
+    sides = [positive_int(side) for side in text.split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(
+            f"{text} has {len(sides)} sides; give 224, or 192x256 (height x width)"
+        )
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
 def tracker_list(text: str) -> str:
     unknown = [name for name in text.split(",") if name and name not in TRACKERS]
     if unknown:
@@ -85,8 +102,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser with all flags. Defaults of None are resolved by `parse_args`, which says how."""
     parser = OneLineParser(
         prog="main.py",
+        usage="%(prog)s [--config FILE.yaml] [--data-path DIR] [--model NAME] [flags]",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Train, fine-tune and evaluate Vision Mamba, or any timm model, on images.",
         epilog="Without --data-path it trains on scikit-learn's digits, which need no download.",
     )
@@ -109,6 +126,11 @@ def build_parser() -> argparse.ArgumentParser:
         add_distributed_flags,
     ):
         add_group(parser)
+    for action in parser._actions:
+        if action.default not in (None, "", argparse.SUPPRESS) and not isinstance(action, Switch):
+            action.help += " (default: %(default)s)"
+        elif isinstance(action, Switch) and action.default:
+            action.help += " (default: on)"
     return parser
 
 
@@ -157,7 +179,12 @@ def add_data_flags(parser) -> None:
         "or DIGITS if there is no --data-path",
     )
     add("--inat-category", default="name", choices=INAT_CATEGORIES, help="what INAT calls a class")
-    add("--input-size", default=224, type=positive_int, help="pixels per side the model sees")
+    add(
+        "--input-size",
+        default=224,
+        type=image_size,
+        help="pixels the model sees: 224, or 192x256 for height x width",
+    )
     add("--in-chans", default=3, type=positive_int, help="channels of an image: 1 is grey, 3 RGB")
     add("--num-classes", default=None, type=positive_int, help="default: as many as the data has")
     add("--num_workers", "--num-workers", default=10, type=natural_int, help="loader processes")
@@ -221,7 +248,7 @@ def add_weight_flags(parser) -> None:
 def add_optimizer_flags(parser) -> None:
     add = parser.add_argument_group("optimiser").add_argument
     add("--opt", default="adamw", metavar="NAME", help="any optimiser of timm")
-    add("--opt-eps", default=1e-8, type=float, metavar="EPS")
+    add("--opt-eps", default=1e-8, type=float, metavar="EPS", help="added to Adam's denominator")
     add("--opt-betas", default=None, type=float, nargs="+", metavar="BETA", help="the optimiser's own")
     add("--clip-grad", default=None, type=float, metavar="NORM", help="largest gradient norm; no limit")
     add("--momentum", default=0.9, type=float, metavar="M", help="of SGD")
@@ -242,11 +269,11 @@ def add_schedule_flags(parser) -> None:
     switch(add, "sched-on-updates", False, "change the learning rate at every step, not every epoch")
     add("--lr-noise", default=None, type=float, nargs="+", metavar="FRACTION", help="noise on/off epochs")
     add("--lr-noise-pct", default=0.67, type=float, metavar="PERCENT", help="largest noise")
-    add("--lr-noise-std", default=1.0, type=float, metavar="STD")
+    add("--lr-noise-std", default=1.0, type=float, metavar="STD", help="of the noise before it is limited")
     add("--warmup-lr", default=1e-6, type=float, help="the first epoch's")
     add("--min-lr", default=1e-5, type=float, help="the last epochs'")
     add("--decay-epochs", default=30, type=float, help="between two steps of --sched step")
-    add("--warmup-epochs", default=5, type=natural_int)
+    add("--warmup-epochs", default=5, type=natural_int, help="of linear growth up to --lr")
     add("--cooldown-epochs", default=10, type=natural_int, help="at min-lr, if --epochs leaves room")
     add("--patience-epochs", default=10, type=natural_int, help="of --sched plateau")
     add("--decay-rate", "--dr", default=0.1, type=float, help="factor of --sched step and plateau")
@@ -256,7 +283,7 @@ def add_augmentation_flags(parser) -> None:
     add = parser.add_argument_group("augmentation").add_argument
     add("--color-jitter", default=0.3, type=float, metavar="PCT", help="only where --aa is off")
     add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="RandAugment; `none` for off")
-    add("--train-interpolation", default="bicubic", choices=INTERPOLATIONS)
+    add("--train-interpolation", default="bicubic", choices=INTERPOLATIONS, help="of resized crops")
     add("--reprob", default=0.25, type=fraction, metavar="P", help="random erasing")
     add("--remode", default="pixel", choices=("pixel", "rand", "const"), help="what erases")
     add("--recount", default=1, type=positive_int, help="erased boxes")
@@ -282,7 +309,12 @@ def add_loss_flags(parser) -> None:
     switch(add, "cosub", False, "two sub-models of one batch teach each other (DeiT III)")
     add("--teacher-model", default="regnety_160", metavar="NAME", help="any timm model")
     add("--teacher-path", default="", metavar="CKPT", help="the teacher's weights")
-    add("--distillation-type", default="none", choices=("none", "soft", "hard"))
+    add(
+        "--distillation-type",
+        default="none",
+        choices=("none", "soft", "hard"),
+        help="what a teacher gives: odds or a label",
+    )
     add("--distillation-alpha", default=0.5, type=fraction, help="the teacher's share of the loss")
     add("--distillation-tau", default=1.0, type=float, help="temperature of soft distillation")
 
@@ -328,7 +360,7 @@ def add_reliability_flags(parser) -> None:
         metavar="STEPS",
         help="also save inside an epoch, every so many steps; 0 saves after each epoch alone",
     )
-    add("--keep-checkpoints", default=2, type=positive_int, metavar="K", help="newest ones kept")
+    add("--keep-checkpoints", default=2, type=at_least_two, metavar="K", help="newest ones kept")
     add(
         "--nonfinite",
         default=None,
@@ -479,5 +511,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def save_arguments(args: argparse.Namespace, path: Path) -> None:
     """Write the resolved arguments as YAML that `--config` reads back to the same namespace."""
-    values = {key: value for key, value in sorted(vars(args).items()) if key not in NOT_SAVED}
+    values = {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
+    if isinstance(args.input_size, tuple):
+        values["input_size"] = "x".join(map(str, args.input_size))
     Path(path).write_text(yaml.safe_dump(values, sort_keys=True), encoding="utf-8")

@@ -13,13 +13,14 @@ import models_mamba  # noqa: F401  (registers its models with timm)
 import timm
 import torch
 from arguments import ConfigError
-from augment import build_mixup
+from augment import build_mixup, size_of
 from checkpoint import load_weights, read_checkpoint
 from datasets import DataBundle
 from distributed import World
 from ema import WeightsEma
 from engine import Run
 from losses import build_criterion
+from mamba_ssm.ops import backend
 from optim import Schedule, build_optimizer, nearby, scaled_lr, whole_batch
 from precision import build_scaler
 from samplers import TrainSampler
@@ -94,10 +95,11 @@ def build_model(args, num_classes: int, say=print) -> nn.Module:
 
 def check_input_size(args, model: nn.Module) -> None:
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
-    smallest = max(patch) if isinstance(patch, tuple | list) else patch
-    if args.input_size < smallest:
+    height, width = patch if isinstance(patch, tuple | list) else (patch, patch)
+    size = size_of(args.input_size)
+    if size[0] < height or size[1] < width:
         raise ConfigError(
-            f"--input-size {args.input_size} is smaller than a patch of {args.model}: at least {smallest}"
+            f"--input-size {size[0]}x{size[1]} is smaller than a patch of {args.model}, {height}x{width}"
         )
 
 
@@ -186,8 +188,20 @@ def describe(run: Run, data: DataBundle) -> str:
         f"{args.accum_steps}; {args.epochs} epochs are {args.epochs * run.steps_per_epoch:,} steps",
     )
     if is_vim(args.model):
-        lines += (f"time steps     backward ones start as {args.dt_init_backward}; see --dt-init-backward",)
+        lines += (
+            f"kernels        {kernel_backend(world.device)} backend; `python -m mamba_ssm` says why",
+            f"time steps     the backward ones start as {args.dt_init_backward}; see --dt-init-backward",
+        )
     return "\n".join(lines)
+
+
+def kernel_backend(device: torch.device) -> str:
+    """The name of the scan's backend on `device`. Raises ConfigError where a forced one cannot run."""
+    try:
+        module = backend.choose("bimamba", device, torch.float32)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(str(error)) from None
+    return next(name for name, path in backend.MODULES.items() if path == module.__name__)
 
 
 def device_name(device: torch.device) -> str:

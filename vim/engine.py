@@ -87,9 +87,7 @@ class Run:
     args: object
     world: World
     model: nn.Module  # the plain one: its state dict has the published keys
-    net: (
-        nn.Module
-    )  # what is called: the model, compiled and wrapped for several ranks where that was asked for
+    net: nn.Module  # what is called: the model, compiled and wrapped for several ranks where need be
     criterion: DistillationLoss
     optimizer: torch.optim.Optimizer
     schedule: Schedule
@@ -164,9 +162,8 @@ def forward_loss(run: Run, images: torch.Tensor, targets: torch.Tensor) -> torch
         images = torch.cat([images, images])  # (B, C, H, W) -> (2B, C, H, W)
     outputs = run.net(images)
     if run.args.if_nan2num:
-        outputs = (
-            tuple(map(torch.nan_to_num, outputs)) if isinstance(outputs, tuple) else outputs.nan_to_num()
-        )
+        both = isinstance(outputs, tuple)
+        outputs = tuple(map(torch.nan_to_num, outputs)) if both else outputs.nan_to_num()
     return run.criterion(images, outputs, targets)
 
 
@@ -240,9 +237,7 @@ def train_one_epoch(run: Run, loader, log: RunLog) -> bool:
         for result in training_steps(run, loader):
             bar.advance(result.loss, result.lr)
             if not result.finite:
-                log.say(
-                    f"step {progress.step} was left out: loss {result.loss}, gradient norm {result.grad_norm}"
-                )
+                log.say(f"step {progress.step} left out: loss {result.loss}, norm {result.grad_norm}")
             if progress.step % args.log_every == 0:
                 log.step(progress.step, result, bar.images_per_second)
             if result.stop:
@@ -266,7 +261,8 @@ def fit(run: Run, data: DataBundle, log: RunLog) -> int:
         while progress.epoch < args.epochs:
             if train_one_epoch(run, train_loader, log):
                 save(run)
-                log.say(f"stopped by {run.stop.received or 'another rank'} and saved; --resume auto goes on")
+                saved = "saved, --resume auto goes on" if args.output_dir else "not saved, no --output_dir"
+                log.say(f"stopped by {run.stop.received or 'another rank'} at {progress.position}; {saved}")
                 return EXIT_REQUEUE
             results = assess(run, val_loader, data)
             best = record_epoch(run, results, data, log)

@@ -1,0 +1,320 @@
+"""The command line as a contract: names, defaults, YAML, and what a wrong flag says."""
+
+import pytest
+import yaml
+from arguments import ConfigError as Refused
+from arguments import Switch, build_parser, parse_args, save_arguments
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+# Flag (with its other spellings, a switch with its negation): default. DeiT's and Vim's, as published; a
+# change here breaks somebody's script.
+PUBLISHED = {
+    "--batch-size": 64,
+    "--epochs": 300,
+    "--output_dir --output-dir": "",
+    "--seed": 0,
+    "--data-path": "",
+    "--data-set": None,
+    "--inat-category": "name",
+    "--input-size": 224,
+    "--num_workers --num-workers": 10,
+    "--pin-mem --no-pin-mem": True,
+    "--repeated-aug --no-repeated-aug": True,
+    "--train-mode --no-train-mode": True,
+    "--model": "deit_base_patch16_224",
+    "--drop": 0.0,
+    "--drop-path": 0.1,
+    "--attn-only --no-attn-only": False,
+    "--model-ema --no-model-ema": True,
+    "--model-ema-decay": 0.99996,
+    "--model-ema-force-cpu --no-model-ema-force-cpu": False,
+    "--resume": "",
+    "--finetune": "",
+    "--start_epoch --start-epoch": 0,
+    "--opt": "adamw",
+    "--opt-eps": 1e-08,
+    "--opt-betas": None,
+    "--clip-grad": None,
+    "--momentum": 0.9,
+    "--weight-decay": 0.05,
+    "--lr": 0.0005,
+    "--unscale-lr --no-unscale-lr": False,
+    "--sched": "cosine",
+    "--lr-noise": None,
+    "--lr-noise-pct": 0.67,
+    "--lr-noise-std": 1.0,
+    "--warmup-lr": 1e-06,
+    "--min-lr": 1e-05,
+    "--decay-epochs": 30,
+    "--warmup-epochs": 5,
+    "--cooldown-epochs": 10,
+    "--patience-epochs": 10,
+    "--decay-rate --dr": 0.1,
+    "--color-jitter": 0.3,
+    "--aa": "rand-m9-mstd0.5-inc1",
+    "--train-interpolation": "bicubic",
+    "--reprob": 0.25,
+    "--remode": "pixel",
+    "--recount": 1,
+    "--resplit --no-resplit": False,
+    "--ThreeAugment --no-ThreeAugment": False,
+    "--src --no-src": False,
+    "--mixup": 0.8,
+    "--cutmix": 1.0,
+    "--cutmix-minmax": None,
+    "--mixup-prob": 1.0,
+    "--mixup-switch-prob": 0.5,
+    "--mixup-mode": "batch",
+    "--smoothing": 0.1,
+    "--bce-loss --no-bce-loss": False,
+    "--cosub --no-cosub": False,
+    "--teacher-model": "regnety_160",
+    "--teacher-path": "",
+    "--distillation-type": "none",
+    "--distillation-alpha": 0.5,
+    "--distillation-tau": 1.0,
+    "--eval --no-eval": False,
+    "--eval-crop-ratio": 0.875,
+    "--dist-eval --no-dist-eval": False,
+    "--device": "cuda",
+    "--if_amp --no_amp": None,
+    "--if_continue_inf --no_continue_inf": False,
+    "--if_nan2num --no_nan2num": False,
+    "--distributed --no-distributed": False,
+    "--world_size --world-size": 1,
+    "--dist_url --dist-url": "env://",
+    "--local-rank --local_rank": 0,
+}
+
+# Ours.
+OWN = {
+    "--config": "",
+    "--accum-steps": 1,
+    "--report-to": "tensorboard",
+    "--log-every": 50,
+    "--in-chans": 3,
+    "--num-classes": None,
+    "--loader-timeout": 600.0,
+    "--bad-image": "raise",
+    "--bad-image-share": 0.01,
+    "--dt-init-backward": "published",
+    "--compile --no-compile": False,
+    "--grad-checkpointing --no-grad-checkpointing": False,
+    "--pos-embed-resize": "grid",
+    "--trust-checkpoint --no-trust-checkpoint": False,
+    "--no-decay-ssm --decay-ssm": False,
+    "--sched-on-updates --no-sched-on-updates": False,
+    "--eval-weights": "both",
+    "--amp-dtype": "bfloat16",
+    "--deterministic --no-deterministic": False,
+    "--checkpoint-steps": 0,
+    "--keep-checkpoints": 2,
+    "--nonfinite": None,
+    "--nonfinite-limit": 10,
+}
+
+ON_CPU = ("--device", "cpu")
+
+
+def refusal(capsys, *flags) -> str:
+    """The one line with which argparse refuses flags."""
+    with pytest.raises(SystemExit) as stop:
+        parse_args([*ON_CPU, *flags])
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    return text
+
+
+def config(tmp_path, text: str) -> list[str]:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return ["--config", str(path)]
+
+
+def round_trip(args, folder):
+    """The arguments that the file beside a checkpoint gives back."""
+    save_arguments(args, folder / "args.yaml")
+    again = parse_args(["--config", str(folder / "args.yaml")])
+    again.config = args.config
+    return again
+
+
+def test_flags_and_defaults_are_the_published_ones_and_ours():
+    found = {" ".join(a.option_strings): a.default for a in build_parser()._actions if a.dest != "help"}
+    assert found == PUBLISHED | OWN
+
+
+def test_every_flag_has_words_of_help():
+    assert [action.dest for action in build_parser()._actions if not action.help] == []
+
+
+def test_help_tells_all_flags_and_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(name.split()[0] in text for name in PUBLISHED | OWN)
+    assert "weight of the old average per step (default: 0.99996)" in " ".join(text.split())
+
+
+def test_every_switch_can_be_turned_on_and_off():
+    switches = [action for action in build_parser()._actions if isinstance(action, Switch)]
+    assert len(switches) > 20
+    for action in switches:
+        on, off = (vars(build_parser().parse_args([name]))[action.dest] for name in action.option_strings)
+        assert (on, off) == (True, False)
+
+
+def test_open_defaults_are_resolved():
+    args = parse_args(["--device", "auto"])
+    assert args.device in ("cpu", "cuda", "mps")
+    assert args.if_amp == (args.device == "cuda")
+    assert (args.data_set, args.nonfinite) == ("DIGITS", "stop")
+    assert parse_args([*ON_CPU, "--data-path", "x"]).data_set == "IMNET"
+    assert parse_args([*ON_CPU, "--if_amp"]).if_amp
+    assert parse_args([*ON_CPU, "--if_continue_inf"]).nonfinite == "skip"
+
+
+def test_the_published_commands_parse():
+    """The flags of the published pre-training and evaluation commands, as users have them in scripts."""
+    name = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
+    args = parse_args(
+        f"--model {name} --batch-size 128 --drop-path 0.0 --weight-decay 0.1 --num_workers 25 --data-path DATA "
+        "--output_dir OUT --no_amp --device cpu".split()
+    )
+    assert (args.batch_size, args.drop_path, args.weight_decay, args.if_amp) == (128, 0.0, 0.1, False)
+    args = parse_args(f"--eval --resume CKPT --model {name} --data-path DATA --device cpu".split())
+    assert args.eval and args.resume == "CKPT"
+
+
+def test_sides_of_an_image():
+    assert parse_args([*ON_CPU, "--input-size", "96"]).input_size == 96
+    assert parse_args([*ON_CPU, "--input-size", "96x160"]).input_size == (96, 160)
+
+
+# --- YAML
+
+
+def test_yaml_gives_flags_and_the_command_line_wins(tmp_path):
+    text = "epochs: 7\nlr: 5e-4\nmodel-ema: false\nopt_betas: [0.9, 0.95]\ndevice: cpu\ndr: 0.5\n"
+    flags = config(tmp_path, text)
+    args = parse_args(flags)
+    assert (args.epochs, args.lr, args.model_ema, args.opt_betas) == (7, 5e-4, False, [0.9, 0.95])
+    assert (args.device, args.decay_rate) == ("cpu", 0.5)
+    assert parse_args([*flags, "--epochs", "9", "--model-ema"]).epochs == 9
+    assert parse_args([*flags, "--model-ema"]).model_ema
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epoch: 3", ["unknown key 'epoch'", "did you mean", "epochs"]),
+        ("help: true", ["unknown key 'help'"]),
+        ("no_model_ema: true", ["unknown key 'no_model_ema'", "model_ema"]),
+        ("- 1\n- 2", ["holds a list"]),
+        ("a: [1", ["is not YAML"]),
+        ("compile: 3", ["compile: 3", "true or false"]),
+        ("epochs: true", ["epochs: True", "a value"]),
+        ("aa: null", ["aa: None", "a value"]),
+    ],
+)
+def test_a_wrong_configuration_file_is_one_line(tmp_path, text, words):
+    with pytest.raises(Refused) as refused:
+        parse_args([*ON_CPU, *config(tmp_path, text)])
+    line = str(refused.value)
+    assert "\n" not in line and "run.yaml" in line
+    assert all(word in line for word in words), line
+
+
+def test_a_missing_configuration_file_is_named():
+    with pytest.raises(Refused, match=r"--config nowhere\.yaml: No such file"):
+        parse_args(["--config", "nowhere.yaml"])
+
+
+def test_an_empty_configuration_file_changes_nothing(tmp_path):
+    assert vars(parse_args([*config(tmp_path, ""), *ON_CPU])).items() >= {"epochs": 300}.items()
+
+
+def test_yaml_values_are_checked_as_flags_are(tmp_path, capsys):
+    assert "argument --epochs: -1 is not a positive" in refusal(capsys, *config(tmp_path, "epochs: -1"))
+
+
+def test_arguments_survive_the_file_beside_the_checkpoints(tmp_path):
+    flags = "--cutmix-minmax 0.2 0.8 --lr-noise 0.3 0.9 --no-model-ema --input-size 96x160 --no-decay-ssm"
+    args = parse_args([*ON_CPU, *flags.split(), "--if_amp", "--opt-eps", "1e-7", "--in-chans", "1"])
+    assert vars(round_trip(args, tmp_path)) == vars(args)
+    assert yaml.safe_load((tmp_path / "args.yaml").read_text())["input_size"] == "96x160"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lr=st.floats(1e-12, 1e3),
+    betas=st.lists(st.floats(0, 1), min_size=1, max_size=3),
+    ema=st.booleans(),
+    amp=st.sampled_from(["--if_amp", "--no_amp"]),
+    output=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=12),
+)
+def test_any_arguments_survive_yaml(tmp_path_factory, lr, betas, ema, amp, output):
+    args = parse_args(
+        [*ON_CPU, f"--lr={lr}", "--opt-betas", *map(str, betas), amp, f"--output_dir={output}"]
+        + (["--model-ema"] if ema else ["--no-model-ema"])
+    )
+    assert vars(round_trip(args, tmp_path_factory.mktemp("yaml"))) == vars(args)
+
+
+# --- refusals
+
+
+def test_a_misspelt_flag_names_near_ones(capsys):
+    assert "--batchsize 3 (did you mean --batch-size" in refusal(capsys, "--batchsize", "3")
+    assert "did you mean --epochs" in refusal(capsys, "--epoch=3")
+    assert "--help lists all flags" in refusal(capsys, "--qqqqqqqq")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--epochs", "0"], "--epochs: 0 is not a positive whole number"),
+        (["--smoothing", "1.5"], "--smoothing: 1.5 is not between 0 and 1"),
+        (["--seed", "-1"], "--seed: -1 is negative"),
+        (["--data-set", "MNIST"], "invalid choice: 'MNIST'"),
+        (["--report-to", "tensorboard,csv"], "--report-to: 'csv' is not one of tensorboard, wandb, mlflow"),
+        (["--keep-checkpoints", "1"], "--keep-checkpoints: 1 is less than 2"),
+        (["--input-size", "1x2x3"], "--input-size: 1x2x3 has 3 sides"),
+        (["--input-size", "big"], "--input-size"),
+    ],
+)
+def test_a_bad_value_is_one_line(capsys, flags, words):
+    assert words in refusal(capsys, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data-set", "IMNET"], "--data-set IMNET needs --data-path DIR"),
+        (["--resplit"], "--resplit belongs to augmentation splits"),
+        (["--distillation-type", "hard"], "--distillation-type hard needs --teacher-path"),
+        (["--distillation-type", "soft", "--teacher-path", "t", "--cosub"], "--cosub is its own teacher"),
+        (["--eval"], "--eval needs --resume CKPT"),
+        (["--resume", "auto"], "--resume auto looks into --output_dir"),
+        (["--resume", "a", "--finetune", "b"], "give one of them"),
+        (["--sched", "plateau", "--sched-on-updates"], "--sched plateau follows the evaluations"),
+        (["--device", "tpu"], "--device tpu is not one of cuda, cpu, mps, auto"),
+    ],
+)
+def test_flags_that_cannot_go_together_are_one_line(flags, words):
+    with pytest.raises(Refused) as refused:
+        parse_args([*ON_CPU, *flags])
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.skipif(
+    "torch" in sys.modules and __import__("torch").cuda.is_available(), reason="there is a GPU"
+)
+def test_cuda_without_a_gpu_says_what_to_use():
+    with pytest.raises(
+        Refused, match="--device cuda: this torch sees no GPU; use --device cpu or --device auto"
+    ):
+        parse_args([])
