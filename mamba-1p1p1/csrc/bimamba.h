@@ -12,6 +12,7 @@
 
 #include "arguments.h"
 #include "gemm.h"
+#include "schedule.h"
 #include "state.h"
 #include "workspace.h"
 
@@ -285,18 +286,6 @@ template <class T> struct Bimamba {
         }
     }
 };
-
-// Channel groups per batch item so that batch * groups units keep all threads busy.
-int64_t channel_groups(int64_t batch, int64_t vectors, int64_t threads) {
-    int64_t best = 1;
-    double best_use = 0;
-    for (int64_t groups = 1; groups <= vectors; ++groups) {
-        int64_t units = batch * groups, rounds = (units + threads - 1) / threads;
-        double use = (double)units / (double)(rounds * threads);
-        if (use > best_use + 0.05) best = groups, best_use = use;
-    }
-    return best;
-}
 
 template <class T> int bimamba_forward(const BimambaArguments& a) {
     Bimamba<T> op(a);

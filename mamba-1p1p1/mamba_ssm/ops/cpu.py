@@ -8,15 +8,16 @@ after torch so that both share one OpenMP runtime, and uses `torch.get_num_threa
 import ctypes
 import functools
 import importlib.machinery
+import math
 import os
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ISA_VARIABLE = "MAMBA_SSM_CPU_ISA"
 ISAS = ("avx512", "avx2", "portable")
-OPS = ("bimamba",)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 MAX_WIDTH, MAX_STATES = 8, 256
 _LIBRARY_STEM = "_cpu_kernels"
@@ -42,6 +43,35 @@ class _BimambaArguments(ctypes.Structure):
         ("parameters", _Direction * 2),
         *_fields("dy dxz"),
         ("gradients", _Direction * 2),
+    ]
+
+
+class _Sequence(ctypes.Structure):
+    _fields_ = _fields("data", "batch channel token")
+
+
+class _ScanArguments(ctypes.Structure):
+    """Mirrors ScanArguments of csrc/arguments.h."""
+
+    _fields_ = [
+        *_fields(integers="batch length channels states groups dtype softplus threads"),
+        *((name, _Sequence) for name in ("u", "delta", "z", "out")),
+        *_fields("A B C D delta_bias", "constant_B constant_C"),
+        *_fields("last_state saved"),
+        *((name, _Sequence) for name in ("dout", "du", "ddelta", "dz")),
+        *_fields("dlast_state dA dB dC dD ddelta_bias"),
+    ]
+
+
+class _NormArguments(ctypes.Structure):
+    """Mirrors NormArguments of csrc/arguments.h."""
+
+    _fields_ = [
+        *_fields(integers="rows width dtype layer threads"),
+        *_fields(doubles="eps"),
+        *_fields("x residual", "residual_dtype"),
+        *_fields("weight bias out residual_out", "residual_out_dtype"),
+        *_fields("mean rstd dout dresidual_out dx dresidual dweight dbias"),
     ]
 
 
@@ -107,8 +137,6 @@ def _lanes() -> int:
 
 def unsupported(op: str, dtype: torch.dtype, d_state: int | None, d_conv: int | None) -> str | None:
     """Why the kernels do not serve this kind of call, or None."""
-    if op not in OPS:
-        return f"{op} has no CPU kernel"
     if dtype not in DTYPES:
         return f"{op} of dtype {dtype}: the CPU kernels serve float32 and bfloat16"
     if d_state is not None and not 1 <= d_state <= MAX_STATES:
@@ -131,10 +159,115 @@ def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-# ---- bidirectional mixer -----------------------------------------------------------------------------------
-
 TILE = 32  # tokens between two states saved for backward, as in csrc/state.h
 
+
+# ---- selective scan ----------------------------------------------------------------------------------------
+
+
+def selective_scan_saved_bytes(batch: int, channels: int, length: int, d_state: int, dtype: torch.dtype) -> int:
+    """What forward saves for backward: the state before every tile, float32."""
+    return 4 * batch * -(-length // TILE) * channels * d_state
+
+
+def _sequence(tensor: Tensor | None) -> _Sequence:
+    return _Sequence() if tensor is None else _Sequence(tensor.data_ptr(), *tensor.stride())
+
+
+def _matrix_rows(matrix: Tensor) -> Tensor:
+    """B or C as the kernels read it: (D, N), or (B, N, L) and (B, G, N, L) as padded rows (B, G, L, 8 k)."""
+    if matrix.dim() == 2:
+        return _plain(matrix)
+    rows = (matrix.unsqueeze(1) if matrix.dim() == 3 else matrix).detach().transpose(-1, -2)
+    padding = -rows.shape[-1] % 8
+    return _plain(F.pad(rows, (0, padding)) if padding else rows)
+
+
+def _matrix_like(rows: Tensor, matrix: Tensor) -> Tensor:
+    """The gradient of `_matrix_rows` in the form of its argument."""
+    if matrix.dim() == 2:
+        return rows.to(matrix.dtype)
+    grad = rows[..., : matrix.shape[-2]].transpose(-1, -2)  # (B, G, N, L)
+    return grad.reshape(matrix.shape).to(matrix.dtype)
+
+
+def _expanded_groups(rows: Tensor, groups: int) -> Tensor:
+    """Rows (B, G', L, N) for `groups` groups, where B and C come in different ones."""
+    if rows.dim() == 2 or rows.shape[1] == groups:
+        return rows
+    return rows.repeat_interleave(groups // rows.shape[1], dim=1)
+
+
+def _collapsed_groups(rows: Tensor, groups: int) -> Tensor:
+    """The gradient of `_expanded_groups`."""
+    if rows.dim() == 2 or rows.shape[1] == groups:
+        return rows
+    return rows.unflatten(1, (groups, -1)).sum(2)
+
+
+def _matrix_groups(matrix: Tensor) -> int:
+    return matrix.shape[1] if matrix.dim() == 4 else 1
+
+
+class _ScanCall:
+    """The tensors of one call as the kernels read them, kept alive with the argument block that points at them."""
+
+    def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+        dtypes = {t.dtype for t in (u, delta, z) if t is not None}
+        dtype = u.dtype if len(dtypes) == 1 else torch.float32
+        self.u, self.delta, self.z = (None if t is None else t.detach().to(dtype) for t in (u, delta, z))
+        self.groups = math.lcm(_matrix_groups(B), _matrix_groups(C))
+        self.A, self.D, self.bias = _plain(A), _plain(D), _plain(delta_bias)
+        self.B, self.C = (_expanded_groups(_matrix_rows(m), self.groups) for m in (B, C))
+        batch, channels, length = u.shape
+        self.arguments = _ScanArguments(
+            batch=batch, length=length, channels=channels, states=A.shape[1], groups=self.groups,
+            dtype=DTYPES[dtype], softplus=delta_softplus, threads=torch.get_num_threads(),
+            u=_sequence(self.u), delta=_sequence(self.delta), z=_sequence(self.z),
+            A=_pointer(self.A), B=_pointer(self.B), C=_pointer(self.C), D=_pointer(self.D),
+            delta_bias=_pointer(self.bias), constant_B=B.dim() == 2, constant_C=C.dim() == 2,
+        )  # fmt: skip
+
+
+def selective_scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save):
+    """`reference.selective_scan_forward`; out is contiguous (B, D, L)."""
+    call = _ScanCall(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    (batch, channels, length), d_state = u.shape, A.shape[1]
+    out = torch.empty(u.shape, dtype=call.u.dtype)
+    last_state = torch.empty(batch, channels, d_state)
+    size = selective_scan_saved_bytes(batch, channels, length, d_state, u.dtype) if save else 0
+    saved = torch.empty(size, dtype=torch.uint8)
+    call.arguments.out, call.arguments.last_state = _sequence(out), last_state.data_ptr()
+    call.arguments.saved = saved.data_ptr() if save else None
+    _call("selective_scan_forward", call.arguments)
+    return out.to(u.dtype), last_state, saved
+
+
+def selective_scan_backward(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, saved):
+    """Gradients of `selective_scan_forward` from the states it saved, None for an argument that was None."""
+    call = _ScanCall(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    dtype = call.u.dtype
+    dout, dlast_state = dout.to(dtype), _plain(dlast_state)
+    du, ddelta = torch.empty(u.shape, dtype=dtype), torch.empty(u.shape, dtype=dtype)
+    dz = None if z is None else torch.empty(u.shape, dtype=dtype)
+    dA, dB, dC, dD, dbias = (
+        None if t is None else torch.empty_like(t) for t in (call.A, call.B, call.C, call.D, call.bias)
+    )
+    arguments = call.arguments
+    arguments.saved, arguments.dlast_state = saved.data_ptr(), _pointer(dlast_state)
+    for name, tensor in {"dout": dout, "du": du, "ddelta": ddelta, "dz": dz}.items():
+        setattr(arguments, name, _sequence(tensor))
+    for name, tensor in {"dA": dA, "dB": dB, "dC": dC, "dD": dD, "ddelta_bias": dbias}.items():
+        setattr(arguments, name, _pointer(tensor))
+    _call("selective_scan_backward", arguments)
+    dB, dC = (_matrix_like(_collapsed_groups(d, _matrix_groups(m)), m) for d, m in ((dB, B), (dC, C)))
+    return tuple(
+        None if grad is None else grad.to(t.dtype)
+        for grad, t in zip((du, ddelta, dA, dB, dC, dD, dz, dbias), (u, delta, A, B, C, D, z, delta_bias))
+    )
+
+
+# ---- bidirectional mixer -----------------------------------------------------------------------------------
 
 def bimamba_saved_bytes(
     batch: int, length: int, channels: int, d_state: int, dt_rank: int, d_conv: int, dtype: torch.dtype
@@ -193,3 +326,62 @@ def bimamba_backward(dy, xz, forward_params, backward_params, scale, saved):
     return dxz, *(
         tuple(None if g is None else g.to(p.dtype) for g, p in zip(*pair)) for pair in zip(grads, originals)
     )
+
+
+# ---- add and norm ------------------------------------------------------------------------------------------
+
+
+def _norm_call(name: str, width: int, rows: int, kind: str, eps: float, tensors: dict, dtypes: dict) -> None:
+    integers = {f"{key}_dtype" if key else "dtype": DTYPES[dtype] for key, dtype in dtypes.items()}
+    pointers = {key: _pointer(tensor) for key, tensor in tensors.items()}
+    arguments = _NormArguments(
+        rows=rows, width=width, layer=kind == "layer", eps=eps, threads=torch.get_num_threads(), **integers, **pointers
+    )
+    _call(name, arguments)
+
+
+def _io(tensor: Tensor | None) -> Tensor | None:
+    """Rows as the kernels read them: contiguous, and float32 unless bfloat16."""
+    if tensor is None:
+        return None
+    return tensor.detach().to(tensor.dtype if tensor.dtype in DTYPES else torch.float32).contiguous()
+
+
+def _io_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype in DTYPES else torch.float32
+
+
+def add_norm_forward(x, residual, weight, bias, eps, kind, residual_dtype):
+    """`reference.add_norm_forward` in one pass over the rows: (out, sum, mean or None, rstd)."""
+    rows, width = x.shape
+    x, residual = _io(x), _io(residual)
+    out = torch.empty_like(x)
+    total = torch.empty(x.shape, dtype=_io_dtype(residual_dtype))
+    rstd = torch.empty(rows)
+    mean = torch.empty(rows) if kind == "layer" else None
+    tensors = {
+        "x": x, "residual": residual, "weight": _plain(weight), "bias": _plain(bias),
+        "out": out, "residual_out": total, "mean": mean, "rstd": rstd,
+    }  # fmt: skip
+    dtypes = {"": x.dtype, "residual": _io_dtype(None if residual is None else residual.dtype)}
+    _norm_call("add_norm_forward", width, rows, kind, eps, tensors, dtypes | {"residual_out": total.dtype})
+    return out, total.to(residual_dtype), mean, rstd
+
+
+def add_norm_backward(dout, dresidual_out, residual_out, weight, bias, mean, rstd, kind, x_dtype, residual_dtype):
+    """Gradients of `add_norm_forward`: (dx, dresidual or None, dweight, dbias or None)."""
+    rows, width = dout.shape
+    total = _io(residual_out)
+    dx = torch.empty(dout.shape, dtype=x_dtype)
+    dresidual = None if residual_dtype is None else torch.empty(dout.shape, dtype=_io_dtype(residual_dtype))
+    dweight = torch.empty(width)
+    dbias = None if bias is None else torch.empty(width)
+    tensors = {
+        "dout": dout.to(x_dtype).contiguous(), "residual_out": total, "weight": _plain(weight), "bias": _plain(bias),
+        "dresidual_out": None if dresidual_out is None else dresidual_out.to(total.dtype).contiguous(),
+        "mean": mean, "rstd": rstd, "dx": dx, "dresidual": dresidual, "dweight": dweight, "dbias": dbias,
+    }  # fmt: skip
+    dtypes = {"": x_dtype, "residual": _io_dtype(residual_dtype), "residual_out": total.dtype}
+    _norm_call("add_norm_backward", width, rows, kind, 0.0, tensors, dtypes)
+    dresidual = None if dresidual is None else dresidual.to(residual_dtype)
+    return dx, dresidual, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
