@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from arguments import ConfigError
 from augment import (
     MIXUP_STREAM,
     SAMPLE_STREAM,
@@ -209,12 +210,12 @@ def test_grey_input_is_the_luminance():
 
 
 def test_contradictory_and_unknown_augmentation_is_refused():
-    with pytest.raises(ValueError, match=r"--src.*--ThreeAugment"):
+    with pytest.raises(ConfigError, match=r"--src.*--ThreeAugment"):
         build_transform(arguments("--src"), train=True)
-    with pytest.raises(ValueError, match=r"--aa ramd-m9: expected none or .* rand, "):
+    with pytest.raises(ConfigError, match=r"--aa ramd-m9: expected none or .* rand, "):
         build_transform(arguments("--aa", "ramd-m9"), train=True)
     for ratio in ("0", "1.5"):
-        with pytest.raises(ValueError, match=f"--eval-crop-ratio {ratio}"):
+        with pytest.raises(ConfigError, match=f"--eval-crop-ratio {ratio}"):
             build_transform(arguments("--eval-crop-ratio", ratio), train=False)
 
 
@@ -252,7 +253,7 @@ def test_mixup_alone_is_a_weighted_sum_of_the_batch_and_its_reverse():
 
 def test_no_mixing_and_odd_batches():
     assert build_mixup(run_args("--mixup", "0", "--cutmix", "0"), 5) is None
-    with pytest.raises(ValueError, match=r"a batch of 5: .* even --batch-size"):
+    with pytest.raises(ConfigError, match=r"a batch of 5: .* even --batch-size"):
         build_mixup(run_args("--batch-size", "5"), 5)
-    with pytest.raises(ValueError, match="a batch of 3"):
+    with pytest.raises(ConfigError, match="a batch of 3"):
         build_mixup(run_args(), 5)(torch.zeros(3, 3, 8, 8), torch.zeros(3, dtype=torch.long), 0, 0)

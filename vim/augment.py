@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from arguments import ConfigError
 from PIL import Image, ImageFilter
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
@@ -114,7 +115,7 @@ def build_transform(args, train: bool, num_channels: int = 3) -> transforms.Comp
     Training follows `args.data_set` (digits are shifted, never flipped), `args.ThreeAugment`, `args.src`,
     `args.aa`, `args.color_jitter`, `args.train_interpolation`, `args.reprob`, `args.remode`, `args.recount`;
     3-Augment has neither auto-augment nor erasing, as published. Evaluation is deterministic, and
-    `args.eval_crop_ratio` alone matters. Raises ValueError for values that make no sense.
+    `args.eval_crop_ratio` alone matters. Raises ConfigError for values that make no sense.
     """
     size = size_of(args.input_size)
     to_tensor = [ToChannels(num_channels), transforms.ToTensor(), _normalize(num_channels)]
@@ -122,7 +123,7 @@ def build_transform(args, train: bool, num_channels: int = 3) -> transforms.Comp
         whole = max(size) <= SMALL_SIDE or args.data_set == "DIGITS"
         return transforms.Compose(_centre(size, 1.0 if whole else args.eval_crop_ratio) + to_tensor)
     if args.src and not args.ThreeAugment:
-        raise ValueError("--src (simple random crop) is part of 3-Augment: add --ThreeAugment or drop --src")
+        raise ConfigError("--src (simple random crop) is part of 3-Augment: add --ThreeAugment or drop --src")
     if args.data_set == "DIGITS":
         return transforms.Compose(_small_shifts(size) + to_tensor)
     if args.ThreeAugment:
@@ -140,7 +141,7 @@ def _normalize(num_channels: int) -> transforms.Normalize:
 def _centre(size: tuple[int, int], crop_ratio: float) -> list:
     """Resize to int(size / crop_ratio) and crop the centre."""
     if not 0 < crop_ratio <= 1:
-        raise ValueError(f"--eval-crop-ratio {crop_ratio}: expected a share above 0 and up to 1")
+        raise ConfigError(f"--eval-crop-ratio {crop_ratio}: expected a share above 0 and up to 1")
     height, width = size
     return [ResizeToCover((int(height / crop_ratio), int(width / crop_ratio))), transforms.CenterCrop(size)]
 
@@ -155,7 +156,7 @@ def _small_shifts(size: tuple[int, int]) -> list:
 def _deit_steps(args, size: tuple[int, int]) -> list:
     """Random resized crop, flip, RandAugment (or colour jitter): the image part of DeiT's recipe."""
     if args.aa not in (None, "", "none") and not args.aa.startswith(AUTO_AUGMENT):
-        raise ValueError(f"--aa {args.aa}: expected none or a policy beginning {', '.join(AUTO_AUGMENT)}")
+        raise ConfigError(f"--aa {args.aa}: expected none or a policy beginning {', '.join(AUTO_AUGMENT)}")
     crop, augment, _ = create_transform(
         input_size=size,
         is_training=True,
@@ -209,7 +210,7 @@ class CountedMixup:
 def build_mixup(args, num_classes: int) -> CountedMixup | None:
     """The batch mixer of `--mixup`, `--cutmix`, `--cutmix-minmax` and their options; None when all are off.
 
-    Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899. Raises ValueError for an odd batch size.
+    Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899. Raises ConfigError for an odd batch size.
     """
     if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
         return None
@@ -229,7 +230,7 @@ def build_mixup(args, num_classes: int) -> CountedMixup | None:
 
 def _require_even(batch_size: int) -> None:
     if batch_size % 2:
-        raise ValueError(
+        raise ConfigError(
             f"a batch of {batch_size}: mixup and cutmix pair the images of a batch; "
             "use an even --batch-size, or --mixup 0 --cutmix 0"
         )

@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
-import torch.nn.functional as F
+from models_mamba import resample_pos_embed
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
@@ -36,10 +36,9 @@ HUB_FILES = {
 HUB_DEFAULT_FILE = "model.safetensors"
 
 # Exact types that the safe loader gives back: it would refuse subclasses, such as a numpy float or an enum.
-PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.device, torch.dtype)
+PLAIN_TYPES = (type(None), bool, int, float, complex, str, torch.Size, torch.device, torch.dtype)
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)\.pth")
-CLASS_TOKENS = ("middle", "head", "double", "none")
 
 
 class CheckpointError(ValueError):
@@ -155,9 +154,7 @@ def _load_pickle(path: Path, trust: bool) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=not trust)
-    except (
-        Exception
-    ) as error:  # a damaged pickle raises nearly anything; all of it means the same to the user
+    except Exception as error:  # a damaged pickle raises nearly anything, and all of it means the same
         refused = _refused_names(path, str(error))
         if refused and not trust:
             raise CheckpointError(
@@ -336,46 +333,35 @@ def _drop_unfit_head(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> s
 
 def _fit_pos_embed(model: nn.Module, state_dict: dict, method: str, old_grid: tuple[int, int] | None) -> str:
     """Resample `state_dict`'s pos_embed to `model`'s grid in place, and say what was done."""
-    if "pos_embed" not in state_dict or getattr(model, "pos_embed", None) is None:
+    before, own = state_dict.get("pos_embed"), getattr(model, "pos_embed", None)
+    if before is None or own is None or before.dim() != 3 or own.dim() != 3:
         return ""
-    before = state_dict["pos_embed"]
     new_grid = tuple(model.patch_embed.grid_size)
-    if hasattr(model, "cls_token_position"):
-        cls_token = _class_token_of(model)
-        old_grid = old_grid or _square_grid(before, _num_class_slots(cls_token))
-        state_dict["pos_embed"] = resize_pos_embed(before, old_grid, new_grid, cls_token, method)
+    num_class_slots = own.shape[1] - math.prod(new_grid)
+    old_grid = tuple(old_grid or _square_grid(before, num_class_slots))
+    if hasattr(model, "cls_token_design"):
+        resized = resize_pos_embed(before, old_grid, new_grid, model.cls_token_design, method)
     else:
-        prefix = model.pos_embed.shape[1] - math.prod(new_grid)
-        old_grid = old_grid or _square_grid(before, prefix)
-        state_dict["pos_embed"] = resample_abs_pos_embed(
-            before, list(new_grid), list(old_grid), prefix, interpolation="bicubic", antialias=False
+        resized = resample_abs_pos_embed(
+            before, new_grid, old_grid, num_class_slots, interpolation="bicubic", antialias=False
         )
-    if tuple(old_grid) == new_grid:
+    state_dict["pos_embed"] = resized
+    if resized is before:
         return ""
     return (
         f"pos_embed resampled from {old_grid[0]} x {old_grid[1]} to {new_grid[0]} x {new_grid[1]} ({method})"
     )
 
 
-def _class_token_of(model: nn.Module) -> str:
-    """Which design of CLASS_TOKENS a Vim has, from where it says its class tokens lie among 100 patches."""
-    position = model.cls_token_position(100)
-    slots = [] if position is None else [position] if isinstance(position, int) else sorted(position)
-    return next(design for design in CLASS_TOKENS if _class_slots(design, 100) == slots)
-
-
 def _square_grid(pos_embed: torch.Tensor, num_class_slots: int) -> tuple[int, int]:
     patches = pos_embed.shape[1] - num_class_slots
     side = math.isqrt(max(patches, 0))
     if side * side != patches or patches == 0:
+        slots = f"{pos_embed.shape[1]} slots, {num_class_slots} of them for class tokens"
         raise CheckpointError(
-            f"pos_embed has {pos_embed.shape[1]} slots, {num_class_slots} for class tokens: no square grid"
+            f"pos_embed has {slots}: the rest is no square grid; its height and width are needed"
         )
     return side, side
-
-
-def _num_class_slots(cls_token: str) -> int:
-    return {"middle": 1, "head": 1, "double": 2, "none": 0}[cls_token]
 
 
 def resize_pos_embed(
@@ -385,41 +371,22 @@ def resize_pos_embed(
     cls_token: str = "middle",
     method: str = "grid",
 ) -> torch.Tensor:
-    """Resample position embeddings (1, H*W + class slots, E) to another grid; same grid: the same tensor.
-
-    Bicubic without antialiasing, computed in float32, on the patches' slots alone; class slots keep their
-    values and move to their place in the new order (the middle one from M//2 to M'//2).
+    """A Vim's position embeddings (1, H*W + class slots, E) for another grid; same grid: the same tensor.
 
     Args:
         old_grid, new_grid: (H, W).
-        cls_token: where class slots lie: "middle" (M//2), "head" (0), "double" (first and last), "none".
-        method: "grid", or "published", which takes slot 0 for the class token as the published fine-tuning
-            did (with a middle class token that shifts half of the grid by one patch).
+        cls_token: where class slots lie, as in `models_mamba.CLS_TOKENS`.
+        method: "grid" resamples the patches' slots and keeps the class slots' values at their places in the
+            new order; "published" takes slot 0 for the class token even where that stands in the middle, as
+            the published fine-tuning did, which shifts half of the grid by one patch.
+
+    Raises ValueError for unknown names and for a `pos_embed` that is no `old_grid`.
     """
-    if cls_token not in CLASS_TOKENS:
-        raise ValueError(f"cls_token={cls_token!r}: expected one of {', '.join(CLASS_TOKENS)}")
     if method not in ("grid", "published"):
         raise ValueError(f"method={method!r}: expected 'grid' or 'published'")
     if method == "published" and cls_token == "middle":
         cls_token = "head"
-    (H, W), (new_H, new_W) = old_grid, new_grid
-    if pos_embed.shape[1] != H * W + _num_class_slots(cls_token):
-        raise CheckpointError(f"pos_embed has {pos_embed.shape[1]} slots, which is no {H} x {W} grid")
-    if tuple(old_grid) == tuple(new_grid):
-        return pos_embed
-    slots = _class_slots(cls_token, H * W)
-    patches = pos_embed[:, [i for i in range(pos_embed.shape[1]) if i not in slots]]
-    grid = patches.float().unflatten(1, (H, W)).permute(0, 3, 1, 2)  # (1, E, H, W)
-    grid = F.interpolate(grid, size=(new_H, new_W), mode="bicubic", align_corners=False, antialias=False)
-    resized = grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)  # (1, H'*W', E)
-    for old, new in zip(slots, _class_slots(cls_token, new_H * new_W)):
-        resized = torch.cat((resized[:, :new], pos_embed[:, old : old + 1], resized[:, new:]), dim=1)
-    return resized
-
-
-def _class_slots(cls_token: str, num_patches: int) -> list[int]:
-    """Indices of the class tokens among all tokens, rising."""
-    return {"middle": [num_patches // 2], "head": [0], "double": [0, num_patches + 1], "none": []}[cls_token]
+    return resample_pos_embed(pos_embed, new_grid, cls_token, old_grid)
 
 
 def file_digest(path: Path) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from arguments import ConfigError
 from torch.utils.data import Sampler
 
 # Sets this stream of random numbers apart from those of augment.py: SeedSequence pads with zeros, so
@@ -36,7 +37,7 @@ class TrainSampler(Sampler[SampleKey]):
     batch", arXiv 1901.09335; DeiT, arXiv 2012.12877, section 6). Neighbours go to different ranks where
     there are several, and to the same batch in one process.
 
-    Raises ValueError when the images do not fill one batch, or `repeats` or `rank` makes no sense.
+    Raises ConfigError when the images do not fill one batch, ValueError for `repeats` or `rank` out of range.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class TrainSampler(Sampler[SampleKey]):
         self.start_batch = 0
         self.num_batches = size // (batch_size * num_ranks)
         if self.num_batches == 0:
-            raise ValueError(
+            raise ConfigError(
                 f"{size} training images do not fill one batch of {batch_size} on each of {num_ranks} "
                 f"rank(s): lower --batch-size to at most {max(1, size // num_ranks)}"
             )
