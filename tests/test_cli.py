@@ -1,6 +1,7 @@
 """The command line as a contract: names, defaults, YAML, and what a wrong flag says."""
 
 import pytest
+import torch
 import yaml
 from arguments import ConfigError as Refused
 from arguments import Switch, build_parser, parse_args, save_arguments
@@ -178,11 +179,11 @@ def test_open_defaults_are_resolved():
 
 
 def test_the_published_commands_parse():
-    """The flags of the published pre-training and evaluation commands, as users have them in scripts."""
+    """The published pre-training and evaluation commands, as users have them in scripts."""
     name = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
     args = parse_args(
-        f"--model {name} --batch-size 128 --drop-path 0.0 --weight-decay 0.1 --num_workers 25 --data-path DATA "
-        "--output_dir OUT --no_amp --device cpu".split()
+        f"--model {name} --batch-size 128 --drop-path 0.0 --weight-decay 0.1 --num_workers 25 "
+        "--data-path DATA --output_dir OUT --no_amp --device cpu".split()
     )
     assert (args.batch_size, args.drop_path, args.weight_decay, args.if_amp) == (128, 0.0, 0.1, False)
     args = parse_args(f"--eval --resume CKPT --model {name} --data-path DATA --device cpu".split())
@@ -310,9 +311,7 @@ def test_flags_that_cannot_go_together_are_one_line(flags, words):
     assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
-@pytest.mark.skipif(
-    "torch" in sys.modules and __import__("torch").cuda.is_available(), reason="there is a GPU"
-)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_says_what_to_use():
     with pytest.raises(
         Refused, match="--device cuda: this torch sees no GPU; use --device cpu or --device auto"

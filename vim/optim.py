@@ -85,7 +85,7 @@ class Schedule:
     def observe(self, epoch: int, metric: float) -> None:
         """Tell a plateau schedule how good the model is after `epoch`."""
         if self.follows_metric:
-            self.timm.step(epoch, metric)
+            self.timm.step(epoch + 1, metric)  # timm warms up by the number of epochs behind
 
     def state_dict(self) -> dict:
         if not self.follows_metric:

@@ -1,0 +1,135 @@
+"""Learning rates as functions of epoch and step, and which parameters decay."""
+
+import itertools
+import math
+
+import pytest
+import timm
+import torch
+from arguments import ConfigError
+from helpers import run_args
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optim import SCHEDULES, Schedule, build_optimizer, scaled_lr
+
+PURE = tuple(name for name in SCHEDULES if name not in ("plateau", "none"))
+
+
+def schedule(*flags, lr=1e-3, steps_per_epoch=10):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    return Schedule(run_args(*flags), optimizer, steps_per_epoch)
+
+
+def cosine(epoch, lr=1e-3, low=1e-5, epochs=300):
+    return low + 0.5 * (lr - low) * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def test_the_learning_rate_is_linear_in_the_whole_batch():
+    args = run_args("--batch-size", "128", "--accum-steps", "2", "--lr", "5e-4")
+    assert scaled_lr(args, num_ranks=8) == pytest.approx(5e-4 * 128 * 8 * 2 / 512)
+    assert scaled_lr(run_args("--unscale-lr", "--lr", "3e-4"), num_ranks=8) == 3e-4
+
+
+def test_epochs_have_deits_learning_rates():
+    """DeiT steps its schedule after an epoch with that epoch's number: the first value serves twice."""
+    s = schedule()
+    found = [s.set(epoch, 10 * epoch) for epoch in (0, 1, 2, 5, 6, 7, 150, 299)]
+    warm = [1e-6, 1e-6, 1e-6 + (1e-3 - 1e-6) / 5, 1e-6 + 4 * (1e-3 - 1e-6) / 5]
+    assert found == pytest.approx([*warm, *map(cosine, (5, 6, 149, 298))])
+
+
+def test_an_epoch_asked_for_out_of_order_has_the_same_rate():
+    """So a resumed epoch runs at its own rate, not at the next one's."""
+    forward = schedule()
+    rates = [forward.set(epoch, 0) for epoch in range(300)]
+    assert schedule().set(137, 0) == rates[137]
+    assert [forward.set(epoch, 0) for epoch in reversed(range(300))] == rates[::-1]
+
+
+def test_rates_may_change_with_every_step():
+    s = schedule("--sched-on-updates", "--epochs", "20", "--warmup-epochs", "2")
+    rates = [s.set(step // 10, step) for step in range(200)]
+    assert rates[0] == pytest.approx(1e-6)
+    assert rates[20] == max(rates)
+    assert len(set(rates)) == 200
+    assert rates[-1] == pytest.approx(1e-5, rel=0.05)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from([n for n in PURE if n not in ("step", "multistep")]),
+    epochs=st.integers(20, 60),
+    warmup=st.integers(1, 2),
+    steps=st.integers(10, 40),
+)
+def test_rates_are_positive_and_continuous_over_steps(name, epochs, warmup, steps):
+    """From step to step no schedule jumps by more than its own range in an epoch's share."""
+    flags = f"--sched {name} --sched-on-updates --epochs {epochs} --warmup-epochs {warmup} --decay-epochs 0.2"
+    s = schedule(*flags.split(), steps_per_epoch=steps)
+    rates = [s.set(step // steps, step) for step in range(epochs * steps)]
+    assert all(0 < rate <= 1e-3 * (1 + 1e-9) for rate in rates)
+    assert max(abs(a - b) for a, b in itertools.pairwise(rates)) <= 1e-3 * 6 / steps
+
+
+def test_plateau_lowers_the_rate_when_the_metric_stalls_and_its_state_can_be_saved():
+    flags = ("--sched", "plateau", "--patience-epochs", "1", "--warmup-epochs", "0", "--decay-rate", "0.5")
+    s = schedule(*flags)
+    for epoch, metric in enumerate([50, 60, 60, 60]):
+        assert s.set(epoch, 0) == 1e-3
+        s.observe(epoch, metric)
+    assert s.set(4, 0) == 5e-4
+    resumed = schedule(*flags)
+    resumed.load_state_dict(s.state_dict())
+    assert resumed.timm.lr_scheduler.best == 60
+
+
+def test_no_schedule_leaves_the_rate_alone():
+    assert schedule("--sched", "none").set(17, 170) == 1e-3
+
+
+def test_unknown_names_are_refused_with_near_ones():
+    with pytest.raises(ConfigError, match=r"--sched cosin is not one of .* did you mean cosine"):
+        schedule("--sched", "cosin")
+    with pytest.raises(ConfigError, match="--opt adamww is no optimiser of timm; did you mean"):
+        build_optimizer(run_args("--opt", "adamww"), torch.nn.Linear(1, 1), 1e-3)
+
+
+# --- which parameters decay
+
+
+@pytest.fixture(scope="module")
+def vim():
+    import models_mamba  # noqa: F401
+
+    return timm.create_model("vim_nano_patch4_32", img_size=8, num_classes=3)
+
+
+def decayed(model, *flags):
+    optimizer = build_optimizer(run_args(*flags), model, 1e-3)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = {
+        group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups
+    }
+    assert set().union(*groups.values()) == set(names.values())
+    return groups[0.05], groups[0.0]
+
+
+def test_decay_is_as_published(vim):
+    """Matrices decay, the scan's A_log with them; vectors, position embeddings and class tokens do not."""
+    decay, exempt = decayed(vim)
+    assert "layers.0.mixer.A_log" in decay and "layers.0.mixer.A_b_log" in decay
+    assert {"pos_embed", "cls_token", "layers.0.mixer.D", "norm_f.weight", "head.bias"} <= exempt
+    assert {name for name in decay if name.endswith("bias")} == set()
+
+
+def test_no_decay_ssm_exempts_a_log_alone(vim):
+    before, after = decayed(vim)[0], decayed(vim, "--no-decay-ssm")[0]
+    assert {name.split(".")[-1] for name in before - after} == {"A_log", "A_b_log"}
+    assert not after - before
+
+
+def test_no_decay_ssm_is_refused_where_there_is_no_a_log():
+    with pytest.raises(
+        ConfigError, match="--no-decay-ssm: deit_base_patch16_224 has no state-space parameters"
+    ):
+        build_optimizer(run_args("--no-decay-ssm"), torch.nn.Linear(1, 1), 1e-3)
