@@ -1,0 +1,57 @@
+"""Compiles csrc/ into a shared library without torch's headers, once per instruction set. Metadata: pyproject.toml.
+
+The library has a plain C interface and no Python init function; causal_conv1d/cpu.py loads it with ctypes. It is
+optional: without a C++ compiler or OpenMP the install succeeds, says so, and the reference runs instead.
+"""
+
+import os
+import platform
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+FLAGS = (
+    "-O3 -std=gnu++17 -fopenmp -fno-exceptions -fno-rtti -fvisibility=hidden "
+    "-g0 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wno-maybe-uninitialized -Wno-unknown-pragmas"
+).split()
+ISA_FLAGS = {"portable": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    ISA_FLAGS |= {
+        "avx2": ["-mavx2", "-mfma"],
+        "avx512": (
+            "-mavx2 -mfma -mavx512f -mavx512dq -mavx512bw -mavx512vl -mprefer-vector-width=512"
+        ).split(),
+    }
+
+
+class BuildKernels(build_ext):
+    """Compile kernels.cpp once for each instruction set and link all of them into one library."""
+
+    def build_extension(self, extension):
+        def compile(source, folder, macros, flags):
+            return self.compiler.compile(
+                [source], os.path.join(self.build_temp, folder), macros, extra_postargs=[*FLAGS, *flags]
+            )
+
+        library, kernels = extension.sources
+        objects = compile(library, "common", [], [])
+        for isa, flags in ISA_FLAGS.items():
+            objects += compile(kernels, isa, [("ISA", isa)], flags)
+        target = self.get_ext_fullpath(extension.name)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        self.compiler.link_shared_object(objects, target, extra_postargs=["-fopenmp"], target_lang="c++")
+
+    def get_export_symbols(self, extension):
+        return []
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "causal_conv1d._cpu_kernels",
+            sources=["csrc/library.cpp", "csrc/kernels.cpp"],
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)
