@@ -1,0 +1,209 @@
+"""What every benchmark here shares: interleaved timing, the record of the machine, the gate, the results.
+
+Rules. Rivals are timed in turns (A B A B ...) in one process after a warm-up, so that a busy machine or a
+cold clock meets all of them alike; a ratio is the median of the ratios of the turns; every figure carries
+its spread (quartiles). The kernels' tests run first: with a red test no figure is printed.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+KERNEL_TESTS = ("causal_conv1d/tests", "mamba-1p1p1/tests")
+
+HelpFormatter = argparse.RawDescriptionHelpFormatter
+MIN_TURNS = 3
+# A sample of a short call times several of them, so that the clock and the synchronisation do not count.
+SAMPLE_SECONDS = 0.01
+LONG_SECONDS = 1.0
+
+
+# ---- timing
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call of one rival, one number per turn."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        return quartiles(self.samples)
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """First and third quartile (inclusive method: inside the values' range)."""
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def ratio(slower: Timing, faster: Timing) -> dict[str, float]:
+    """How many times faster: the median over turns of slower / faster, with its quartiles."""
+    ratios = [a / b for a, b in zip(slower.samples, faster.samples)]
+    low, high = quartiles(ratios)
+    return {"median": statistics.median(ratios), "q1": low, "q3": high}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _timed(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def interleave(
+    rivals: Mapping[Hashable, Callable[[], object]],
+    device: torch.device,
+    *,
+    seconds: float,
+    max_turns: int = 31,
+) -> dict[Hashable, Timing]:
+    """Time the rivals in turns for about `seconds` in all, and at least MIN_TURNS turns.
+
+    Two warm-up calls (one, if it is long) choose kernels and fill caches; the last sets how many calls make
+    one sample.
+    """
+    repeats = {}
+    for name, call in rivals.items():
+        warm = _timed(call, 1, device)
+        if warm < LONG_SECONDS:
+            warm = _timed(call, 1, device)
+        repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / warm))
+    samples: dict[Hashable, list[float]] = {name: [] for name in rivals}
+    start = time.perf_counter()
+    for turn in range(max_turns):
+        if turn >= MIN_TURNS and time.perf_counter() - start > seconds:
+            break
+        for name, call in rivals.items():
+            samples[name].append(_timed(call, repeats[name], device))
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+# ---- the machine
+
+
+def _output_of(*command: str) -> str:
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def commit() -> str:
+    """The commit that is measured; "+ changes" if files other than the results differ from it."""
+    status = ("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    head = _output_of("git", "rev-parse", "--short=12", "HEAD") or "unknown"
+    return f"{head} + changes" if _output_of(*status) else head
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        fields = dict(line.split("\t: ", 1) for line in lines if "\t: " in line)
+        widest = [name for name in ("avx512f", "avx2", "asimd") if name in fields.get("flags", "").split()]
+        return ", ".join([fields.get("model name", platform.processor()), *widest[:1]])
+    return platform.processor() or platform.machine()
+
+
+def backends(device: torch.device) -> dict[str, str]:
+    """Which implementation of each kernel package serves float32 tensors of this device."""
+    import causal_conv1d.backend
+    import mamba_ssm.ops.backend
+
+    conv = causal_conv1d.backend.choose(device, torch.float32, 4)
+    scan = mamba_ssm.ops.backend.choose("selective_scan", device, torch.float32, 16, 4)
+    block = mamba_ssm.ops.backend.choose("bimamba", device, torch.float32, 16, 4)
+    return {"causal_conv1d": conv.__name__, "selective_scan": scan.__name__, "bimamba": block.__name__}
+
+
+def environment(device: torch.device, precision: str) -> dict[str, object]:
+    """What a figure needs beside it: commit, device, threads, precision, versions, backends."""
+    import timm
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return {
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "device": f"{device.type}: {name}",
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "tf32": torch.get_float32_matmul_precision() != "highest",
+        "backends": backends(device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+        },
+    }
+
+
+# ---- the gate
+
+
+def require_green_tests(device: torch.device) -> None:
+    """Run the kernels' fast tests on this device's kind; a red one ends the program without a figure."""
+    marks = "gpu" if device.type == "cuda" else "not gpu and not slow"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-m", marks, *KERNEL_TESTS]
+    print(f"The kernels' tests first ({marks}):", flush=True)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if result.returncode != 0:
+        sys.exit(f"{result.stdout[-4000:]}\nThe kernels' tests are red: no figures.")
+    print(result.stdout.strip().splitlines()[-1], flush=True)
+
+
+# ---- results
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def describe(record: Mapping[str, object]) -> str:
+    """The environment as lines of Markdown, for the head of a table."""
+    lines = []
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{name} {item}" for name, item in value.items())
+        lines.append(f"- {key}: {value}")
+    return "\n".join(lines)
+
+
+def write_results(out: Path, name: str, record: Mapping[str, object], tables: str) -> None:
+    """Write NAME.json (everything) and NAME.md (for people) into `out`, and print the tables."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / f"{name}.md").write_text(f"{describe(record['environment'])}\n\n{tables}\n")
+    shown = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out
+    print(f"\n{tables}\n\nWritten: {shown}/{name}.json, .md", flush=True)
+
+
+def set_threads(threads: int) -> None:
+    """Fix torch's thread count (0 leaves it)."""
+    if threads:
+        torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))

@@ -1,0 +1,77 @@
+"""All benchmarks of one device in one command: the kernels' tests, the kernels, the models, the goals.
+
+python benchmarks/run.py                   about 20 minutes on 2 cores, into benchmarks/results
+python benchmarks/run.py --quick           about 2 minutes, into output/bench-quick
+python benchmarks/run.py --device cuda     about 10 minutes on one GPU
+"""
+
+import argparse
+from pathlib import Path
+
+import harness
+import ops
+import targets
+import torch
+import vim_vs_deit
+from subjects import PRECISIONS
+from vim_vs_deit import PX, Case, Settings, cases_of
+
+QUICK_OUT = harness.ROOT / "output" / "bench-quick"
+
+CPU_BATCH = {224: 8}
+GPU_BATCH = {224: 128, 384: 128, 512: 128, 640: 64, 738: 64, 1024: 32, 1248: 32}
+
+PLANS = {
+    # Training at a high resolution costs minutes a case on two cores: the small models stop earlier.
+    ("cpu", "full"): [
+        *cases_of("infer", "tiny", PX, CPU_BATCH),
+        *cases_of("infer", "small", PX, CPU_BATCH),
+        *cases_of("step", "tiny", PX, CPU_BATCH),
+        *cases_of("step", "small", (224, 384, 512), CPU_BATCH),
+    ],
+    ("cpu", "quick"): [
+        *cases_of("infer", "tiny", (224, 512, 1248), CPU_BATCH),
+        *cases_of("step", "tiny", (224,), CPU_BATCH),
+    ],
+    ("cuda", "full"): [
+        *cases_of("infer", "tiny", PX, GPU_BATCH),
+        *cases_of("infer", "small", PX, GPU_BATCH),
+        Case("infer", "tiny", 1248, 64),
+        *cases_of("backward", "tiny", PX, GPU_BATCH),
+        *cases_of("backward", "small", (224, 512, 1248), GPU_BATCH),
+    ],
+    ("cuda", "quick"): [
+        *cases_of("infer", "tiny", (224, 1248), GPU_BATCH),
+        *cases_of("backward", "tiny", (224,), GPU_BATCH),
+    ],
+}
+
+
+def settings_for(device: torch.device, quick: bool) -> Settings:
+    if device.type == "cuda":
+        attention = ("eager", "flash", "cudnn", "efficient")
+        return Settings(device, "bfloat16", "none", attention, seconds=0.5 if quick else 2.0)
+    return Settings(device, "float32", "none", ("sdpa", "eager"), seconds=2.0 if quick else 10.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=harness.HelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--threads", type=int, default=0, help="torch's thread count; 0: torch's own choice")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results, or output/bench-quick")
+    args = parser.parse_args()
+    harness.set_threads(args.threads)
+    device = torch.device(args.device)
+    out = (args.out or (QUICK_OUT if args.quick else harness.RESULTS)).resolve()
+    settings = settings_for(device, args.quick)
+
+    harness.require_green_tests(device)
+    dtype, _ = PRECISIONS[settings.precision]
+    ops.run(device, dtype, settings.seconds, out, args.quick)
+    vim_vs_deit.run(PLANS[device.type, "quick" if args.quick else "full"], settings, out)
+    print("\n" + targets.write(out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What is measured: a Vim or a DeiT at a resolution, as a callable that runs it once.
+
+A subject is named MODEL or MODEL/ATTENTION: `vim_tiny_patch16_224`, `deit_tiny_patch16_224/flash`.
+Attention is one of ATTENTION: "eager" materialises the attention matrix, "sdpa" lets torch choose, the
+others force one backend of torch's scaled_dot_product_attention.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import timm
+import torch
+from harness import ROOT
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(ROOT / "vim"))
+import models_mamba  # noqa: F401  (registers the Vim names)
+
+ATTENTION = {
+    "eager": None,
+    "sdpa": None,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+COMPILE = ("none", "default", "reduce-overhead", "max-autotune")
+MODES = ("infer", "backward", "step")
+# "-weights" casts the parameters once; the others run torch.autocast over float32 parameters.
+PRECISIONS = {
+    "float32": (torch.float32, False),
+    "bfloat16": (torch.bfloat16, False),
+    "float16": (torch.float16, False),
+    "bfloat16-weights": (torch.bfloat16, True),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One thing to measure. `mode`: "infer", "backward" (after a forward) or "step" (and AdamW's step)."""
+
+    name: str
+    px: int
+    batch: int
+    mode: str = "infer"
+    precision: str = "float32"
+    device: str = "cpu"
+    compile: str = "none"
+
+    def __post_init__(self) -> None:
+        for what, value, known in (
+            ("attention", self.attention or "sdpa", ATTENTION),
+            ("mode", self.mode, MODES),
+            ("precision", self.precision, PRECISIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {what} {value!r} of {self.name}: use one of {', '.join(known)}")
+        if self.mode != "infer" and PRECISIONS[self.precision][1]:
+            raise ValueError(f"precision {self.precision!r} is for inference: training keeps float32 weights")
+
+    @property
+    def model_name(self) -> str:
+        return self.name.partition("/")[0]
+
+    @property
+    def attention(self) -> str:
+        return self.name.partition("/")[2]
+
+    def fields(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def build_model(subject: Subject) -> torch.nn.Module:
+    """The model with random weights (seeded), on its device, in its mode and precision."""
+    torch.manual_seed(0)
+    model = timm.create_model(subject.model_name, img_size=subject.px)
+    if subject.attention:
+        for block in model.blocks:
+            block.attn.fused_attn = subject.attention != "eager"
+    dtype, cast = PRECISIONS[subject.precision]
+    model = model.to(subject.device, dtype if cast else None).train(subject.mode != "infer")
+    if subject.compile != "none":
+        model = torch.compile(model, mode=subject.compile)
+    return model
+
+
+def attention_context(subject: Subject) -> contextlib.AbstractContextManager:
+    backend = ATTENTION[subject.attention or "sdpa"]
+    return sdpa_kernel([backend]) if backend else contextlib.nullcontext()
+
+
+def autocast_context(subject: Subject) -> contextlib.AbstractContextManager:
+    dtype, cast = PRECISIONS[subject.precision]
+    enabled = dtype != torch.float32 and not cast
+    return torch.autocast(torch.device(subject.device).type, dtype, enabled=enabled)
+
+
+def build(subject: Subject) -> Callable[[], object]:
+    """A callable that runs the subject once: a forward, a forward + backward, or a whole training step."""
+    model = build_model(subject)
+    dtype, cast = PRECISIONS[subject.precision]
+    images = torch.randn(subject.batch, 3, subject.px, subject.px, device=subject.device)  # (B, 3, H, W)
+    images = images.to(dtype) if cast else images
+    labels = torch.arange(subject.batch, device=subject.device)  # (B)
+
+    def infer():
+        with torch.inference_mode(), attention_context(subject), autocast_context(subject):
+            return model(images)
+
+    def backward():
+        model.zero_grad(set_to_none=True)
+        with attention_context(subject):
+            with autocast_context(subject):
+                loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+
+    if subject.mode == "infer":
+        return infer
+    if subject.mode == "backward":
+        return backward
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
+
+    def step():
+        backward()
+        optimizer.step()
+
+    return step
+
+
+def attention_chosen(subject: Subject) -> str:
+    """The backend that torch's SDPA takes for this subject; "eager" and "" (no attention) as given."""
+    if subject.attention in ("", "eager"):
+        return subject.attention
+    dtype = PRECISIONS[subject.precision][0]
+    model = timm.create_model(subject.model_name, img_size=subject.px, depth=1)
+    heads, width = model.blocks[0].attn.num_heads, model.blocks[0].attn.head_dim
+    shape = (subject.batch, heads, model.pos_embed.shape[1], width)  # (B, heads, L, head width)
+    query = torch.empty(shape, device=subject.device, dtype=dtype, requires_grad=subject.mode != "infer")
+    with attention_context(subject):
+        chosen = SDPBackend(torch._fused_sdp_choice(query, query, query))
+    return chosen.name.removesuffix("_ATTENTION").lower()

@@ -1,0 +1,232 @@
+"""Vim against DeiT as the resolution grows: images per second, training steps, peak memory.
+
+Each case holds the rivals of one resolution and mode and times them in turns. DeiT is timm's, with
+attention by name: "eager" writes the attention matrix, "sdpa" is torch's own choice, "flash", "cudnn",
+"efficient" and "math" force one of its backends.
+
+    python benchmarks/vim_vs_deit.py                                     the CPU's table
+    python benchmarks/vim_vs_deit.py --px 224 512 --size tiny --modes infer
+    python benchmarks/vim_vs_deit.py --device cuda --precision bfloat16 --batch 224:128 1248:32 \
+        --attention eager flash cudnn efficient
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import harness
+import memory
+import subjects
+import torch
+from subjects import Subject
+
+SIZES = {"tiny": ("vim_tiny_patch16_224", "deit_tiny_patch16_224"),
+         "small": ("vim_small_patch16_224", "deit_small_patch16_224")}  # fmt: skip
+PX = (224, 384, 512, 640, 738, 1024, 1248)
+PATCH = 16
+MODE_NAMES = {"infer": "inference", "backward": "forward + backward", "step": "training step"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How all subjects of a run are built, and how long a case may take."""
+
+    device: torch.device
+    precision: str
+    compile: str
+    attention: tuple[str, ...]
+    seconds: float
+
+
+# ---- cases
+
+
+def rivals(size: str, px: int, batch: int, mode: str, settings: Settings) -> list[Subject]:
+    """Vim first, then DeiT once per attention backend."""
+    vim, deit = SIZES[size]
+    names = [vim, *(f"{deit}/{attention}" for attention in settings.attention)]
+    device = str(settings.device)
+    return [Subject(name, px, batch, mode, settings.precision, device, settings.compile) for name in names]
+
+
+def measure_case(
+    case: Sequence[Subject], peaks: Mapping[Subject, int | None], settings: Settings
+) -> list[dict]:
+    """Time a case in turns; what did not fit in memory is left out. The first subject is compared with."""
+    calls = {subject: subjects.build(subject) for subject in case if peaks[subject] is not None}
+    timings = harness.interleave(calls, settings.device, seconds=settings.seconds)
+    return [record_of(subject, peaks[subject], timings, case[0]) for subject in case]
+
+
+def record_of(subject: Subject, peak: int | None, timings: dict, first: Subject) -> dict[str, object]:
+    record = subject.fields() | {"attention_backend": subjects.attention_chosen(subject), "peak_memory": peak}
+    if subject not in timings:
+        return record | {"seconds": None}
+    timing = timings[subject]
+    low, high = timing.quartiles
+    record |= {
+        "tokens": (subject.px // PATCH) ** 2 + 1,
+        "seconds": timing.median,
+        "seconds_q1": low,
+        "seconds_q3": high,
+        "turns": len(timing.samples),
+        "images_per_second": subject.batch / timing.median,
+    }
+    if first in timings:
+        record["first_faster_by"] = harness.ratio(timing, timings[first])
+    return record
+
+
+def growth(size: str, settings: Settings, low: int = 512, high: int = 1248) -> dict[str, object]:
+    """Vim's time per token at `high` px over that at `low` px, batch 1, in turns: 1 is linear."""
+    vim, batch = SIZES[size][0], 1
+    calls = {px: subjects.build(rivals(size, px, batch, "infer", settings)[0]) for px in (low, high)}
+    timings = harness.interleave(calls, settings.device, seconds=settings.seconds)
+    tokens = [(px // PATCH) ** 2 + 1 for px in (low, high)]
+    per_turn = harness.ratio(timings[high], timings[low])
+    scale = tokens[0] / tokens[1]
+    return {"model": vim, "px": [low, high], "batch": batch} | {key: scale * v for key, v in per_turn.items()}
+
+
+# ---- tables and figure
+
+
+def _megabytes(peak: int | None) -> str:
+    return "does not fit" if peak is None else f"{peak / 1e6:.0f}"
+
+
+def _label(record: dict) -> str:
+    name, _, attention = record["name"].partition("/")
+    name = name.removesuffix("_patch16_224")
+    if not attention:
+        return name
+    chosen = record["attention_backend"]
+    return f"{name}, {attention}" + (f" ({chosen})" if chosen != attention else "")
+
+
+def table(records: list[dict], mode: str) -> str:
+    rows = []
+    for record in (record for record in records if record["mode"] == mode):
+        row = [record["px"], record["batch"], _label(record)]
+        if record["seconds"] is None:
+            rows.append([*row, "", "", "", _megabytes(record["peak_memory"])])
+            continue
+        low, high = (record["batch"] / record[key] for key in ("seconds_q3", "seconds_q1"))
+        faster = record.get("first_faster_by")
+        rows.append(
+            [
+                *row,
+                f"{record['images_per_second']:.3g}",
+                f"{low:.3g} to {high:.3g}",
+                f"{faster['median']:.2f}x" if faster else "",
+                _megabytes(record["peak_memory"]),
+            ]
+        )
+    header = ["px", "batch", "model", "images/s", "quartiles", "Vim faster by", "peak beyond weights, MB"]
+    return f"### {MODE_NAMES[mode].capitalize()}\n\n{harness.markdown_table(header, rows)}"
+
+
+def figure(records: list[dict], path: Path, size: str, title: str) -> None:
+    """The paper's teaser with our numbers: speed and memory of inference against resolution."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    chosen = [r for r in records if r["mode"] == "infer" and r["name"].partition("/")[0] in SIZES[size]]
+    panels = (
+        ("images per second", "log", lambda r: r.get("images_per_second")),
+        ("peak memory beyond the weights, MB per image", "linear",
+         lambda r: r["peak_memory"] and r["peak_memory"] / 1e6 / r["batch"]),
+    )  # fmt: skip
+    chart, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    for axis, (label, scale, value) in zip(axes, panels):
+        for line in dict.fromkeys(_label(record) for record in chosen):
+            points = [(r["px"], value(r)) for r in chosen if _label(r) == line and value(r) is not None]
+            axis.plot(*zip(*points), marker="o", linewidth=2.5 if line.startswith("vim") else 1.5, label=line)
+        axis.set(xlabel="resolution, px", ylabel=label, yscale=scale)
+        axis.set_xticks(sorted({record["px"] for record in chosen}))
+        axis.tick_params(axis="x", rotation=45)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    chart.suptitle(title)
+    chart.savefig(path, dpi=120)
+    plt.close(chart)
+
+
+# ---- a whole run
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rivals of one size at one resolution, batch and mode."""
+
+    mode: str
+    size: str
+    px: int
+    batch: int = 1
+
+
+def cases_of(mode: str, size: str, resolutions: Sequence[int], batch: Mapping[int, int]) -> list[Case]:
+    """One case a resolution; batch 1 where `batch` names none."""
+    return [Case(mode, size, px, batch.get(px, 1)) for px in resolutions]
+
+
+def run(cases: Sequence[Case], settings: Settings, out: Path) -> dict[str, object]:
+    """Measure cases and write vim_vs_deit_DEVICE.json, .md and one .png a size. The gate is the caller's."""
+    groups = [rivals(case.size, case.px, case.batch, case.mode, settings) for case in cases]
+    everyone = [subject for group in groups for subject in group]
+    print(f"  peak memory of {len(everyone)} runs, each in a process of its own", flush=True)
+    peaks = dict(zip(everyone, memory.peak_memory(everyone)))
+    records = []
+    for case, group in zip(cases, groups):
+        print(f"  {MODE_NAMES[case.mode]}, {case.size}, {case.px} px, batch {case.batch}", flush=True)
+        records += measure_case(group, peaks, settings)
+    machine = harness.environment(settings.device, settings.precision) | {"compile": settings.compile}
+    result = {"environment": machine, "measurements": records, "growth": growth("tiny", settings)}
+    name = f"vim_vs_deit_{settings.device.type}"
+    tables = "\n\n".join(table(records, mode) for mode in dict.fromkeys(case.mode for case in cases))
+    harness.write_results(out, name, result, tables)
+    for size in dict.fromkeys(case.size for case in cases if case.mode == "infer"):
+        title = f"{machine['device']}, {settings.precision}, commit {machine['commit']}"
+        figure(records, out / f"{name}_{size}.png", size, title)
+    return result
+
+
+def parse_batch(items: Sequence[str]) -> dict[int, int]:
+    """["224:8", "512:2"] -> {224: 8, 512: 2}."""
+    try:
+        pairs = [item.split(":") for item in items]
+        return {int(px): int(batch) for px, batch in pairs}
+    except ValueError:
+        raise SystemExit(f"--batch takes PX:BATCH, such as 224:8, not {' '.join(items)!r}") from None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=harness.HelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="float32", choices=list(subjects.PRECISIONS))
+    parser.add_argument("--compile", default="none", choices=subjects.COMPILE)
+    parser.add_argument("--attention", nargs="+", default=["sdpa", "eager"], choices=list(subjects.ATTENTION))
+    parser.add_argument("--size", nargs="+", default=["tiny"], choices=list(SIZES))
+    parser.add_argument("--modes", nargs="+", default=["infer", "step"], choices=list(subjects.MODES))
+    parser.add_argument("--px", nargs="+", type=int, default=list(PX))
+    parser.add_argument("--batch", nargs="+", default=["224:8"], help="PX:BATCH; 1 where not given")
+    parser.add_argument("--seconds", type=float, default=10.0, help="time for one case, at least 3 turns")
+    parser.add_argument("--threads", type=int, default=0, help="torch's thread count; 0: torch's own choice")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS)
+    args = parser.parse_args()
+    harness.set_threads(args.threads)
+    device = torch.device(args.device)
+    settings = Settings(device, args.precision, args.compile, tuple(args.attention), args.seconds)
+    batch = parse_batch(args.batch)
+    cases = [
+        case for mode in args.modes for size in args.size for case in cases_of(mode, size, args.px, batch)
+    ]
+    harness.require_green_tests(device)
+    run(cases, settings, args.out.resolve())
+
+
+if __name__ == "__main__":
+    main()
