@@ -38,6 +38,8 @@ def as_config_error(prefix: str = "") -> Iterator[None]:
     """Turn a ValueError that a user's argument caused deeper down into the one line the user reads."""
     try:
         yield
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(prefix + " ".join(str(error).split())) from error
 
@@ -146,7 +148,8 @@ def build_run(args, world: World, model: nn.Module, data: DataBundle, say=print)
     teacher = build_teacher(args, data.num_classes, world.device, say)
     if teacher is not None and hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)
-    optimizer = build_optimizer(args, model, scaled_lr(args, world.size))
+    with as_config_error(f"--opt {args.opt}: "):
+        optimizer = build_optimizer(args, model, scaled_lr(args, world.size))
     steps_per_epoch = math.ceil(sampler.num_batches / args.accum_steps)
     run = Run(
         args=args,

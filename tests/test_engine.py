@@ -1,0 +1,304 @@
+"""The training step: what it computes, what it survives, and that counters alone decide its randomness."""
+
+import math
+from copy import deepcopy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from arguments import parse_args
+from build import build_model, build_run
+from datasets import build_datasets
+from distributed import World
+from ema import WeightsEma
+from engine import NonFiniteError, build_val_loader, training_step, training_steps
+from evaluation import evaluate
+from torch.utils.data import DataLoader, TensorDataset
+
+WORLD = World(rank=0, size=1, device=torch.device("cpu"))
+PLAIN = "--mixup 0 --cutmix 0 --no-repeated-aug --drop-path 0"
+
+
+def make_run(flags=PLAIN, model="deit_nano_patch4_32"):
+    args = parse_args(f"--device cpu --model {model} --input-size 8 --num_workers 0 {flags}".split())
+    torch.manual_seed(args.seed)
+    data = build_datasets(args)
+    return build_run(args, WORLD, build_model(args, data.num_classes), data), data
+
+
+def a_batch(size=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 3, 8, 8, generator=generator), torch.arange(size) % 10
+
+
+def weights(run):
+    return deepcopy(run.model.state_dict())
+
+
+def differ(a, b):
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def assert_same(a, b):
+    assert differ(a, b) == []
+
+
+# --- what a step computes
+
+
+def test_a_step_is_one_move_of_the_optimiser_along_the_gradient():
+    run, _ = make_run(
+        f"{PLAIN} --opt momentum --momentum 0 --weight-decay 0 --unscale-lr --lr 0.1 --sched none --smoothing 0"
+    )
+    before, (images, labels) = weights(run), a_batch()
+    loss = F.cross_entropy(run.model.train()(images), labels)
+    gradients = dict(
+        zip(dict(run.model.named_parameters()), torch.autograd.grad(loss, list(run.model.parameters())))
+    )
+    result = training_step(run, [(images, labels)], 0)
+    assert result.loss == pytest.approx(loss.item(), rel=1e-6)
+    assert result.grad_norm == pytest.approx(
+        math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
+    )
+    for name, value in run.model.named_parameters():
+        torch.testing.assert_close(value, before[name] - 0.1 * gradients[name])
+
+
+@pytest.mark.parametrize("model", ["deit_nano_patch4_32", "vim_nano_patch4_32"])
+def test_accumulated_batches_are_one_whole_batch(model):
+    sgd = f"{PLAIN} --opt momentum --momentum 0 --unscale-lr --lr 0.1 --sched none"
+    images, labels = a_batch(16)
+    whole, _ = make_run(sgd, model)
+    parts, _ = make_run(sgd, model)
+    training_step(whole, [(images, labels)], 0)
+    training_step(parts, [(images[:8], labels[:8]), (images[8:], labels[8:])], 0)
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(parts.model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_limits_the_gradients_norm():
+    sgd = f"{PLAIN} --opt momentum --momentum 0 --weight-decay 0 --unscale-lr --lr 1.0 --sched none"
+    run, _ = make_run(f"{sgd} --clip-grad 0.01")
+    before = weights(run)
+    result = training_step(run, [a_batch()], 0)
+    moved = math.sqrt(sum((v - before[k]).square().sum().item() for k, v in run.model.state_dict().items()))
+    assert result.grad_norm > 0.02
+    assert moved == pytest.approx(0.01, rel=1e-3)
+
+
+def test_attention_only_moves_attention_and_head():
+    run, _ = make_run(f"{PLAIN} --attn-only")
+    before = weights(run)
+    training_step(run, [a_batch()], 0)
+    moved = differ(before, run.model.state_dict())
+    assert moved and all(".attn." in name or name.startswith("head.") for name in moved)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--no-repeated-aug",
+        "--bce-loss",
+        "--cosub",
+        "--mixup-mode elem --cutmix-minmax 0.2 0.8",
+        "--if_amp",
+        "--if_amp --amp-dtype float16",
+        "--grad-checkpointing",
+        "--opt lamb --clip-grad 1",
+    ],
+)
+@pytest.mark.parametrize("model", ["deit_nano_patch4_32", "vim_nano_patch4_32"])
+def test_every_recipe_steps(flags, model):
+    run, _ = make_run(flags, model)
+    before = weights(run)
+    result = training_step(run, [a_batch()], 0)
+    assert result.finite and result.grad_norm > 0
+    assert differ(before, run.model.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+@pytest.mark.parametrize("student", ["vim_nano_patch4_32", "deit_tiny_distilled_patch16_224"])
+def test_a_convolutional_teacher_distils_into_a_student(kind, student, tmp_path):
+    teacher = timm.create_model("resnet10t", num_classes=10)
+    torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pth")
+    flags = f"--distillation-type {kind} --teacher-model resnet10t --teacher-path {tmp_path / 'teacher.pth'}"
+    args = parse_args(f"--device cpu --model {student} --input-size 32 --num_workers 0 {flags}".split())
+    data = build_datasets(args)
+    run = build_run(args, WORLD, build_model(args, data.num_classes), data)
+    before, taught = weights(run), deepcopy(run.criterion.teacher.state_dict())
+    images, labels = a_batch()
+    result = training_step(run, [(F.interpolate(images, 32), labels)], 0)
+    assert result.finite and differ(before, run.model.state_dict())
+    assert_same(taught, run.criterion.teacher.state_dict())
+    moved = set(differ(before, run.model.state_dict()))
+    assert moved >= {"head_dist.weight", "head.weight"} if "distilled" in student else "head.weight" in moved
+
+
+# --- what a step survives
+
+
+BROKEN = (torch.full((16, 3, 8, 8), float("nan")), torch.arange(16) % 10)
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_moves():
+    run, _ = make_run()
+    training_step(run, [a_batch()], 0)
+    before, average = weights(run), deepcopy(run.ema.state_dict())
+    with pytest.raises(NonFiniteError, match=r"step 1 of epoch 0: loss nan.*--nonfinite skip"):
+        training_step(run, [BROKEN], 1)
+    assert_same(before, run.model.state_dict())
+    assert_same(average, run.ema.state_dict())
+
+
+def test_a_skipped_step_leaves_the_run_as_if_its_batch_had_not_been():
+    skipping, _ = make_run(f"{PLAIN} --nonfinite skip --model-ema-decay 0.5")
+    without, _ = make_run(f"{PLAIN} --model-ema-decay 0.5")
+    for micro, batch in enumerate([a_batch(seed=1), BROKEN, a_batch(seed=2)]):
+        result = training_step(skipping, [batch], micro)
+        assert result.finite == (micro != 1)
+    training_step(without, [a_batch(seed=1)], 0)
+    without.progress.record_step(math.nan, finite=False)
+    training_step(without, [a_batch(seed=2)], 2)
+    assert_same(skipping.model.state_dict(), without.model.state_dict())
+    assert_same(skipping.ema.state_dict(), without.ema.state_dict())
+    assert skipping.progress == without.progress
+    assert (skipping.progress.skipped, skipping.progress.skipped_in_row) == (1, 0)
+
+
+def test_too_many_skipped_steps_in_a_row_stop():
+    run, _ = make_run(f"{PLAIN} --nonfinite skip --nonfinite-limit 2")
+    training_step(run, [BROKEN], 0)
+    training_step(run, [BROKEN], 1)
+    with pytest.raises(NonFiniteError, match=r"3 such step\(s\) in a row"):
+        training_step(run, [BROKEN], 2)
+
+
+def test_an_overflow_in_float16_lowers_the_scale_and_is_no_fault():
+    run, _ = make_run(f"{PLAIN} --if_amp --amp-dtype float16")
+    run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 2.0**40})
+    before = weights(run)
+    assert not training_step(run, [a_batch()], 0).finite
+    assert_same(before, run.model.state_dict())
+    assert run.scaler.get_scale() == 2.0**39
+    while not training_step(run, [a_batch()], run.progress.step).finite:
+        run.progress.skipped_in_row = 0
+    assert differ(before, run.model.state_dict())
+
+
+def test_logits_can_be_made_finite_before_the_loss():
+    run, _ = make_run(f"{PLAIN} --if_nan2num")
+    with torch.no_grad():
+        run.model.head.bias[0] = float("nan")
+    assert math.isfinite(training_step(run, [a_batch()], 0).loss)
+
+
+def test_a_signal_is_seen_at_the_end_of_the_step():
+    run, _ = make_run()
+    assert not training_step(run, [a_batch()], 0).stop
+    run.stop.received = "SIGTERM"
+    assert training_step(run, [a_batch()], 1).stop
+
+
+# --- randomness comes from counters
+
+
+@pytest.mark.parametrize("model", ["deit_nano_patch4_32", "vim_nano_patch4_32"])
+def test_a_steps_randomness_follows_from_its_number(model):
+    """Dropout, stochastic depth and mixup: the same for the same micro-batch, whatever ran before."""
+
+    def loss_of(micro, disturb=False):
+        run, _ = make_run("--drop 0.2 --drop-path 0.3 --seed 5", model)
+        if disturb:
+            torch.rand(100)
+        return training_step(run, [a_batch()], micro).loss
+
+    assert loss_of(3) == loss_of(3, disturb=True)
+    assert loss_of(3) != loss_of(4)
+
+
+def test_an_epoch_can_be_taken_up_in_the_middle():
+    """The rest of an interrupted epoch, by the same steps and images as if it had not been."""
+    whole, data = make_run("--batch-size 200 --accum-steps 2")
+    parts, _ = make_run("--batch-size 200 --accum-steps 2")
+
+    def steps(run):
+        loader = DataLoader(data.train, batch_size=200, sampler=run.sampler, drop_last=True)
+        return training_steps(run, loader)
+
+    losses = [step.loss for step in steps(whole)]
+    assert len(losses) == whole.steps_per_epoch == 4
+    first = next(steps(parts))
+    resumed, _ = make_run("--batch-size 200 --accum-steps 2")
+    resumed.model.load_state_dict(parts.model.state_dict())
+    resumed.optimizer.load_state_dict(parts.optimizer.state_dict())
+    resumed.progress.load_state_dict(parts.progress.state_dict() | {"samples": 400})
+    assert [first.loss] + [step.loss for step in steps(resumed)] == losses
+    assert_same(whole.model.state_dict(), resumed.model.state_dict())
+
+
+# --- averages and evaluation
+
+
+def test_the_average_follows_the_weights_with_a_constant_decay():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    start = deepcopy(model.state_dict())
+    ema = WeightsEma(model, decay=0.9)
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+        model[1].num_batches_tracked.add_(5)
+    ema.update(model)
+    torch.testing.assert_close(ema.state_dict()["0.weight"], start["0.weight"] + 0.1)
+    assert ema.state_dict()["1.num_batches_tracked"] == 5
+    raw = deepcopy(model.state_dict())
+    with ema.applied_to(model):
+        assert_same(ema.state_dict(), model.state_dict())
+    assert_same(raw, model.state_dict())
+
+
+def test_an_average_of_another_model_is_refused():
+    ema = WeightsEma(torch.nn.Linear(2, 2), decay=0.9)
+    with pytest.raises(ValueError, match="another model's: bias differ"):
+        ema.load_state_dict({"weight": torch.zeros(2, 2)})
+    with pytest.raises(ValueError, match=r"the average of bias is \(3,\), not \(2,\)"):
+        ema.load_state_dict({"weight": torch.zeros(2, 2), "bias": torch.zeros(3)})
+
+
+class Table(torch.nn.Module):
+    """Gives each one-pixel image the logits that stand at its value's place."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, images):
+        return self.logits[images.flatten().long()]
+
+
+@pytest.mark.parametrize("num_classes", [3, 7])
+def test_evaluation_counts_exactly(num_classes):
+    logits = torch.randn(53, num_classes, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(num_classes, (53,), generator=torch.Generator().manual_seed(1))
+    loader = DataLoader(TensorDataset(torch.arange(53.0).view(53, 1, 1, 1), labels), batch_size=8)
+    found = evaluate(Table(logits), loader, parse_args(["--device", "cpu"]), WORLD, num_classes)
+
+    ranks = (logits > logits.gather(1, labels[:, None])).sum(dim=1)
+    predicted = logits.argmax(dim=1)
+    assert found.images == 53
+    assert found.top1 == pytest.approx(100 * (ranks < 1).double().mean().item())
+    assert found.top5 == pytest.approx(100 * (ranks < 5).double().mean().item())
+    assert found.loss == pytest.approx(F.cross_entropy(logits.double(), labels).item(), rel=1e-6)
+    for label in range(num_classes):
+        for guess in range(num_classes):
+            assert found.confusion[label, guess] == ((labels == label) & (predicted == guess)).sum()
+    wrong = (labels != predicted).nonzero()[:, 0]
+    confidence = logits.softmax(1).amax(1)
+    expected = sorted(wrong.tolist(), key=lambda i: -confidence[i])[:24]
+    assert [mistake.index for mistake in found.mistakes] == expected
+    assert all(m.label == labels[m.index] and m.predicted == predicted[m.index] for m in found.mistakes)
+
+
+def test_every_held_out_image_is_evaluated():
+    run, data = make_run("--batch-size 50")
+    loader = build_val_loader(data.val, run.args, WORLD)
+    assert evaluate(run.model, loader, run.args, WORLD, 10).images == len(data.val) == 360
