@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mamba_ssm.ops import backend
-from mamba_ssm.ops.selective_scan_interface import needs_grad, scan_flops
+from mamba_ssm.ops.selective_scan_interface import check_saved, needs_grad, scan_flops
 
 
 class DirectionParameters(NamedTuple):
@@ -31,6 +31,13 @@ COUNT = len(DirectionParameters._fields)
 
 def _kernels(xz: Tensor, A: Tensor, conv_weight: Tensor):
     return backend.choose("bimamba", xz.device, xz.dtype, d_state=A.shape[1], d_conv=conv_weight.shape[1])
+
+
+def _saved_bytes(kernels, xz: Tensor, conv_weight: Tensor, dt_weight: Tensor, A: Tensor) -> int:
+    batch, length, double = xz.shape
+    return kernels.bimamba_saved_bytes(
+        batch, length, double // 2, A.shape[1], dt_weight.shape[1], conv_weight.shape[1], xz.dtype
+    )
 
 
 @torch.library.custom_op("mamba_ssm::bimamba", mutates_args=())
@@ -65,11 +72,7 @@ def _bimamba(
 def _(xz, conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D, *rest):
     save = rest[-1]
     batch, length, double = xz.shape
-    size = 0
-    if save:
-        size = _kernels(xz, A, conv_weight).bimamba_saved_bytes(
-            batch, length, double // 2, A.shape[1], dt_weight.shape[1], conv_weight.shape[1], xz.dtype
-        )
+    size = _saved_bytes(_kernels(xz, A, conv_weight), xz, conv_weight, dt_weight, A) if save else 0
     return xz.new_empty(batch, length, double // 2), xz.new_empty(size, dtype=torch.uint8)
 
 
@@ -101,10 +104,10 @@ def _bimamba_backward(
     backward = DirectionParameters(
         conv_weight_b, conv_bias_b, x_proj_weight_b, dt_weight_b, dt_bias_b, A_b, D_b
     )
+    kernels = _kernels(xz, A, conv_weight)
+    check_saved(saved, _saved_bytes(kernels, xz, conv_weight, dt_weight, A))
     with torch.autocast(xz.device.type, enabled=False):
-        dxz, forward_grads, backward_grads = _kernels(xz, A, conv_weight).bimamba_backward(
-            dy, xz, forward, backward, scale, saved
-        )
+        dxz, forward_grads, backward_grads = kernels.bimamba_backward(dy, xz, forward, backward, scale, saved)
     # An op returns tensors only, of a known layout: an input that was None has an empty gradient.
     grads = (dxz, *forward_grads, *backward_grads)
     return tuple(xz.new_empty(0) if grad is None else grad.contiguous() for grad in grads)

@@ -53,6 +53,15 @@ def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save):
     )
 
 
+def check_saved(saved: Tensor, expected: int) -> None:
+    """Refuse a backward pass whose forward pass saved nothing, or ran on another backend."""
+    if saved.numel() != expected:
+        raise RuntimeError(
+            f"backward needs {expected} saved bytes and has {saved.numel()}: call the forward op with save=True, "
+            "and on the same backend"
+        )
+
+
 @torch.library.custom_op("mamba_ssm::selective_scan_backward", mutates_args=())
 def _selective_scan_backward(
     dout: Tensor,
@@ -68,8 +77,10 @@ def _selective_scan_backward(
     saved: Tensor,
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kernels = _kernels(u, A)
+    check_saved(saved, kernels.selective_scan_saved_bytes(*u.shape, A.shape[1], u.dtype))
     with torch.autocast(u.device.type, enabled=False):
-        grads = _kernels(u, A).selective_scan_backward(
+        grads = kernels.selective_scan_backward(
             dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, saved
         )
     # An op returns tensors only, of a known layout: an input that was None has an empty gradient.

@@ -1,0 +1,187 @@
+"""The convolution's public functions: the published numbers, gradients, registration, states, errors, backends."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from oracle_cases import argument, load_arrays, load_json, rounded
+
+import causal_conv1d as package
+from causal_conv1d import backend, causal_conv1d_fn, causal_conv1d_update, causal_conv1d_varlen_states
+from causal_conv1d.causal_conv1d_interface import causal_conv1d_ref, causal_conv1d_update_ref
+from causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states_ref
+
+CASES = {name: case for name, case in load_json("ops.json").items() if case["op"].startswith("causal_conv1d")}
+
+
+def cases(op):
+    return [name for name, case in CASES.items() if case["op"] == op]
+
+
+def expect(case, name, actual):
+    expected = load_arrays("ops.npz")[f"{case}/{name}"]
+    torch.testing.assert_close(actual.detach(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("function", [causal_conv1d_fn, causal_conv1d_ref])
+@pytest.mark.parametrize("name", cases("causal_conv1d_ref"))
+def test_against_the_published_numbers(name, function):
+    case = CASES[name]
+    B, D, L, W = (case[key] for key in ("B", "D", "L", "width"))
+    shapes = {"x": (B, D, L), "weight": (D, W)}
+    shapes |= {"bias": (D,)} if case["has_bias"] else {}
+    shapes |= {"initial_states": (B, D, W - 1)} if case["has_initial_states"] else {}
+    inputs = {key: rounded(argument(name, key, *shape)).requires_grad_() for key, shape in shapes.items()}
+    out, final_states = function(**inputs, activation=case["activation"], return_final_states=True)
+    expect(name, "out", out)
+    expect(name, "final_states", final_states)
+    if f"{name}/dx" not in load_arrays("ops.npz"):
+        return  # a case of one token, recorded without gradients
+    loss = (out * rounded(argument(name, "g", *out.shape))).sum()
+    for key, grad in zip(inputs, torch.autograd.grad(loss, list(inputs.values()))):
+        expect(name, "d" + key, grad)
+
+
+@pytest.mark.parametrize("function", [causal_conv1d_update, causal_conv1d_update_ref])
+@pytest.mark.parametrize("name", cases("causal_conv1d_update_ref"))
+def test_update_against_the_published_numbers(name, function):
+    case = CASES[name]
+    B, D, S, W = (case[key] for key in ("B", "D", "seqlen", "width"))
+    x = rounded(argument(name, "x", B, D, S))
+    state = rounded(argument(name, "conv_state", B, D, case["state_len"]))
+    weight, bias = rounded(argument(name, "weight", D, W)), rounded(argument(name, "bias", D))
+    lengths = case["cache_seqlens"]
+    lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+    out = function(x, state, weight, bias, activation=case["activation"], cache_seqlens=lengths)
+    expect(name, "out", out)
+    expect(name, "conv_state", state)
+
+
+def random_inputs(B=2, D=6, L=9, W=4, dtype=torch.float64, channels_last=False):
+    torch.manual_seed(0)
+    x = torch.randn(B, L, D).transpose(1, 2) if channels_last else torch.randn(B, D, L)
+    inputs = [x, torch.randn(D, W), torch.randn(D), torch.randn(B, D, W - 1)]
+    return [t.to(dtype).requires_grad_() for t in inputs]
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("width, length", [(2, 1), (3, 2), (4, 9)])
+def test_gradients(width, length, channels_last, activation):
+    inputs = random_inputs(L=length, W=width, channels_last=channels_last)
+
+    def function(x, weight, bias, initial_states):
+        return causal_conv1d_fn(x, weight, bias, initial_states=initial_states, activation=activation)
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_operator_registration(channels_last):
+    x, weight, bias, _ = random_inputs(dtype=torch.float32, channels_last=channels_last)
+    torch.library.opcheck(torch.ops.causal_conv1d.forward.default, (x, weight, bias, None, True))
+    torch.library.opcheck(torch.ops.causal_conv1d.forward.default, (x, weight, None, None, False))
+    arguments = [t.detach() for t in (torch.randn_like(x), x, weight, bias)]
+    torch.library.opcheck(torch.ops.causal_conv1d.backward.default, (*arguments, None, True))
+
+
+def test_memory_layout_follows_the_input():
+    x, weight, bias, _ = random_inputs(dtype=torch.float32, channels_last=True)
+    out = causal_conv1d_fn(x, weight, bias)
+    assert out.stride() == x.stride() and not out.is_contiguous()
+
+
+def test_result_may_be_changed_in_place():
+    x, weight, bias, _ = random_inputs()
+    out = causal_conv1d_fn(x, weight, bias, activation="silu")
+    out += x
+    out.sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+def test_a_split_sequence_equals_the_whole():
+    x, weight, bias, _ = random_inputs(L=20)
+    whole = causal_conv1d_fn(x, weight, bias, activation="silu")
+    first, states = causal_conv1d_fn(x[..., :7], weight, bias, return_final_states=True, activation="silu")
+    second = causal_conv1d_fn(x[..., 7:], weight, bias, initial_states=states, activation="silu")
+    torch.testing.assert_close(torch.cat([first, second], -1), whole)
+    buffer = torch.empty_like(states)
+    assert causal_conv1d_fn(x, weight, return_final_states=True, final_states_out=buffer)[1] is buffer
+    torch.testing.assert_close(buffer, x[..., -3:].detach())
+
+
+def test_packed_sequences_equal_separate_ones():
+    x, weight, bias, _ = random_inputs(B=1, L=12)
+    lengths = [1, 4, 7]
+    seq_idx = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    packed = causal_conv1d_fn(x, weight, bias, seq_idx=seq_idx, activation="silu")
+    separate = [causal_conv1d_fn(part, weight, bias, activation="silu") for part in x.split(lengths, -1)]
+    torch.testing.assert_close(packed, torch.cat(separate, -1))
+
+
+def test_one_token_at_a_time_equals_the_whole():
+    x, weight, bias, _ = random_inputs(L=7)
+    whole = causal_conv1d_fn(x, weight, bias, activation="silu")
+    state = x.new_zeros(2, 6, 5)
+    outs = [causal_conv1d_update(x[..., t].detach(), state, weight, bias, activation="silu") for t in range(7)]
+    torch.testing.assert_close(torch.stack(outs, -1), whole)
+
+
+def test_update_of_chosen_cache_rows():
+    x, weight, bias, _ = random_inputs(B=2, L=1)
+    cache = torch.randn(5, 6, 3, dtype=torch.float64)
+    rows, untouched = torch.tensor([4, 1]), cache.clone()
+    expected_state = cache[rows].clone()
+    expected = causal_conv1d_update(x.detach(), expected_state, weight, bias)
+    out = causal_conv1d_update(x.detach(), cache, weight, bias, conv_state_indices=rows)
+    assert torch.equal(out, expected) and torch.equal(cache[rows], expected_state)
+    assert torch.equal(cache[[0, 2, 3]], untouched[[0, 2, 3]])
+
+
+def test_states_of_packed_sequences():
+    x, offsets = torch.randn(11, 4), torch.tensor([0, 2, 2, 11], dtype=torch.int32)
+    states = causal_conv1d_varlen_states(x, offsets, 3)
+    assert torch.equal(states, causal_conv1d_varlen_states_ref(x, offsets, 3))
+    assert torch.equal(states[2], x[8:].T) and not states[1].any()
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"activation": "relu"}, NotImplementedError, "relu"),
+        ({"x": torch.zeros(2, 6, 0)}, ValueError, "at least 1"),
+        ({"x": torch.zeros(2, 5, 9)}, ValueError, "same D"),
+        ({"bias": torch.zeros(5)}, ValueError, "bias"),
+        ({"initial_states": torch.zeros(2, 6, 4)}, ValueError, "initial_states"),
+        ({"bias": torch.zeros(6, device="meta")}, ValueError, "meta"),
+        ({"seq_idx": torch.zeros(2, 9, dtype=torch.int32), "return_final_states": True}, NotImplementedError, "seq_idx"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_arguments(change, error, words):
+    good = {"x": torch.zeros(2, 6, 9), "weight": torch.zeros(6, 4)}
+    with pytest.raises(error, match=words):
+        causal_conv1d_fn(**good | change)
+
+
+def test_unknown_backend(monkeypatch):
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "cuda")
+    with pytest.raises(ValueError, match="reference, cpu, triton"):
+        causal_conv1d_fn(torch.zeros(1, 2, 3), torch.zeros(2, 4))
+
+
+def test_forced_backend_that_cannot_serve(monkeypatch):
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="triton"):
+        causal_conv1d_fn(torch.zeros(1, 2, 3), torch.zeros(2, 4))
+
+
+def test_report_of_backends():
+    run = subprocess.run(
+        [sys.executable, "-m", "causal_conv1d"], capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+    assert package.__version__ in run.stdout
+    assert all(name in run.stdout for name in ("reference  available", "cpu", "triton", backend.ENVIRONMENT_VARIABLE))

@@ -1,0 +1,348 @@
+"""Properties of the operations that hold whatever backend runs: gradients, registration, symmetries, errors."""
+
+import os
+import subprocess
+import sys
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch.utils.flop_counter import FlopCounterMode
+
+import mamba_ssm as package
+from mamba_ssm import Mamba, selective_scan_fn
+from mamba_ssm.ops import backend, reference
+from mamba_ssm.ops.bimamba import DirectionParameters, bimamba
+from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
+from mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn
+
+
+def scan_inputs(B=2, D=6, N=4, L=7, form="token", dtype=torch.float64, is_complex=False):
+    """u, delta, A, B, C, D, z, delta_bias; B and C "constant", "token" or "grouped"."""
+    torch.manual_seed(0)
+    columns = 2 * L if is_complex else L
+    shape = {"constant": (D, N), "token": (B, N, columns), "grouped": (B, 2, N, columns)}[form]
+    A = -torch.rand(D, N) - 0.1
+    matrix_dtype = torch.complex128 if is_complex and form == "constant" else dtype
+    inputs = [
+        torch.randn(B, D, L, dtype=dtype),
+        torch.randn(B, D, L, dtype=dtype),
+        torch.complex(A, torch.randn(D, N)).to(torch.complex128) if is_complex else A.to(dtype),
+        torch.randn(shape, dtype=matrix_dtype),
+        torch.randn(shape, dtype=matrix_dtype),
+        torch.randn(D, dtype=dtype),
+        torch.randn(B, D, L, dtype=dtype),
+        torch.randn(D, dtype=dtype),
+    ]
+    return [t.requires_grad_() for t in inputs]
+
+
+def direction(D, N, R, W, dtype, seed, conv_bias=True):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return (scale * torch.randn(*shape, generator=generator)).to(dtype).requires_grad_()
+
+    A = (-torch.rand(D, N, generator=generator) - 0.1).to(dtype).requires_grad_()
+    return DirectionParameters(
+        normal(D, W), normal(D) if conv_bias else None, normal(R + 2 * N, D, scale=D**-0.5),
+        normal(D, R, scale=R**-0.5), normal(D), A, normal(D),
+    )  # fmt: skip
+
+
+def mixer_inputs(B=2, L=5, D=6, N=3, R=2, W=3, dtype=torch.float64, conv_bias=True):
+    torch.manual_seed(0)
+    xz = torch.randn(B, L, 2 * D, dtype=dtype, requires_grad=True)
+    return xz, direction(D, N, R, W, dtype, 1, conv_bias), direction(D, N, R, W, dtype, 2, conv_bias)
+
+
+# ---- references against each other --------------------------------------------------------------------------
+
+
+@given(length=st.integers(1, 70), seed=st.integers(0, 10**6))
+@settings(max_examples=40, deadline=None)
+def test_prefix_equals_loop(length, seed):
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.rand(length, 3, 2, generator=generator, dtype=torch.float64)
+    b = torch.randn(length, 3, 2, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(reference.recurrence_prefix(a, b), reference.recurrence_loop(a, b))
+
+
+@pytest.mark.parametrize("form", ["constant", "token", "grouped"])
+def test_function_equals_time_loop(form):
+    inputs = scan_inputs(form=form, L=65)
+    out, state = selective_scan_fn(*inputs, delta_softplus=True, return_last_state=True)
+    out_ref, state_ref = selective_scan_ref(*inputs, delta_softplus=True, return_last_state=True)
+    torch.testing.assert_close(out, out_ref)
+    torch.testing.assert_close(state, state_ref)
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("softplus", [True, False])
+@pytest.mark.parametrize("form", ["constant", "token", "grouped"])
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_scan_gradients(form, is_complex, softplus):
+    """Of the output and of the last state, for every argument."""
+
+    def function(*inputs):
+        return selective_scan_fn(*inputs, delta_softplus=softplus, return_last_state=True)
+
+    assert torch.autograd.gradcheck(function, scan_inputs(form=form, is_complex=is_complex, L=4))
+
+
+@pytest.mark.parametrize("conv_bias", [True, False])
+def test_mixer_gradients(conv_bias):
+    xz, ahead, behind = mixer_inputs(conv_bias=conv_bias)
+    tensors = [t for t in (xz, *ahead, *behind) if t is not None]
+
+    def function(*tensors):
+        given = iter(tensors[1:])
+        sides = (DirectionParameters(*(None if p is None else next(given) for p in side)) for side in (ahead, behind))
+        return bimamba(tensors[0], *sides, scale=0.5)
+
+    assert torch.autograd.gradcheck(function, tensors)
+
+
+@pytest.mark.parametrize("is_rms_norm", [True, False])
+@pytest.mark.parametrize("prenorm", [True, False])
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_norm_gradients(is_rms_norm, prenorm, with_residual):
+    torch.manual_seed(0)
+    x, residual = (torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.randn(8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    inputs = [x, weight, bias, *([residual] if with_residual else [])]
+
+    def function(x, weight, bias, residual=None):
+        return layer_norm_fn(x, weight, bias, residual, 1e-5, prenorm, is_rms_norm=is_rms_norm)
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+# ---- registration -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("form", ["constant", "token", "grouped"])
+def test_scan_registration(form, dtype):
+    inputs = scan_inputs(form=form, dtype=dtype)
+    torch.library.opcheck(torch.ops.mamba_ssm.selective_scan.default, (*inputs, True, True))
+    torch.library.opcheck(torch.ops.mamba_ssm.selective_scan.default, (*inputs[:5], None, None, None, False, True))
+    plain = [t.detach() for t in inputs]
+    saved = torch.ops.mamba_ssm.selective_scan(*plain, True, True)[2]
+    arguments = (torch.randn_like(plain[0]), None, *plain, saved, True)
+    torch.library.opcheck(torch.ops.mamba_ssm.selective_scan_backward.default, arguments)
+
+
+@pytest.mark.parametrize("conv_bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mixer_registration(dtype, conv_bias):
+    xz, ahead, behind = mixer_inputs(dtype=dtype, conv_bias=conv_bias)
+    torch.library.opcheck(torch.ops.mamba_ssm.bimamba.default, (xz, *ahead, *behind, 0.5, True))
+    xz, *plain = (None if t is None else t.detach() for t in (xz, *ahead, *behind))
+    y, saved = torch.ops.mamba_ssm.bimamba(xz, *plain, 0.5, True)
+    arguments = (torch.randn_like(y), xz, *plain, saved, 0.5)
+    torch.library.opcheck(torch.ops.mamba_ssm.bimamba_backward.default, arguments)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_norm_registration(kind, with_residual):
+    x, residual = (torch.randn(5, 8, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.randn(8, requires_grad=True) for _ in range(2))
+    residual, bias = (residual if with_residual else None), (bias if kind == "layer" else None)
+    arguments = (x, residual, weight, bias, 1e-5, kind, torch.float32)
+    torch.library.opcheck(torch.ops.mamba_ssm.add_norm.default, arguments)
+    out, total, mean, rstd = (t.detach() for t in torch.ops.mamba_ssm.add_norm(*arguments))
+    residual_dtype = torch.float32 if with_residual else None
+    arguments = (torch.randn_like(out), total, total, weight.detach(), bias, mean, rstd, kind, x.dtype, residual_dtype)
+    arguments = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments)
+    torch.library.opcheck(torch.ops.mamba_ssm.add_norm_backward.default, arguments)
+
+
+def test_flops_count_both_directions():
+    B, L, D, N, R, W = 2, 50, 32, 16, 4, 4
+    xz, ahead, behind = mixer_inputs(B, L, D, N, R, W, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        y = bimamba(xz, ahead, behind)
+    one_direction = B * L * D * (2 * W + 2 * (R + 2 * N) + 2 * R + 9 * N)
+    assert counter.get_total_flops() == 2 * one_direction
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 4 * one_direction
+
+
+# ---- symmetries ------------------------------------------------------------------------------------------------
+
+
+@given(length=st.integers(1, 40), prefix=st.integers(1, 40), seed=st.integers(0, 10**6))
+@settings(max_examples=25, deadline=None)
+def test_a_prefix_of_the_output_depends_on_a_prefix_of_the_input(length, prefix, seed):
+    prefix = min(prefix, length)
+    torch.manual_seed(seed)
+    u, delta, B, C = torch.randn(1, 4, length), torch.randn(1, 4, length), torch.randn(1, 2, length), torch.randn(1, 2, length)
+    A = -torch.rand(4, 2)
+    whole = selective_scan_fn(u, delta, A, B, C, delta_softplus=True)
+    part = selective_scan_fn(*(t[..., :prefix] for t in (u, delta)), A, B[..., :prefix], C[..., :prefix], delta_softplus=True)
+    torch.testing.assert_close(part, whole[..., :prefix], rtol=1e-4, atol=1e-5)
+
+
+@given(batch=st.integers(1, 3), length=st.integers(1, 40), seed=st.integers(0, 10**6))
+@settings(max_examples=25, deadline=None)
+def test_exchanging_the_directions_reverses_time(batch, length, seed):
+    torch.manual_seed(seed)
+    xz = torch.randn(batch, length, 16)
+    _, ahead, behind = mixer_inputs(D=8, dtype=torch.float32)
+    with torch.no_grad():
+        y = bimamba(xz, ahead, behind)
+        mirrored = bimamba(xz.flip(1), behind, ahead).flip(1)
+        shuffled = bimamba(xz.flip(0), ahead, behind).flip(0)
+    torch.testing.assert_close(y, mirrored, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y, shuffled, rtol=1e-4, atol=1e-5)
+
+
+def test_results_may_be_changed_in_place():
+    inputs = scan_inputs()
+    out = selective_scan_fn(*inputs, delta_softplus=True)
+    out += inputs[0]
+    xz, ahead, behind = mixer_inputs()
+    y = bimamba(xz, ahead, behind)
+    y += xz[..., : y.shape[-1]]
+    norm = rms_norm_fn(xz, torch.ones(xz.shape[-1], dtype=xz.dtype), None)
+    norm += xz
+    (out.sum() + y.sum() + norm.sum()).backward()
+    assert torch.isfinite(inputs[0].grad).all() and torch.isfinite(xz.grad).all()
+
+
+# ---- precision -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs_keep_a_float32_state(dtype):
+    inputs = [t.detach() for t in scan_inputs(L=197, dtype=torch.float32)]
+    low = [t.to(dtype) if i in (0, 1, 3, 4, 6) else t for i, t in enumerate(inputs)]
+    out, state = selective_scan_fn(*low, delta_softplus=True, return_last_state=True)
+    exact, exact_state = selective_scan_ref(*(t.double() for t in low), delta_softplus=True, return_last_state=True)
+    assert out.dtype == dtype and state.dtype == torch.float32
+    assert (out - exact).abs().max() <= 6e-3 * exact.abs().max()
+    assert (state - exact_state).abs().max() <= 2e-5 * exact_state.abs().max()
+
+
+def test_autocast_gives_bfloat16_outputs_and_float32_parameter_gradients():
+    torch.manual_seed(0)
+    for bimamba_type in ("none", "v1", "v2"):
+        module = Mamba(32, bimamba_type=bimamba_type)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = module(torch.randn(2, 9, 32))
+        assert out.dtype == torch.bfloat16
+        out.float().square().sum().backward()
+        assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in module.parameters())
+
+
+def test_the_residual_stream_is_float32():
+    norm = RMSNorm(16)
+    x = torch.randn(2, 3, 16).bfloat16()
+    out, residual = norm(x, prenorm=True, residual_in_fp32=True)
+    assert out.dtype == torch.bfloat16 and residual.dtype == torch.float32
+    out, residual = norm(out, residual, prenorm=True)
+    assert out.dtype == torch.bfloat16 and residual.dtype == torch.float32
+
+
+@pytest.mark.parametrize("options", [{}, {"if_divide_out": True}, {"bias": True, "conv_bias": False}, {"init_layer_scale": 0.1}])
+@pytest.mark.parametrize("bimamba_type", ["none", "v1", "v2"])
+def test_fast_path_is_the_same_function(bimamba_type, options):
+    torch.manual_seed(0)
+    fast = Mamba(24, d_state=8, bimamba_type=bimamba_type, **options)
+    plain = Mamba(24, d_state=8, bimamba_type=bimamba_type, use_fast_path=False, **options)
+    plain.load_state_dict(fast.state_dict())
+    tokens = torch.randn(2, 11, 24)
+    torch.testing.assert_close(fast(tokens), plain(tokens), rtol=1e-4, atol=1e-5)
+
+
+# ---- errors and backends ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "position, value, words",
+    [
+        (0, torch.zeros(2, 6, 0), "at least 1"),
+        (0, torch.zeros(2, 6, 7, dtype=torch.int32), "int32"),
+        (1, torch.zeros(2, 6, 8), "delta"),
+        (2, torch.zeros(5, 4), "same D"),
+        (3, torch.zeros(2, 4, 8), "B must be"),
+        (4, torch.zeros(2, 4, 4, 7), "G dividing D"),
+        (5, torch.zeros(7), "D must have"),
+        (7, torch.zeros(6, device="meta"), "meta"),
+    ],
+)
+def test_bad_scan_arguments(position, value, words):
+    inputs = [t.detach() for t in scan_inputs(dtype=torch.float32)]
+    inputs[position] = value
+    with pytest.raises(ValueError, match=words):
+        selective_scan_fn(*inputs)
+
+
+def test_bad_mixer_arguments():
+    xz, ahead, behind = mixer_inputs()
+    with pytest.raises(ValueError, match="L >= 1"):
+        bimamba(xz[:, :0], ahead, behind)
+    with pytest.raises(ValueError, match="backward dt_bias"):
+        bimamba(xz, ahead, behind._replace(dt_bias=behind.dt_bias[:-1]))
+    with pytest.raises(ValueError, match="'v3'"):
+        Mamba(16, bimamba_type="v3")
+    with pytest.raises(TypeError, match="d_stat"):
+        Mamba(16, d_stat=4)
+    with pytest.raises(NotImplementedError, match="bidirectional"):
+        Mamba(16, bimamba_type="v2").allocate_inference_cache(1, 8)
+
+
+def test_backward_without_saved_tensors():
+    inputs = scan_inputs(dtype=torch.float32)
+    out = torch.ops.mamba_ssm.selective_scan(*inputs, True, False)[0]
+    kernels = backend.choose("selective_scan", out.device, out.dtype, d_state=4)
+    if kernels.selective_scan_saved_bytes(2, 6, 7, 4, torch.float32) == 0:
+        return  # this backend recomputes everything
+    with pytest.raises(RuntimeError, match="save=True"):
+        out.sum().backward()
+
+
+def test_unknown_backend(monkeypatch):
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "cuda")
+    with pytest.raises(ValueError, match="reference, cpu, triton"):
+        selective_scan_fn(*scan_inputs())
+
+
+def test_forced_backend_that_cannot_serve(monkeypatch):
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="triton"):
+        selective_scan_fn(*scan_inputs())
+
+
+def test_report_of_backends():
+    run = subprocess.run(
+        [sys.executable, "-m", "mamba_ssm"], capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+    assert package.__version__ in run.stdout
+    assert all(name in run.stdout for name in ("reference  available", "cpu", "triton", backend.ENVIRONMENT_VARIABLE))
+
+
+class Memory:
+    """What generation loops hand to each layer."""
+
+    def __init__(self):
+        self.key_value_memory_dict, self.seqlen_offset = {}, 0
+
+
+def test_cached_generation_equals_the_whole_sequence():
+    torch.manual_seed(0)
+    module = Mamba(16, d_state=4, layer_idx=3).double()
+    tokens = torch.randn(2, 9, 16, dtype=torch.float64)
+    memory, outs = Memory(), []
+    outs.append(module(tokens[:, :5], inference_params=memory))
+    for t in range(5, 9):
+        memory.seqlen_offset = t
+        outs.append(module(tokens[:, t : t + 1], inference_params=memory))
+    torch.testing.assert_close(torch.cat(outs, 1), module(tokens))
