@@ -525,6 +525,29 @@ def test_digest_file_is_readable_by_sha256sum(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "a.pth.sha256"]
 
 
+def test_overwriting_a_file_without_a_digest_never_makes_it_look_damaged(tmp_path, monkeypatch):
+    path = tmp_path / "a.pth"
+    torch.save(state_of(1), path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", stop_before(path, os.replace))
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(path, state_of(2))
+    assert step_in(path) == 1
+    save_checkpoint(path, state_of(3))
+    assert step_in(path) == 3
+
+
+def stop_before(path: Path, replace):
+    """os.replace that is interrupted when it is about to write `path`."""
+
+    def interrupted(source, target):
+        if Path(target) == path:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    return interrupted
+
+
 def test_one_flipped_bit_is_found(tmp_path):
     save_checkpoint(tmp_path / "a.pth", state_of(1))
     content = bytearray((tmp_path / "a.pth").read_bytes())
@@ -563,42 +586,43 @@ def test_too_little_space_is_found_before_writing(tmp_path, monkeypatch):
 
 
 def killed_while_saving(save, delay: float) -> None:
-    """Run `save(1)`, `save(2)`, ... in a child process and kill it after `delay` seconds."""
+    """Run `save(1)`, `save(2)`, ... in a child process and kill it some seconds after the first is done."""
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         for step in range(1, 10_000):
             save(step)
+            os.write(writer, b".")
         os._exit(0)
+    os.close(writer)
+    os.read(reader, 1)
     time.sleep(delay)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    os.close(reader)
+
+
+KILLS = [random.Random(number).uniform(0, 0.03) for number in range(20)]
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
     path = tmp_path / "a.pth"
-    save_checkpoint(path, state_of(0))
-    delays = random.Random(0)
-    steps = []
-    for _ in range(20):
-        killed_while_saving(
-            lambda step: save_checkpoint(path, state_of(step, size=100_000)), delays.uniform(0.01, 0.1)
-        )
-        steps.append(step_in(path))
-    assert len(set(steps)) > 1, "the child never got as far as saving"
+    for delay in KILLS:
+        killed_while_saving(lambda step: save_checkpoint(path, state_of(step, size=100_000)), delay)
+        assert step_in(path) >= 1
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_kill_at_any_moment_leaves_a_checkpoint_to_resume_from(tmp_path):
-    store_checkpoint(tmp_path, state_of(0))
-    delays = random.Random(1)
-    for _ in range(20):
-        start = step_in(latest_checkpoint(tmp_path))
+    last = 0
+    for delay in KILLS:
         killed_while_saving(
-            lambda step, start=start: store_checkpoint(tmp_path, state_of(start + step), best=step % 3 == 0),
-            delays.uniform(0.01, 0.1),
+            lambda step, last=last: store_checkpoint(tmp_path, state_of(last + step), best=step % 3 == 0),
+            delay,
         )
-        assert step_in(latest_checkpoint(tmp_path)) >= start
+        assert step_in(latest_checkpoint(tmp_path)) > last
+        last = step_in(latest_checkpoint(tmp_path))
     store_checkpoint(tmp_path, state_of(10**6))
     assert not list(tmp_path.glob(".*")), "temporary files of killed writers are cleared away"
 
@@ -626,10 +650,19 @@ def test_keeping_fewer_than_two_is_refused(tmp_path):
         store_checkpoint(tmp_path, state_of(1), keep=1)
 
 
-def test_newest_by_step_not_by_name_or_date(tmp_path):
-    store_checkpoint(tmp_path, state_of(10**8), keep=3)
-    store_checkpoint(tmp_path, state_of(99), keep=3)
+def test_newest_by_step_where_nothing_points(tmp_path):
+    for step in (99, 10**8):
+        store_checkpoint(tmp_path, state_of(step), keep=3)
+    (tmp_path / "checkpoint.pth").unlink()
     assert step_in(latest_checkpoint(tmp_path)) == 10**8
+
+
+def test_run_resumed_from_further_back_abandons_later_steps(tmp_path):
+    for step in (10, 20, 30, 40):
+        store_checkpoint(tmp_path, state_of(step), keep=4, best=step == 40)
+    store_checkpoint(tmp_path, state_of(15))
+    assert names(tmp_path) == [f"checkpoint-000000{step}.pth" for step in (10, 15, 40)], "40 is the best one"
+    assert step_in(latest_checkpoint(tmp_path)) == 15
 
 
 def cut(path: Path, share: float) -> None:

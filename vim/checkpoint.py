@@ -446,7 +446,7 @@ def _write_atomically(path: Path, state: dict) -> str:
             torch.save(state, file)
             _sync(file)
         digest = file_digest(temporary)
-        known = side.read_text() if path.exists() and side.exists() else ""
+        known = _noted_digests(path, side)
         _write_text(side, f"{digest}  {path.name}\n{known}")
         os.replace(temporary, path)
         _sync_folder(path.parent)
@@ -455,6 +455,13 @@ def _write_atomically(path: Path, state: dict) -> str:
     finally:
         temporary.unlink(missing_ok=True)
     return digest
+
+
+def _noted_digests(path: Path, side: Path) -> str:
+    """Lines with the digests that the file at `path`, if any, may have now."""
+    if not path.exists():
+        return ""
+    return side.read_text() if side.exists() else f"{file_digest(path)}  {path.name}\n"
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -503,7 +510,8 @@ def _storage_size(value: Any, where: str) -> int:
 def store_checkpoint(output_dir: str | Path, state: dict, keep: int = 2, best: bool = False) -> Path:
     """Write checkpoint-STEP.pth (`state["step"]`), point `checkpoint.pth` at it, and drop old ones.
 
-    The newest `keep` files stay, and the one that `best_checkpoint.pth` points at: this one if `best`.
+    The newest `keep` files stay, and the one that `best_checkpoint.pth` points at: this one if `best`. Files
+    of later steps, which a run resumed from further back has abandoned, count as the oldest.
     """
     if keep < 2:
         raise ValueError(f"keep={keep}: at least 2, so that a damaged newest file leaves one to resume from")
@@ -538,9 +546,22 @@ def _point(link: Path, target: str) -> None:
 
 
 def _stored(folder: Path) -> list[Path]:
-    """Files checkpoint-STEP.pth, the newest step first."""
-    found = [(match, path) for path in folder.iterdir() if (match := CHECKPOINT_NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1]), reverse=True)]
+    """Files checkpoint-STEP.pth, the newest first.
+
+    That is the one `checkpoint.pth` points at, then back from there; last those of later steps, which a run
+    that was resumed from further back has abandoned.
+    """
+    steps = {path: step for path in folder.iterdir() if (step := _step_of(path.name)) is not None}
+    link = folder / "checkpoint.pth"
+    current = _step_of(os.readlink(link)) if link.is_symlink() else None
+    return sorted(
+        steps, key=lambda path: (current is None or steps[path] <= current, steps[path]), reverse=True
+    )
+
+
+def _step_of(name: str) -> int | None:
+    match = CHECKPOINT_NAME.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def _warn(message: str) -> None:
