@@ -3,10 +3,10 @@
 import pytest
 import timm
 import torch
-from oracle_cases import fill, gradient_numbers, image, load_arrays, load_json
 
 import models_mamba
 from models_mamba import VARIANTS, VisionMamba, resample_pos_embed
+from oracle_cases import fill, gradient_numbers, image, load_arrays, load_json
 
 CASES = {case["name"]: case for case in load_json("models.json")}
 REGISTERED = load_json("registered.json")
@@ -72,6 +72,7 @@ def test_every_block(name):
         stages = list(model._stages(model._embed(image(**CASES[name]["image"]).double())))
     assert len(stages) == len(model.layers) // step
     for i, (hidden, residual) in enumerate(stages):
+
         def recorded(what, i=i):
             value = arrays[f"trace/{name}/layer{step * i}/{what}"]
             if step == 2:  # the second of a pair reads the sequence backwards; both are summed
@@ -172,7 +173,9 @@ def test_initialisation_is_the_published_one():
     assert same.dt_proj_b.bias.any()
 
 
-@pytest.mark.parametrize("cls_token, pool", [("middle", "token"), ("head", "token"), ("double", "token"), ("none", "mean")])
+@pytest.mark.parametrize(
+    "cls_token, pool", [("middle", "token"), ("head", "token"), ("double", "token"), ("none", "mean")]
+)
 @pytest.mark.parametrize("bidirectional", ["v2", "layer"])
 def test_intermediates_are_the_residual_stream_without_class_tokens(cls_token, pool, bidirectional):
     torch.manual_seed(0)
@@ -224,7 +227,9 @@ def test_layer_wise_decay_groups_every_parameter():
 
     model = VisionMamba(**NANO)
     groups = group_parameters(model, model.group_matcher(), reverse=False)
-    assert sorted(sum(groups.values(), [])) == sorted(name for name, _ in model.named_parameters())
+    assert sorted(name for names in groups.values() for name in names) == sorted(
+        name for name, _ in model.named_parameters()
+    )
     assert len(groups) == 1 + NANO["depth"] + 1  # stem, blocks, and norm with head
 
 

@@ -12,6 +12,7 @@ all before it (`residual`, the float32 stream).
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ def split_cls_tokens(x: Tensor, cls_token: str) -> tuple[Tensor, Tensor]:
     num_patches = x.shape[1] - len(CLS_TOKENS[_choose("cls_token", cls_token, CLS_TOKENS)])
     positions = cls_token_positions(cls_token, num_patches)
     edges = (-1, *positions, x.shape[1])
-    patches = [x[:, before + 1 : after] for before, after in zip(edges, edges[1:])]
+    patches = [x[:, before + 1 : after] for before, after in pairwise(edges)]
     return torch.cat(patches, dim=1), x[:, list(positions)]
 
 

@@ -13,9 +13,7 @@ from causal_conv1d import backend, reference
 
 
 @torch.library.custom_op("causal_conv1d::forward", mutates_args=())
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None, silu: bool
-) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None, silu: bool) -> Tensor:
     kernels = backend.choose(x.device, x.dtype, weight.shape[1])
     with torch.autocast(x.device.type, enabled=False):
         return kernels.conv_forward(x, weight, bias, initial_states, silu)
@@ -119,7 +117,9 @@ def causal_conv1d_fn(
         if initial_states is not None or return_final_states:
             raise NotImplementedError("seq_idx excludes initial_states and return_final_states: pass one of them")
         if backend.forced() not in (None, "reference"):
-            raise NotImplementedError(f"seq_idx: {backend.ENVIRONMENT_VARIABLE}={backend.forced()} has no kernel for it")
+            raise NotImplementedError(
+                f"seq_idx: {backend.ENVIRONMENT_VARIABLE}={backend.forced()} has no kernel for it"
+            )
         return reference.causal_conv1d_packed(x, weight, bias, seq_idx, silu)
     out = _forward(x, weight, bias, initial_states, silu)
     if not return_final_states:

@@ -18,9 +18,7 @@ def unsupported(dtype: torch.dtype, width: int) -> str | None:
     return None
 
 
-def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None, silu: bool
-) -> Tensor:
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None, silu: bool) -> Tensor:
     """`y[t] = bias + sum_k weight[k] * x[t - (W-1) + k]`, then SiLU if asked, differentiable by autograd.
 
     Args:
@@ -40,9 +38,7 @@ def causal_conv1d(
     return (F.silu(out) if silu else out).to(x.dtype)
 
 
-def causal_conv1d_packed(
-    x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, silu: bool
-) -> Tensor:
+def causal_conv1d_packed(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, silu: bool) -> Tensor:
     """The same over several sequences packed in one row: a tap reaches only tokens of its own sequence.
 
     `seq_idx` (B, L) integer: tokens with equal neighbouring numbers belong together. Negative numbers are

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
-from oracle_cases import argument, load_arrays, load_json, rounded
 
 import causal_conv1d as package
 from causal_conv1d import backend, causal_conv1d_fn, causal_conv1d_update, causal_conv1d_varlen_states
 from causal_conv1d.causal_conv1d_interface import causal_conv1d_ref, causal_conv1d_update_ref
 from causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states_ref
+from oracle_cases import argument, load_arrays, load_json, rounded
 
 CASES = {name: case for name, case in load_json("ops.json").items() if case["op"].startswith("causal_conv1d")}
 
@@ -156,7 +156,11 @@ def test_states_of_packed_sequences():
         ({"bias": torch.zeros(5)}, ValueError, "bias"),
         ({"initial_states": torch.zeros(2, 6, 4)}, ValueError, "initial_states"),
         ({"bias": torch.zeros(6, device="meta")}, ValueError, "meta"),
-        ({"seq_idx": torch.zeros(2, 9, dtype=torch.int32), "return_final_states": True}, NotImplementedError, "seq_idx"),
+        (
+            {"seq_idx": torch.zeros(2, 9, dtype=torch.int32), "return_final_states": True},
+            NotImplementedError,
+            "seq_idx",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

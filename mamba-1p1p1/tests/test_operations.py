@@ -182,10 +182,17 @@ def test_flops_count_both_directions():
 def test_a_prefix_of_the_output_depends_on_a_prefix_of_the_input(length, prefix, seed):
     prefix = min(prefix, length)
     torch.manual_seed(seed)
-    u, delta, B, C = torch.randn(1, 4, length), torch.randn(1, 4, length), torch.randn(1, 2, length), torch.randn(1, 2, length)
+    u, delta, B, C = (
+        torch.randn(1, 4, length),
+        torch.randn(1, 4, length),
+        torch.randn(1, 2, length),
+        torch.randn(1, 2, length),
+    )
     A = -torch.rand(4, 2)
     whole = selective_scan_fn(u, delta, A, B, C, delta_softplus=True)
-    part = selective_scan_fn(*(t[..., :prefix] for t in (u, delta)), A, B[..., :prefix], C[..., :prefix], delta_softplus=True)
+    part = selective_scan_fn(
+        *(t[..., :prefix] for t in (u, delta)), A, B[..., :prefix], C[..., :prefix], delta_softplus=True
+    )
     torch.testing.assert_close(part, whole[..., :prefix], rtol=1e-4, atol=1e-5)
 
 
@@ -250,7 +257,9 @@ def test_the_residual_stream_is_float32():
     assert out.dtype == torch.bfloat16 and residual.dtype == torch.float32
 
 
-@pytest.mark.parametrize("options", [{}, {"if_divide_out": True}, {"bias": True, "conv_bias": False}, {"init_layer_scale": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"if_divide_out": True}, {"bias": True, "conv_bias": False}, {"init_layer_scale": 0.1}]
+)
 @pytest.mark.parametrize("bimamba_type", ["none", "v1", "v2"])
 def test_fast_path_is_the_same_function(bimamba_type, options):
     torch.manual_seed(0)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from oracle_cases import argument, fill, load_arrays, load_json, rounded
 
 from mamba_ssm import Mamba
 from mamba_ssm.ops import selective_scan_interface as ssi
 from mamba_ssm.ops.reference import selective_scan
 from mamba_ssm.ops.triton.layer_norm import layer_norm_fn, layer_norm_ref, rms_norm_fn, rms_norm_ref
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+from oracle_cases import argument, fill, load_arrays, load_json, rounded
 
 CASES = load_json("ops.json")
 

@@ -61,9 +61,7 @@ def _bimamba(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     forward = DirectionParameters(conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D)
-    backward = DirectionParameters(
-        conv_weight_b, conv_bias_b, x_proj_weight_b, dt_weight_b, dt_bias_b, A_b, D_b
-    )
+    backward = DirectionParameters(conv_weight_b, conv_bias_b, x_proj_weight_b, dt_weight_b, dt_bias_b, A_b, D_b)
     with torch.autocast(xz.device.type, enabled=False):
         return _kernels(xz, A, conv_weight).bimamba_forward(xz, forward, backward, scale, save)
 
@@ -101,9 +99,7 @@ def _bimamba_backward(
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 ]:  # fmt: skip
     forward = DirectionParameters(conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D)
-    backward = DirectionParameters(
-        conv_weight_b, conv_bias_b, x_proj_weight_b, dt_weight_b, dt_bias_b, A_b, D_b
-    )
+    backward = DirectionParameters(conv_weight_b, conv_bias_b, x_proj_weight_b, dt_weight_b, dt_bias_b, A_b, D_b)
     kernels = _kernels(xz, A, conv_weight)
     check_saved(saved, _saved_bytes(kernels, xz, conv_weight, dt_weight, A))
     with torch.autocast(xz.device.type, enabled=False):

@@ -207,9 +207,7 @@ def selective_scan_ref(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`selective_scan_fn` as the obvious loop over tokens in plain torch operations, for comparison."""
     _check_scan(u, delta, A, B, C, D, z, delta_bias)
-    out, last_state = reference.selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, recurrence="loop"
-    )
+    out, last_state = reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, recurrence="loop")
     return (out, last_state) if return_last_state else out
 
 
@@ -226,9 +224,7 @@ def _projected_matrix(projected: Tensor, bias: Tensor | None, is_complex: bool) 
     return projected.transpose(1, 2).unsqueeze(1)
 
 
-def _scan_inputs(
-    xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
-):
+def _scan_inputs(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias):
     """Convolve and project: (x (B, D, L), z, delta (B, D, L), B, C), whatever of B and C is not given per token."""
     x, z = xz.chunk(2, dim=1)
     width = conv1d_weight.shape[-1]
