@@ -57,8 +57,9 @@ def _measure_cuda(call) -> int:
 
 def _measure(subject) -> int | None:
     """The peak of one call; None if the allocation was refused."""
-    import subjects
     import torch
+
+    import subjects
 
     on_cpu = torch.device(subject.device).type == "cpu"
     subjects.build(replace(subject, px=WARMUP_PX, batch=1))()

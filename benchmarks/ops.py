@@ -16,17 +16,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import harness
 import torch
+
+import harness
+from causal_conv1d import causal_conv1d_fn
 from causal_conv1d.causal_conv1d_interface import causal_conv1d_ref
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn, selective_scan_ref
 
-from causal_conv1d import causal_conv1d_fn
-
 EMBED, INNER, STATE, RANK, WIDTH = 192, 384, 16, 12, 4  # Vim-Ti
 SHAPES = {"B 8 x L 197": (8, 197), "B 1 x L 6085": (1, 6085)}  # 224 px, 1248 px
-# Back through a loop over thousands of tokens takes minutes: timed at the short shape, and not in a quick run.
+# Back through a loop over thousands of tokens takes minutes: timed at the short shape alone, and not in a
+# quick run.
 SLOW_BACKWARD = ("prefix", "selective_scan_ref", "mambapy", "transformers, one direction")
 SLOW_BACKWARD_SHAPE = "B 8 x L 197"
 BACKEND_VARIABLES = ("MAMBA_SSM_BACKEND", "CAUSAL_CONV1D_BACKEND")
@@ -208,7 +209,7 @@ def work_per_call(op: str, batch: int, length: int) -> int:
 
 
 def measure_op(op: str, shape: str, device, dtype, seconds: float, slow_backward: bool) -> list[dict]:
-    """Both passes of all rivals in one set of turns; without `slow_backward` the slow ones go forward only."""
+    """Both passes of all rivals in one set of turns; without `slow_backward` slow ones go forward only."""
     batch, length = SHAPES[shape]
     rivals = OPS[op](batch, length, device, dtype)
     calls = {}

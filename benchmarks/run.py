@@ -8,10 +8,11 @@ python benchmarks/run.py --device cuda     about 10 minutes on one GPU
 import argparse
 from pathlib import Path
 
+import torch
+
 import harness
 import ops
 import targets
-import torch
 import vim_vs_deit
 from subjects import PRECISIONS
 from vim_vs_deit import PX, Case, Settings, cases_of

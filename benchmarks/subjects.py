@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 
 import timm
 import torch
-from harness import ROOT
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from harness import ROOT
 
 sys.path.insert(0, str(ROOT / "vim"))
 import models_mamba  # noqa: F401  (registers the Vim names)

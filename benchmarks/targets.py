@@ -196,9 +196,8 @@ def table(goals: tuple[Goal, ...], results: Results) -> str:
         if value is None:
             rows.append([goal.work, goal.target, "not yet measured", ""])
         else:
-            rows.append(
-                [goal.work, goal.target, f"{value:.3g}{goal.unit}", "yes" if goal.met(value) else "no"]
-            )
+            verdict = "yes" if goal.met(value) else "no"
+            rows.append([goal.work, goal.target, f"{number(value)}{goal.unit}", verdict])
     return harness.markdown_table(["work", "target", "measured", "met"], rows)
 
 

@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import harness
 import memory
 import subjects
-import torch
 from subjects import Subject
 
 SIZES = {"tiny": ("vim_tiny_patch16_224", "deit_tiny_patch16_224"),

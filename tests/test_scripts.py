@@ -10,8 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import arguments
 import pytest
+
+import arguments
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "vim" / "scripts"
 SHELL_FILES = [*sorted(SCRIPTS.glob("*.sh")), SCRIPTS.parents[1] / ".ci" / "run"]
@@ -52,7 +53,7 @@ def dry_run(name, *flags, cwd, **variables):
     assert result.returncode == 0, result.stderr
     words = shlex.split(result.stdout)
     program = words.index(str(SCRIPTS.parent / "main.py"))
-    return arguments.parse_args(words[program + 1 :]), words[:program]
+    return arguments.build_parser().parse_args(words[program + 1 :]), words[:program]
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -1,0 +1,242 @@
+"""The benchmarks' own arithmetic and promises: turns, ratios, memory, goals, and no figure on a red test.
+
+Nothing here asserts how fast anything is.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+# ---- timing
+
+
+def test_rivals_take_turns(monkeypatch):
+    import harness
+
+    monkeypatch.setattr(harness, "SAMPLE_SECONDS", 0.0)
+    calls = []
+    rivals = {name: lambda name=name: calls.append(name) for name in "AB"}
+    timings = harness.interleave(rivals, CPU, seconds=0.0)
+    assert calls == ["A", "A", "B", "B"] + ["A", "B"] * harness.MIN_TURNS  # the warm-up, then the turns
+    assert all(len(timing.samples) == harness.MIN_TURNS for timing in timings.values())
+
+
+def test_a_short_call_is_repeated_within_a_sample(monkeypatch):
+    import harness
+
+    ticks = iter(range(10_000))
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(ticks) / 1000)  # a call "takes" 1 ms
+    calls = []
+    timings = harness.interleave({"A": lambda: calls.append(1)}, CPU, seconds=0.0)
+    assert len(calls) == 2 + 10 * harness.MIN_TURNS  # 10 ms a sample
+    assert timings["A"].median == pytest.approx(0.001 / 10)
+
+
+def test_a_ratio_is_the_median_of_the_turns_ratios():
+    from harness import Timing, ratio
+
+    slow, fast = Timing((2.0, 30.0, 8.0)), Timing((1.0, 10.0, 2.0))
+    assert ratio(slow, fast) == {"median": 3.0, "q1": 2.5, "q3": 3.5}
+    assert slow.median == 8.0 and slow.quartiles == (5.0, 19.0)
+
+
+def test_the_environment_names_what_a_figure_needs():
+    import harness
+
+    record = harness.environment(CPU, "float32")
+    assert {"commit", "device", "threads", "precision", "tf32", "backends", "versions"} <= set(record)
+    assert record["threads"] == torch.get_num_threads()
+    assert set(record["backends"]) == {"causal_conv1d", "selective_scan", "bimamba"}
+
+
+# ---- the gate
+
+
+@pytest.mark.parametrize("verdict", ["pass", "fail"])
+def test_red_kernel_tests_end_the_program_without_a_figure(verdict, monkeypatch, tmp_path, capsys):
+    import harness
+
+    test = tmp_path / "test_kernel.py"
+    test.write_text(f"def test_kernel():\n    assert {verdict == 'pass'}\n")
+    monkeypatch.setattr(harness, "KERNEL_TESTS", (str(test),))
+    if verdict == "pass":
+        harness.require_green_tests(CPU)
+        assert "1 passed" in capsys.readouterr().out
+    else:
+        with pytest.raises(SystemExit, match="no figures"):
+            harness.require_green_tests(CPU)
+
+
+# ---- subjects
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flash", "math"])
+def test_every_attention_backend_computes_the_same_deit(attention):
+    import subjects
+    from subjects import Subject
+
+    subject = Subject(f"deit_tiny_patch16_224/{attention}", px=64, batch=2)
+    chosen = subjects.attention_chosen(subject)
+    assert chosen == attention or attention == "sdpa"
+    expected = subjects.build(Subject("deit_tiny_patch16_224/eager", px=64, batch=2))()
+    assert torch.allclose(subjects.build(subject)(), expected, atol=1e-4)
+
+
+def test_a_step_trains_and_inference_keeps_no_graph():
+    import subjects
+    from subjects import Subject
+
+    assert not subjects.build(Subject("vim_tiny_patch16_224", px=32, batch=1))().requires_grad
+    subjects.build(Subject("vim_tiny_patch16_224", px=32, batch=1, mode="step"))()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"name": "deit_tiny_patch16_224/fused"}, "unknown attention 'fused'.*eager, sdpa, flash"),
+        ({"mode": "train"}, "unknown mode 'train'.*infer, backward, step"),
+        ({"precision": "int8"}, "unknown precision 'int8'.*float32"),
+        ({"mode": "step", "precision": "bfloat16-weights"}, "is for inference"),
+    ],
+)
+def test_a_misspelt_subject_is_refused(change, message):
+    from subjects import Subject
+
+    with pytest.raises(ValueError, match=message):
+        Subject(**({"name": "vim_tiny_patch16_224", "px": 64, "batch": 1} | change))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_peak_memory_sees_the_attention_matrix():
+    """Eager attention at 640 px holds at least two 1601 x 1601 matrices of 3 heads: 61 MB."""
+    import memory
+    from subjects import Subject
+
+    names = ("deit_tiny_patch16_224/eager", "deit_tiny_patch16_224/sdpa")
+    eager, fused = memory.peak_memory([Subject(name, px=640, batch=1) for name in names])
+    assert eager > 61e6
+    assert eager > fused + 40e6
+
+
+# ---- goals
+
+
+def model_results(**fields):
+    record = {"name": "deit_tiny_patch16_224/sdpa", "px": 1248, "mode": "infer", "batch": 1} | fields
+    return {"models": {"environment": {"commit": "abc"}, "measurements": [record], "growth": {"median": 1.1}}}
+
+
+def test_a_goal_is_met_or_not_or_not_yet_measured():
+    import targets
+
+    results = model_results(first_faster_by={"median": 3.4}, peak_memory=100)
+    lines = targets.table(targets.CPU_GOALS, results).splitlines()
+    assert "| >= 3.3x | 3.4x | yes |" in lines[2]
+    assert "| <= 1.15x | 1.1x | yes |" in lines[-1]
+    assert sum("not yet measured" in line for line in lines) == len(targets.CPU_GOALS) - 2
+    lines = targets.table(targets.CPU_GOALS, model_results(first_faster_by={"median": 3.2})).splitlines()
+    assert "| >= 3.3x | 3.2x | no |" in lines[2]
+
+
+def test_memory_and_rates_are_converted_to_the_goals_units():
+    import targets
+
+    tokens_and_layers = 128 * 197 * 24
+    training = {"px": 224, "mode": "backward", "batch": 128, "peak_memory": tokens_and_layers * 1500}
+    inference = {"px": 1248, "mode": "infer", "batch": 64, "peak_memory": 3.5e9}
+    records = [{"name": "vim_tiny_patch16_224"} | fields for fields in (training, inference)]
+    text = targets.table(targets.GPU_GOALS, {"models": {"measurements": records}})
+    assert "| 1,500 bytes | yes |" in text
+    assert "| 3.5 GB | yes |" in text
+
+
+def test_the_goals_file_is_rewritten_from_the_results(tmp_path):
+    import targets
+
+    results = model_results(first_faster_by={"median": 4.0})
+    (tmp_path / "vim_vs_deit_cpu.json").write_text(json.dumps(results["models"]))
+    assert "- commit: abc" in targets.write(tmp_path)
+    assert "| 4x | yes |" in (tmp_path / "targets.md").read_text()
+
+
+def test_every_goal_asks_for_a_case_that_the_full_run_measures():
+    """A goal that no plan feeds would stay "not yet measured" for ever."""
+    import run
+    import targets
+    from vim_vs_deit import rivals
+
+    wanted = {"cpu": targets.CPU_GOALS, "cuda": targets.GPU_GOALS}
+    for device, goals in wanted.items():
+        settings = run.settings_for(torch.device(device), quick=False)
+        subjects = [
+            subject
+            for case in run.PLANS[device, "full"]
+            for subject in rivals(case.size, case.px, case.batch, case.mode, settings)
+        ]
+        figures = {"peak_memory": 1, "images_per_second": 1.0, "first_faster_by": {"median": 1.0}}
+        records = [subject.fields() | figures for subject in subjects]
+        results = {"models": {"measurements": records, "growth": {"median": 1.0}}}
+        unfed = [goal.work for goal in goals if goal.measure(results) is None]
+        elsewhere = ("selective scan", "forward + backward of the mixer", "the same against the published")
+        assert [work for work in unfed if not work.startswith(elsewhere)] == []
+
+
+# ---- a whole run, small
+
+
+@pytest.mark.slow
+def test_a_run_leaves_numbers_a_table_and_a_figure(tmp_path, monkeypatch):
+    import harness
+    import vim_vs_deit
+    from vim_vs_deit import Case, Settings
+
+    monkeypatch.setattr(harness, "SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(vim_vs_deit, "growth", lambda size, settings: None)
+    settings = Settings(CPU, "float32", "none", ("sdpa", "eager"), seconds=0.0)
+    vim_vs_deit.run([Case("infer", "tiny", 64, 2), Case("step", "tiny", 64, 2)], settings, tmp_path)
+    record = json.loads((tmp_path / "vim_vs_deit_cpu.json").read_text())
+    assert len(record["measurements"]) == 6
+    assert all(measured["images_per_second"] > 0 for measured in record["measurements"])
+    table = (tmp_path / "vim_vs_deit_cpu.md").read_text()
+    assert "### Inference" in table and "### Training step" in table and "deit_tiny, eager" in table
+    assert (tmp_path / "vim_vs_deit_cpu_tiny.png").stat().st_size > 10_000
+
+
+def test_the_rivals_of_a_kernel_compute_the_same_function(monkeypatch):
+    import ops
+
+    ops.check_agreement(CPU, torch.float32)
+    monkeypatch.setattr(ops, "causal_conv1d_ref", lambda x, *args, **options: 1.5 * x)
+    with pytest.raises(SystemExit, match="not the same function"):
+        ops.check_agreement(CPU, torch.float32)
+
+
+def test_a_hidden_package_is_not_imported_and_comes_back():
+    import mamba_ssm
+    from ops import hidden
+
+    with hidden("mamba_ssm"), pytest.raises(ImportError):
+        import mamba_ssm.ops
+    assert sys.modules["mamba_ssm"] is mamba_ssm
+
+
+@pytest.mark.parametrize("text", ["224", "224:x", "a:1", "1:2:3"])
+def test_a_misspelt_batch_is_one_readable_line(text):
+    from vim_vs_deit import parse_batch
+
+    assert parse_batch(["224:8", "512:2"]) == {224: 8, 512: 2}
+    with pytest.raises(SystemExit, match="takes PX:BATCH"):
+        parse_batch([text])
