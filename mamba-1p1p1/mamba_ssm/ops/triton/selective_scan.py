@@ -1,0 +1,1035 @@
+"""Selective scan in Triton, forward and backward, one or both directions in one launch (arXiv 2312.00752, sec. 3).
+
+A program is one warp. It owns BLOCK adjacent channels of one sequence, one direction and one segment of tokens,
+and keeps the N states of its channels in registers, as N vectors. Positions i count tokens in scan order; a
+backward direction reads token L-1-i at position i, so nothing is ever flipped.
+
+- The time step comes in tiles of tokens: loaded, or projected from its R low-rank columns by a small matrix
+  product; biased, put through softplus, and written to the program's scratch, from where the recurrence reads one
+  row a token. A comes times log2(e): `exp(delta A)` is one product and one `exp2`.
+- B and C of two neighbouring states are one 64-bit load where they are adjacent float32.
+- Backward restarts from states that forward saved every CHUNK tokens. Inside a chunk one pass writes the state
+  before every group of GROUP tokens to scratch, a second one walks the groups from last to first with the
+  group's states in registers. The sums over channels that dB and dC need are products with a matrix of ones.
+  Partial sums go to separate memory: no atomics, the same bits on every run.
+- Few sequences fill a device when their tokens are split into segments: a first launch finds what every segment
+  adds to a zero state, a second one chains the segments, the third is the ordinary kernel.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mamba_ssm.ops.triton.common import (
+    LN_2,
+    LOG2_E,
+    ceil_div,
+    columns,
+    dot_precision,
+    int64,
+    is_amd,
+    load_pair,
+    options,
+    parallel_programs,
+    sigmoid,
+    softplus,
+    softplus_slope,
+    vectors,
+)
+
+CHUNK = 32  # tokens between saved states
+TILE = 16  # tokens of one staged piece of the time step; divides CHUNK
+GROUP = 4  # tokens unrolled together; divides TILE
+MAX_STATES = 32
+
+
+# ---- device functions ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _place(channels, group_channels, BLOCK: tl.constexpr):
+    """What this program owns: sequence b, its channels d with their mask, their group, its direction and segment."""
+    blocks_per_group = tl.cdiv(group_channels, BLOCK)
+    blocks = channels // group_channels * blocks_per_group
+    pid = tl.program_id(0)
+    block = pid % blocks
+    group = block // blocks_per_group
+    first = group * group_channels
+    d = first + block % blocks_per_group * BLOCK + tl.arange(0, BLOCK)
+    return (pid // blocks).to(tl.int64), d.to(tl.int64), d < first + group_channels, group, block, blocks
+
+
+@triton.jit
+def _either(backward, ahead, behind):
+    """The parameter of this program's direction, None where there is none."""
+    if ahead is None:
+        return None
+    else:
+        if backward:
+            chosen = behind
+        else:
+            chosen = ahead
+        return chosen
+
+
+@triton.jit
+def _walk(length, stride, backward):
+    """(offset of position 0, step from one position to the next) of a tensor whose tokens are `stride` apart."""
+    step = int64(stride)
+    return tl.where(backward, step * (length - 1), 0), tl.where(backward, -step, step)
+
+
+
+
+@triton.jit
+def _sequence(base, strides, direction, b, d, length):
+    """(pointers to this program's channels at position 0, step); strides of (direction, batch, channel, token)."""
+    start, step = _walk(length, strides[3], direction == 1)
+    return base + direction * strides[0] + b * strides[1] + d * strides[2] + start, step
+
+
+@triton.jit
+def _stage(
+    scratch, delta, dt_weight, bias, d, mask, first, length, backward, delta_stride_d, delta_stride_l,
+    R: tl.constexpr, R_PADDED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write softplus(delta + bias) of TILE positions from `first` on to scratch (TILE, BLOCK).
+
+    Positions past the end get 0, with which the recurrence stands still.
+    """
+    position = first + tl.arange(0, TILE)
+    token = tl.where(backward, length - 1 - position, position).to(tl.int64)
+    inside = position < length
+    if R > 0:
+        r = tl.arange(0, R_PADDED)
+        dt = tl.load(
+            delta + token[:, None] * delta_stride_l + r[None, :], mask=inside[:, None] & (r < R)[None, :], other=0.0
+        )  # (TILE, R)
+        weight = tl.load(
+            dt_weight + d[None, :] * R + r[:, None], mask=mask[None, :] & (r < R)[:, None], other=0.0
+        )  # (R, BLOCK)
+        raw = tl.dot(dt.to(tl.float32), weight.to(tl.float32), input_precision=PRECISION)
+    else:
+        raw = tl.load(
+            delta + token[:, None] * delta_stride_l + d[None, :] * delta_stride_d,
+            mask=inside[:, None] & mask[None, :],
+            other=0.0,
+        ).to(tl.float32)
+    if bias is not None:
+        raw += tl.load(bias + d, mask=mask, other=0.0).to(tl.float32)[None, :]
+    if SOFTPLUS:
+        raw = softplus(raw)
+    value = tl.where(inside[:, None] & mask[None, :], raw, 0.0)
+    at = tl.arange(0, TILE)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.debug_barrier()  # the rows of the tile before have been read
+    tl.store(scratch + at, value)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _place_group(position, length, GROUP: tl.constexpr):
+    """Where the group of `position` is read: (its first position, how many of it belong to the group before).
+
+    The last group is moved back until it ends with the sequence, so that no load needs a mask; the positions
+    that this repeats are given a step of zero, with which the recurrence stands still.
+    """
+    at = tl.minimum(position, length - GROUP)
+    return at, position - at
+
+
+@triton.jit
+def _pointers(base, step, position, GROUP: tl.constexpr):
+    """Pointers to GROUP positions."""
+    first = base + position * step
+    out = ()
+    for k in tl.static_range(GROUP):
+        out = out + (first + k * step,)
+    return out
+
+
+@triton.jit
+def _rows(pointers, mask, GROUP: tl.constexpr):
+    """GROUP rows of this program's channels, in float32; undefined where there is no channel."""
+    out = ()
+    for k in tl.static_range(GROUP):
+        out = out + (tl.load(pointers[k], mask=mask).to(tl.float32),)
+    return out
+
+
+@triton.jit
+def _filled_rows(pointers, mask, GROUP: tl.constexpr):
+    """`_rows` with zeros where there is no channel, for sums over channels."""
+    out = ()
+    for k in tl.static_range(GROUP):
+        out = out + (tl.load(pointers[k], mask=mask, other=0.0).to(tl.float32),)
+    return out
+
+
+@triton.jit
+def _pairs(pointers, stride, n: tl.constexpr, N: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr):
+    """States n and n + 1 of B or C at GROUP positions."""
+    out = ()
+    for k in tl.static_range(GROUP):
+        out = out + (load_pair(pointers[k], stride, n, N, PACKED),)
+    return out
+
+
+@triton.jit
+def _staged(scratch, first, repeated, lane, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """GROUP rows of the staged time step; zero where the position is one of those `repeated`."""
+    out = ()
+    for k in tl.static_range(GROUP):
+        row = tl.load(scratch + (first - repeated + k) * BLOCK + lane)
+        out = out + (tl.where(k >= repeated, row, 0.0),)
+    return out
+
+
+@triton.jit
+def _staged_once(scratch, first, repeated, lane, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """`_staged` where no row is read twice: the rare zeros are written, the common row is only read."""
+    rows = scratch + (first - repeated) * BLOCK + lane
+    if repeated > 0:
+        for k in tl.static_range(GROUP - 1):
+            tl.store(rows + k * BLOCK, tl.zeros([BLOCK], tl.float32), mask=tl.where(k < repeated, lane >= 0, False))
+        tl.debug_barrier()
+    out = ()
+    for k in tl.static_range(GROUP):
+        out = out + (tl.load(rows + k * BLOCK),)
+    return out
+
+
+@triton.jit
+def _drive(x, delta, GROUP: tl.constexpr):
+    """delta * x of GROUP positions."""
+    out = ()
+    for k in tl.static_range(GROUP):
+        out = out + (delta[k] * x[k],)
+    return out
+
+
+@triton.jit
+def _load_states(pointer, stride, mask, N: tl.constexpr):
+    return vectors(pointer, stride, mask, N, 1.0)
+
+
+@triton.jit
+def _store_states(pointer, stride, states, mask, N: tl.constexpr):
+    for n in tl.static_range(N):
+        tl.store(pointer + n * stride, states[n], mask=mask)
+
+
+@triton.jit
+def _zeros(N: tl.constexpr, BLOCK: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(N):
+        out = out + (tl.zeros([BLOCK], tl.float32),)
+    return out
+
+
+@triton.jit
+def _matrix(base, strides, b, d, channels, group, direction, length, VARIABLE: tl.constexpr):
+    """(pointer at position 0, step, stride between states) of B or C.
+
+    Per token: a scalar pointer. Constant: one pointer a channel, which stands still.
+    """
+    if VARIABLE:  # strides of (direction, batch, group, state, token)
+        start, step = _walk(length, strides[4], direction == 1)
+        pointer = base + direction * strides[0] + b * strides[1] + group.to(tl.int64) * strides[2] + start
+    else:
+        step = 0
+        pointer = base + tl.minimum(d, channels - 1) * strides[2]
+    return pointer, step, strides[3]
+
+
+@triton.jit
+def _advance(
+    h, A, delta, drive, B, B_stride,
+    N: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The states after GROUP positions; A behind a pointer (N, BLOCK)."""
+    new = ()
+    for n in tl.static_range(0, N, 2):
+        b = _pairs(B, B_stride, n, N, PACKED, GROUP)
+        for q in tl.static_range(2):
+            if n + q < N:
+                state = h[n + q]
+                A_n = tl.load(A + (n + q) * BLOCK)
+                for k in tl.static_range(GROUP):
+                    state = tl.exp2(delta[k] * A_n) * state + b[k][q] * drive[k]
+                new = new + (state,)
+    return new
+
+
+@triton.jit
+def _follow(
+    h, A, delta, drive, B, B_stride, N: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """`_advance` with A as vectors."""
+    new = ()
+    for n in tl.static_range(0, N, 2):
+        b = _pairs(B, B_stride, n, N, PACKED, GROUP)
+        for q in tl.static_range(2):
+            if n + q < N:
+                state = h[n + q]
+                for k in tl.static_range(GROUP):
+                    state = tl.exp2(delta[k] * A[n + q]) * state + b[k][q] * drive[k]
+                new = new + (state,)
+    return new
+
+
+@triton.jit
+def _retreat(
+    g, A, delta, dy, C, C_stride, N: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """What GROUP positions and those after them send to the state before them."""
+    new = ()
+    for n in tl.static_range(0, N, 2):
+        c = _pairs(C, C_stride, n, N, PACKED, GROUP)
+        for q in tl.static_range(2):
+            if n + q < N:
+                state = g[n + q]
+                for k in tl.static_range(GROUP - 1, -1, -1):
+                    state = tl.exp2(delta[k] * A[n + q]) * (state + c[k][q] * dy[k])
+                new = new + (state,)
+    return new
+
+
+@triton.jit
+def _advance_and_read(
+    h, y, A, delta, drive, B, B_stride, C, C_stride,
+    N: tl.constexpr, B_PACKED: tl.constexpr, C_PACKED: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """`_advance`, adding <C, h> of every position to y."""
+    new = ()
+    for n in tl.static_range(0, N, 2):
+        b = _pairs(B, B_stride, n, N, B_PACKED, GROUP)
+        c = _pairs(C, C_stride, n, N, C_PACKED, GROUP)
+        for q in tl.static_range(2):
+            if n + q < N:
+                state = h[n + q]
+                sums = ()
+                for k in tl.static_range(GROUP):
+                    state = tl.exp2(delta[k] * A[n + q]) * state + b[k][q] * drive[k]
+                    sums = sums + (y[k] + c[k][q] * state,)
+                y = sums
+                new = new + (state,)
+    return new, y
+
+
+# ---- forward -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def scan_forward_kernel(
+    u, u_strides, delta, delta_strides, z, z_strides, out, out_strides, B, B_strides, C, C_strides,
+    dt_weight, dt_weight_b, bias, bias_b, A, A_b, D, D_b,
+    scratch, states, carry, last_state,
+    length, channels, group_channels, segment_chunks,
+    N: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
+    B_VARIABLE: tl.constexpr, B_PACKED: tl.constexpr, C_VARIABLE: tl.constexpr, C_PACKED: tl.constexpr,
+    C_AFTER_B: tl.constexpr, SAME_STEPS: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """y = C h + D u, times silu(z) if there is a z; states before every chunk; the state after the last token.
+
+    Grid: (batch * channel blocks, segments, directions). Strides: (direction, batch, channel, token).
+    """
+    b, d, mask, group, block, blocks = _place(channels, group_channels, BLOCK)
+    lane = tl.arange(0, BLOCK)
+    segment, direction = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    backward = direction == 1
+    row = direction * (tl.num_programs(0) // blocks) + b  # of all directions' sequences
+    program = (row * tl.num_programs(1) + segment) * blocks + block
+    scratch += (program * (TILE + GROUP) + GROUP) * BLOCK
+    weight, bias = _either(backward, dt_weight, dt_weight_b), _either(backward, bias, bias_b)
+    A = vectors(_either(backward, A, A_b) + d * N, 1, mask, N, LOG2_E)
+    if D is not None:
+        skip = tl.load(_either(backward, D, D_b) + d, mask=mask, other=0.0).to(tl.float32)
+
+    first = segment * segment_chunks * CHUNK
+    end = tl.minimum(length, first + segment_chunks * CHUNK)
+    u, u_step = _sequence(u, u_strides, direction, b, d, length)
+    out, out_step = _sequence(out, out_strides, direction, b, d, length)
+    delta += direction * delta_strides[0] + b * delta_strides[1]
+    B, B_step, B_stride = _matrix(B, B_strides, b, d, channels, group, direction, length, B_VARIABLE)
+    if C_AFTER_B > 0:
+        C, C_step, C_stride = B + C_AFTER_B, B_step, B_stride
+    else:
+        C, C_step, C_stride = _matrix(C, C_strides, b, d, channels, group, direction, length, C_VARIABLE)
+    if SAME_STEPS:
+        out_step = u_step  # the compiler then computes the offsets once
+    if z is not None:
+        z, z_step = _sequence(z, z_strides, direction, b, d, length)
+
+    if carry is not None:
+        h = _load_states(carry + (row * tl.num_programs(1) + segment) * N * channels + d, channels, mask, N)
+    else:
+        h = _zeros(N, BLOCK)
+    for tile in range(first, end, TILE):
+        if states is not None:
+            if tile % CHUNK == 0:
+                chunk = row * tl.cdiv(length, CHUNK) + tile // CHUNK
+                _store_states(states + chunk * N * channels + d, channels, h, mask, N)
+        _stage(
+            scratch, delta, weight, bias, d, mask, tile, length, backward, delta_strides[2], delta_strides[3],
+            R, R_PADDED, TILE, BLOCK, SOFTPLUS, PRECISION,
+        )  # fmt: skip
+        for i in range(0, tl.minimum(TILE, length - tile), GROUP):
+            at, repeated = _place_group(tile + i, length, GROUP)
+            x = _rows(_pointers(u, u_step, at, GROUP), mask, GROUP)
+            step = _staged_once(scratch, i, repeated, lane, BLOCK, GROUP)
+            y = ()
+            for k in tl.static_range(GROUP):
+                if D is not None:
+                    y = y + (skip * x[k],)
+                else:
+                    y = y + (tl.zeros([BLOCK], tl.float32),)
+            h, y = _advance_and_read(
+                h, y, A, step, _drive(x, step, GROUP),
+                _pointers(B, B_step, at, GROUP), B_stride,
+                _pointers(C, C_step, at, GROUP), C_stride,
+                N, B_PACKED, C_PACKED, GROUP,
+            )  # fmt: skip
+            if z is not None:
+                gate = _rows(_pointers(z, z_step, at, GROUP), mask, GROUP)
+            rows = _pointers(out, out_step, at, GROUP)
+            for k in tl.static_range(GROUP):
+                value = y[k]
+                if z is not None:
+                    value = value * gate[k] * sigmoid(gate[k])
+                tl.store(rows[k], value.to(out.dtype.element_ty), mask=tl.where(k >= repeated, mask, False))
+    if last_state is not None:
+        if end == length:
+            _store_states(last_state + (row * channels + d) * N, 1, h, mask, N)
+
+
+# ---- backward ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _adjoint_of_state(
+    g, a, before, A, delta, drive, dy, b, c, q: tl.constexpr, product, dexponent,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, PER_THREAD: tl.constexpr,
+):  # fmt: skip
+    """One state's way back through GROUP positions.
+
+    `g` is what later positions send to the state, `a` its decays, `before` the states around them (GROUP + 1).
+    Returns g of the earlier positions, the sums for dA and for a constant B and C, `product` (the gradient of
+    delta x, per position) and `dexponent` (that of delta) with this state's share added, and the columns of a
+    per-token dB and dC. The compiler drops what the kernel does not use.
+    """
+    dA = tl.zeros([BLOCK], tl.float32)
+    dB = tl.zeros([BLOCK], tl.float32)
+    dC = tl.zeros([BLOCK], tl.float32)
+    products = ()
+    dexponents = ()
+    dB_columns = ()
+    dC_columns = ()
+    for k in tl.static_range(GROUP - 1, -1, -1):
+        g = g + c[k][q] * dy[k]
+        dC += dy[k] * before[k + 1]
+        dB += g * drive[k]
+        dC_columns = (_pair_sum(dy[k] * before[k + 1], BLOCK, PER_THREAD),) + dC_columns
+        dB_columns = (_pair_sum(g * drive[k], BLOCK, PER_THREAD),) + dB_columns
+        products = (product[k] + g * b[k][q],) + products
+        g = g * a[k]
+        w = g * before[k]
+        dA += w * delta[k]
+        dexponents = (dexponent[k] + w * A,) + dexponents
+    return g, dA, dB, dC, products, dexponents, dB_columns + dC_columns
+
+
+@triton.jit
+def _pair_sum(value, BLOCK: tl.constexpr, PER_THREAD: tl.constexpr):
+    """Add the PER_THREAD adjacent channels of a thread: (BLOCK,) -> (BLOCK / PER_THREAD,)."""
+    return tl.sum(tl.reshape(value, [BLOCK // PER_THREAD, PER_THREAD]), 1)
+
+
+@triton.jit
+def _accumulate(pointer, value, mask):
+    """Add to memory that this program alone writes."""
+    tl.store(pointer, tl.load(pointer, mask=mask, other=0.0) + value, mask=mask)
+
+
+@triton.jit
+def _store_matrix_gradient(pointer, total, first, repeated, length, backward, N: tl.constexpr, GROUP: tl.constexpr):
+    """Row r of `total` holds states 2 r and 2 r + 1 of dB and dC at GROUP positions: columns (state, B or C, k)."""
+    column = tl.arange(0, 16)
+    n = 2 * tl.arange(0, 16)[:, None] + (column // (2 * GROUP))[None, :]
+    k = column % GROUP
+    token = tl.where(backward, length - 1 - first - k, first + k).to(tl.int64)
+    at = token[None, :] * (2 * N) + (column // GROUP % 2)[None, :] * N + n
+    mine = (k >= repeated) & (column < 4 * GROUP)
+    tl.store(pointer + at, total, mask=(n < N) & mine[None, :])
+
+
+@triton.jit
+def scan_backward_kernel(
+    dout, dout_strides, u, u_strides, delta, delta_strides, z, z_strides, B, B_strides, C, C_strides,
+    dt_weight, dt_weight_b, bias, bias_b, A, A_b, D, D_b,
+    scratch, states, carry,
+    du, du_strides, ddelta, ddelta_strides, dz, dz_strides, dBC, dA, dB_constant, dC_constant, dD, dbias,
+    length, channels, group_channels, segment_chunks, scale,
+    N: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
+    B_VARIABLE: tl.constexpr, B_PACKED: tl.constexpr, C_VARIABLE: tl.constexpr, C_PACKED: tl.constexpr,
+    BLOCK: tl.constexpr, PER_THREAD: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Gradients of `scan_forward_kernel` for dout, times `scale` and silu(z) if there is a z.
+
+    Grid as forward. dBC (directions, blocks, batch, L, 2, N) and dA, dB_constant, dC_constant (directions, batch,
+    segments, N, channels), dD, dbias (directions, batch, segments, channels) are partial sums, the last five
+    zeroed by the caller. `carry` is what tokens after each segment send to its last state.
+    """
+    b, d, mask, group, block, blocks = _place(channels, group_channels, BLOCK)
+    lane = tl.arange(0, BLOCK)
+    segment, direction = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    backward = direction == 1
+    batch = tl.num_programs(0) // blocks
+    row = direction * batch + b
+    part = row * tl.num_programs(1) + segment
+    scratch += (part * blocks + block) * ((N + GROUP + CHUNK + CHUNK // GROUP * N) * BLOCK)
+    staged = scratch + (N + GROUP) * BLOCK
+    marks = staged + CHUNK * BLOCK  # the states before every group of the chunk
+    weight, bias = _either(backward, dt_weight, dt_weight_b), _either(backward, bias, bias_b)
+    # A transposed: its N vectors would otherwise take the registers that hide latency
+    _store_states(scratch + lane, BLOCK, vectors(_either(backward, A, A_b) + d * N, 1, mask, N, LOG2_E), None, N)
+    if D is not None:
+        skip = tl.load(_either(backward, D, D_b) + d, mask=mask, other=0.0).to(tl.float32)
+        sum_D = tl.zeros([BLOCK], tl.float32)
+    sum_bias = tl.zeros([BLOCK], tl.float32)
+
+    chunks = tl.cdiv(length, CHUNK)
+    u, u_step = _sequence(u, u_strides, direction, b, d, length)
+    dout, dout_step = _sequence(dout, dout_strides, direction, b, d, length)
+    du, du_step = _sequence(du, du_strides, direction, b, d, length)
+    ddelta, ddelta_step = _sequence(ddelta, ddelta_strides, direction, b, d, length)
+    delta += direction * delta_strides[0] + b * delta_strides[1]
+    B, B_step, B_stride = _matrix(B, B_strides, b, d, channels, group, direction, length, B_VARIABLE)
+    C, C_step, C_stride = _matrix(C, C_strides, b, d, channels, group, direction, length, C_VARIABLE)
+    if z is not None:
+        z, z_step = _sequence(z, z_strides, direction, b, d, length)
+    if dz is not None:
+        dz, dz_step = _sequence(dz, dz_strides, direction, b, d, length)
+    if dBC is not None:
+        dBC += ((direction * blocks + block) * batch + b) * length * (2 * N)
+    sums = part * N * channels + d
+    ones = tl.full([16, BLOCK // PER_THREAD], 1.0, tl.float32)
+    result_row = tl.arange(0, 16)[:, None]
+
+    if carry is not None:
+        g = _load_states(carry + sums, channels, mask, N)
+    else:
+        g = _zeros(N, BLOCK)
+    first = segment * segment_chunks
+    for chunk in range(tl.minimum(chunks, first + segment_chunks) - 1, first - 1, -1):
+        start = chunk * CHUNK
+        groups = tl.cdiv(tl.minimum(CHUNK, length - start), GROUP)
+        for tile in range(0, CHUNK, TILE):
+            _stage(
+                staged + tile * BLOCK, delta, weight, bias, d, mask, start + tile, length, backward,
+                delta_strides[2], delta_strides[3], R, R_PADDED, TILE, BLOCK, SOFTPLUS, PRECISION,
+            )  # fmt: skip
+
+        h = _load_states(states + (row * chunks + chunk) * N * channels + d, channels, mask, N)
+        for j in range(0, groups - 1):
+            _store_states(marks + j * (N * BLOCK) + lane, BLOCK, h, None, N)
+            at = start + j * GROUP
+            x = _filled_rows(_pointers(u, u_step, at, GROUP), mask, GROUP)
+            step = _staged(staged, j * GROUP, 0, lane, BLOCK, GROUP)
+            h = _advance(
+                h, scratch + lane, step, _drive(x, step, GROUP),
+                _pointers(B, B_step, at, GROUP), B_stride, N, B_PACKED, GROUP, BLOCK,
+            )  # fmt: skip
+        _store_states(marks + (groups - 1) * (N * BLOCK) + lane, BLOCK, h, None, N)
+        tl.debug_barrier()
+
+        for j in range(groups - 1, -1, -1):
+            at, repeated = _place_group(start + j * GROUP, length, GROUP)
+            x = _filled_rows(_pointers(u, u_step, at, GROUP), mask, GROUP)
+            incoming = _filled_rows(_pointers(dout, dout_step, at, GROUP), mask, GROUP)
+            step = _staged(staged, j * GROUP, repeated, lane, BLOCK, GROUP)
+            drive = _drive(x, step, GROUP)
+            if z is not None:
+                gates = _filled_rows(_pointers(z, z_step, at, GROUP), mask, GROUP)
+            dy = ()
+            for k in tl.static_range(GROUP):
+                value = tl.where(k >= repeated, incoming[k] * scale, 0.0)
+                if z is not None:
+                    value = value * gates[k] * sigmoid(gates[k])
+                dy = dy + (value,)
+            y = _zeros(GROUP, BLOCK)
+            product = _zeros(GROUP, BLOCK)
+            dexponent = _zeros(GROUP, BLOCK)
+            total = tl.zeros([16, 16], tl.float32)
+            earlier = ()
+            B_rows = _pointers(B, B_step, at, GROUP)
+            C_rows = _pointers(C, C_step, at, GROUP)
+            for n in tl.static_range(0, N, 2):
+                bs = _pairs(B_rows, B_stride, n, N, B_PACKED, GROUP)
+                cs = _pairs(C_rows, C_stride, n, N, C_PACKED, GROUP)
+                wide = ()
+                for q in tl.static_range(2):
+                    if n + q < N:
+                        A_n = tl.load(scratch + (n + q) * BLOCK + lane)
+                        around = (tl.load(marks + (j * N + n + q) * BLOCK + lane),)
+                        a = ()
+                        for k in tl.static_range(GROUP):
+                            a = a + (tl.exp2(step[k] * A_n),)
+                            around = around + (a[k] * around[k] + bs[k][q] * drive[k],)
+                        if dz is not None:
+                            sums_y = ()
+                            for k in tl.static_range(GROUP):
+                                sums_y = sums_y + (y[k] + cs[k][q] * around[k + 1],)
+                            y = sums_y
+                        g_n, dA_n, dB_n, dC_n, product, dexponent, shares = _adjoint_of_state(
+                            g[n + q], a, around, A_n, step, drive, dy, bs, cs, q, product, dexponent,
+                            GROUP, BLOCK, PER_THREAD,
+                        )  # fmt: skip
+                        earlier = earlier + (g_n,)
+                        _accumulate(dA + sums + (n + q) * channels, dA_n, mask)
+                        if not B_VARIABLE:
+                            _accumulate(dB_constant + sums + (n + q) * channels, dB_n, mask)
+                        if not C_VARIABLE:
+                            _accumulate(dC_constant + sums + (n + q) * channels, dC_n, mask)
+                        wide = wide + shares
+                    else:
+                        wide = wide + _zeros(2 * GROUP, BLOCK // PER_THREAD)
+                if dBC is not None:
+                    wide = wide + _zeros(16 - 4 * GROUP, BLOCK // PER_THREAD)
+                    values = tl.dot(ones, columns(wide, 16), input_precision=PRECISION)
+                    total = tl.where(result_row == n // 2, values, total)
+            g = earlier
+            if dBC is not None:
+                _store_matrix_gradient(dBC, total, at, repeated, length, backward, N, GROUP)
+            du_rows = _pointers(du, du_step, at, GROUP)
+            ddelta_rows = _pointers(ddelta, ddelta_step, at, GROUP)
+            if dz is not None:
+                dz_rows = _pointers(dz, dz_step, at, GROUP)
+            for k in tl.static_range(GROUP):
+                inside = tl.where(k >= repeated, mask, False)
+                slope = product[k] * x[k] + dexponent[k] * LN_2
+                if SOFTPLUS:
+                    slope = slope * softplus_slope(step[k])
+                slope = tl.where(k >= repeated, slope, 0.0)
+                sum_bias += slope
+                value = product[k] * step[k]
+                if D is not None:
+                    value += skip * dy[k]
+                    sum_D += dy[k] * x[k]
+                tl.store(du_rows[k], value.to(du.dtype.element_ty), mask=inside)
+                tl.store(ddelta_rows[k], slope.to(ddelta.dtype.element_ty), mask=inside)
+                if dz is not None:
+                    read = y[k]
+                    if D is not None:
+                        read += skip * x[k]
+                    s = sigmoid(gates[k])
+                    gate_slope = read * incoming[k] * scale * s * (1 + gates[k] * (1 - s))
+                    tl.store(dz_rows[k], gate_slope.to(dz.dtype.element_ty), mask=inside)
+        tl.debug_barrier()
+    at_channel = part * channels + d
+    tl.store(dbias + at_channel, sum_bias, mask=mask)
+    if D is not None:
+        tl.store(dD + at_channel, sum_D, mask=mask)
+
+
+# ---- segments ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def segment_kernel(
+    v, v_strides, delta, delta_strides, z, z_strides, M, M_strides,
+    dt_weight, dt_weight_b, bias, bias_b, A, A_b, scratch, ends, decays,
+    length, channels, group_channels, segment_chunks, scale,
+    N: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
+    M_VARIABLE: tl.constexpr, M_PACKED: tl.constexpr, ADJOINT: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """What a segment adds to a zero state, and the logarithm of its decay per unit of A: the sum of its time steps.
+
+    Forward: h = a h + M (delta v) with v = u, M = B. ADJOINT: g = a (g + M v) from the last token to the first
+    with v = dout, times scale and silu(z) if there is a z, and M = C. ends: (directions, batch, segments, N,
+    channels); decays: (directions, batch, segments, channels).
+    """
+    b, d, mask, group, block, blocks = _place(channels, group_channels, BLOCK)
+    lane = tl.arange(0, BLOCK)
+    segment, direction = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    backward = direction == 1
+    part = (direction * (tl.num_programs(0) // blocks) + b) * tl.num_programs(1) + segment
+    scratch += ((part * blocks + block) * (TILE + GROUP) + GROUP) * BLOCK
+    weight, bias = _either(backward, dt_weight, dt_weight_b), _either(backward, bias, bias_b)
+    A = vectors(_either(backward, A, A_b) + d * N, 1, mask, N, LOG2_E)
+    v, v_step = _sequence(v, v_strides, direction, b, d, length)
+    delta += direction * delta_strides[0] + b * delta_strides[1]
+    M, M_step, M_stride = _matrix(M, M_strides, b, d, channels, group, direction, length, M_VARIABLE)
+    if z is not None:
+        z, z_step = _sequence(z, z_strides, direction, b, d, length)
+    first = segment * segment_chunks * CHUNK
+    tiles = tl.cdiv(tl.minimum(length - first, segment_chunks * CHUNK), TILE)
+    state = _zeros(N, BLOCK)
+    decay = tl.zeros([BLOCK], tl.float32)
+    for t in range(0, tiles):
+        tile = first + (tiles - 1 - t if ADJOINT else t) * TILE
+        _stage(
+            scratch, delta, weight, bias, d, mask, tile, length, backward, delta_strides[2], delta_strides[3],
+            R, R_PADDED, TILE, BLOCK, SOFTPLUS, PRECISION,
+        )  # fmt: skip
+        groups = tl.cdiv(tl.minimum(TILE, length - tile), GROUP)
+        for j in range(0, groups):
+            i = (groups - 1 - j if ADJOINT else j) * GROUP
+            at, repeated = _place_group(tile + i, length, GROUP)
+            value = _rows(_pointers(v, v_step, at, GROUP), mask, GROUP)
+            step = _staged(scratch, i, repeated, lane, BLOCK, GROUP)
+            M_rows = _pointers(M, M_step, at, GROUP)
+            for k in tl.static_range(GROUP):
+                decay += step[k]
+            if ADJOINT:
+                drive = ()
+                for k in tl.static_range(GROUP):
+                    drive = drive + (tl.where(k >= repeated, value[k] * scale, 0.0),)
+                if z is not None:
+                    gates = _rows(_pointers(z, z_step, at, GROUP), mask, GROUP)
+                    gated = ()
+                    for k in tl.static_range(GROUP):
+                        gated = gated + (drive[k] * gates[k] * sigmoid(gates[k]),)
+                    drive = gated
+                state = _retreat(state, A, step, drive, M_rows, M_stride, N, M_PACKED, GROUP)
+            else:
+                state = _follow(state, A, step, _drive(value, step, GROUP), M_rows, M_stride, N, M_PACKED, GROUP)
+    _store_states(ends + part * N * channels + d, channels, state, mask, N)
+    tl.store(decays + part * channels + d, decay, mask=mask)
+
+
+@triton.jit
+def chain_kernel(
+    ends, decays, A, A_b, start, sequences, segments, channels,
+    N: tl.constexpr, ADJOINT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Replace what every segment adds by the state it starts from (ADJOINT: by what later segments send to it).
+
+    `start` (directions, batch, N, channels) or None: what comes before the first, or after the last.
+    Grid: (directions * batch, channel blocks, N).
+    """
+    row, n = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = d < channels
+    A_n = tl.load(_either(row >= sequences, A, A_b) + d * N + n, mask=mask, other=0.0) * LOG2_E
+    if start is not None:
+        state = tl.load(start + (row * N + n) * channels + d, mask=mask, other=0.0)
+    else:
+        state = tl.zeros([BLOCK], tl.float32)
+    for s in range(0, segments):
+        part = row * segments + (segments - 1 - s if ADJOINT else s)
+        at = ends + (part * N + n) * channels + d
+        added = tl.load(at, mask=mask, other=0.0)
+        decay = tl.exp2(tl.load(decays + part * channels + d, mask=mask, other=0.0) * A_n)
+        tl.store(at, state, mask=mask)
+        state = decay * state + added
+
+
+# ---- launchers -----------------------------------------------------------------------------------------------
+
+
+class ScanInputs(NamedTuple):
+    """The tensors of one launch: views with a leading axis of directions, parameters once a direction."""
+
+    u: Tensor  # (directions, B, D, L)
+    delta: Tensor  # the same, or (directions, B, R, L) with dt_weight
+    z: Tensor | None  # (directions, B, D, L)
+    B: Tensor  # (directions, B, groups, N, L), or (directions, D, N)
+    C: Tensor  # likewise
+    A: tuple[Tensor, Tensor]  # (D, N) float32, contiguous, as all parameters
+    D: tuple[Tensor | None, Tensor | None]  # (D,)
+    dt_weight: tuple[Tensor | None, Tensor | None]  # (D, R)
+    bias: tuple[Tensor | None, Tensor | None]  # (D,)
+    softplus: bool
+
+    @property
+    def groups(self) -> int:
+        return max(m.shape[2] if m.dim() == 5 else 1 for m in (self.B, self.C))
+
+
+class Grid(NamedTuple):
+    """How the work is cut."""
+
+    directions: int
+    batch: int
+    channels: int
+    length: int
+    block: int  # channels a program
+    blocks: int  # programs across the channels
+    segments: int
+    segment_chunks: int
+    group: int  # tokens unrolled together
+
+    @property
+    def launch(self) -> tuple[int, int, int]:
+        return self.batch * self.blocks, self.segments, self.directions
+
+    @property
+    def programs(self) -> int:
+        return self.batch * self.blocks * self.segments * self.directions
+
+
+def _grid(inputs: ScanInputs, per_thread: int, segments: int | None) -> Grid:
+    """Blocks of one warp's channels; `segments` None lets the size decide."""
+    directions, batch, channels, length = inputs.u.shape
+    block = per_thread * 32
+    blocks = inputs.groups * ceil_div(channels // inputs.groups, block)
+    chunks = ceil_div(length, CHUNK)
+    if segments is None:
+        segments = choose_segments(directions * batch * blocks, chunks, parallel_programs(inputs.u.device))
+    segment_chunks = ceil_div(chunks, min(segments, chunks))
+    return Grid(
+        directions, batch, channels, length, block, blocks, ceil_div(chunks, segment_chunks), segment_chunks,
+        group=GROUP if length >= GROUP else 2 if length >= 2 else 1,
+    )  # fmt: skip
+
+
+def choose_segments(programs: int, chunks: int, wanted: int) -> int:
+    """Segments of a sequence. A split computes the recurrence twice, so it must at least triple the programs."""
+    segments = min(wanted // programs, chunks // 4)
+    return segments if segments >= 3 else 1
+
+
+def _matrix_arguments(matrix: Tensor, batch: int) -> tuple[tuple[int, ...], bool, bool]:
+    """(strides of (direction, batch, group, state, token), is it per token, can two states be one load)."""
+    if matrix.dim() == 3:  # (directions, D, N): the channel's stride takes the group's place
+        return (matrix.stride(0), 0, matrix.stride(1), matrix.stride(2), 0), False, False
+    strides = list(matrix.stride())
+    if matrix.shape[2] == 1:
+        strides[2] = 0
+    others = [strides[i] for i in (0, 1, 2, 4) if matrix.shape[i] > 1]
+    packed = (
+        matrix.dtype == torch.float32
+        and strides[3] == 1
+        and matrix.shape[3] % 2 == 0
+        and matrix.data_ptr() % 8 == 0
+        and all(stride % 2 == 0 for stride in others)
+    )
+    return tuple(strides), True, packed
+
+
+def _distance(B: Tensor, C: Tensor) -> int:
+    """How many elements after B's C lies, if both are columns of one matrix side by side; else 0."""
+    elements = (C.data_ptr() - B.data_ptr()) // B.element_size()
+    alike = B.dim() == 5 and B.dtype == C.dtype and B.shape == C.shape and B.stride() == C.stride()
+    return elements if alike and elements == B.shape[3] else 0
+
+
+def _common(inputs: ScanInputs, grid: Grid) -> dict:
+    """Arguments that every kernel takes by name."""
+    rank = 0 if inputs.dt_weight[0] is None else inputs.dt_weight[0].shape[1]
+    return {
+        "delta": inputs.delta,
+        "delta_strides": inputs.delta.stride(),
+        "z": inputs.z,
+        "z_strides": (0, 0, 0, 0) if inputs.z is None else inputs.z.stride(),
+        "dt_weight": inputs.dt_weight[0],
+        "dt_weight_b": inputs.dt_weight[1],
+        "bias": inputs.bias[0],
+        "bias_b": inputs.bias[1],
+        "A": inputs.A[0],
+        "A_b": inputs.A[1],
+        "length": grid.length,
+        "channels": grid.channels,
+        "group_channels": grid.channels // inputs.groups,
+        "segment_chunks": grid.segment_chunks,
+        "N": inputs.A[0].shape[1],
+        "R": rank,
+        "R_PADDED": max(16, triton.next_power_of_2(rank)),
+        "SOFTPLUS": inputs.softplus,
+        "PRECISION": dot_precision(inputs.u.dtype),
+        "BLOCK": grid.block,
+        "CHUNK": CHUNK,
+        "TILE": TILE,
+        "GROUP": grid.group,
+    }
+
+
+def _new(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _carry(
+    inputs: ScanInputs, grid: Grid, v: Tensor, matrix: Tensor, start: Tensor | None, scale: float, adjoint: bool
+) -> Tensor | None:
+    """What every segment starts from, (directions, batch, segments, N, D): two launches, none for one segment."""
+    if grid.segments == 1:
+        return start
+    states = inputs.A[0].shape[1]
+    strides, variable, packed = _matrix_arguments(matrix, grid.batch)
+    ends = _new(v, grid.directions, grid.batch, grid.segments, states, grid.channels)
+    decays = _new(v, grid.directions, grid.batch, grid.segments, grid.channels)
+    arguments = _common(inputs, grid)
+    if not adjoint:
+        arguments |= {"z": None}
+    segment_kernel[grid.launch](
+        v=v, v_strides=v.stride(), M=matrix, M_strides=strides, M_VARIABLE=variable, M_PACKED=packed,
+        scratch=_new(v, grid.programs * (TILE + grid.group) * grid.block), ends=ends, decays=decays, scale=scale,
+        ADJOINT=adjoint, **arguments, **options(),
+    )  # fmt: skip
+    block = 128
+    chain_kernel[(grid.directions * grid.batch, ceil_div(grid.channels, block), states)](
+        ends, decays, inputs.A[0], inputs.A[1], start, grid.batch, grid.segments, grid.channels,
+        N=states, ADJOINT=adjoint, BLOCK=block, **options(),
+    )  # fmt: skip
+    return ends
+
+
+def states_shape(directions: int, batch: int, channels: int, length: int, states: int) -> tuple[int, ...]:
+    """Shape of the float32 states that forward saves for backward."""
+    return directions, batch, ceil_div(length, CHUNK), states, channels
+
+
+def scan_forward(
+    inputs: ScanInputs, out: Tensor, states: Tensor | None, last_state: Tensor | None, segments: int | None = None
+) -> None:
+    """Run the scan. Writes out (directions, B, D, L), states (`states_shape`), last_state (directions, B, D, N)."""
+    grid = _grid(inputs, per_thread=2, segments=segments)
+    carry = _carry(inputs, grid, inputs.u, inputs.B, None, 1.0, adjoint=False)
+    B_strides, B_variable, B_packed = _matrix_arguments(inputs.B, grid.batch)
+    C_strides, C_variable, C_packed = _matrix_arguments(inputs.C, grid.batch)
+    scan_forward_kernel[grid.launch](
+        u=inputs.u, u_strides=inputs.u.stride(), out=out, out_strides=out.stride(),
+        B=inputs.B, B_strides=B_strides, B_VARIABLE=B_variable, B_PACKED=B_packed,
+        C=inputs.C, C_strides=C_strides, C_VARIABLE=C_variable, C_PACKED=C_packed,
+        D=inputs.D[0], D_b=inputs.D[1], scratch=_new(out, grid.programs * (TILE + grid.group) * grid.block),
+        C_AFTER_B=_distance(inputs.B, inputs.C), SAME_STEPS=out.stride(3) == inputs.u.stride(3),
+        states=states, carry=carry, last_state=last_state, **_common(inputs, grid), **options(),
+    )  # fmt: skip
+
+
+class ScanGradients(NamedTuple):
+    """Float32 sums over batch (parameters) or channels (B, C); None where there was no such input."""
+
+    A: Tensor  # (directions, D, N)
+    B: Tensor  # (directions, B, groups, N, L), or (directions, D, N)
+    C: Tensor
+    D: Tensor | None  # (directions, D)
+    bias: Tensor  # (directions, D)
+
+
+def scan_backward(
+    inputs: ScanInputs, dout: Tensor, carry: Tensor | None, states: Tensor,
+    du: Tensor, ddelta: Tensor, dz: Tensor | None, scale: float = 1.0, segments: int | None = None,
+) -> ScanGradients:  # fmt: skip
+    """Gradients of `scan_forward` for dout (directions, B, D, L) times scale, and silu(z) if there is a z.
+
+    carry: (directions, B, 1, N, D), the gradient of the last state, or None. Writes du, ddelta (of the time step
+    before bias and softplus, D channels wide) and dz, if they are wanted, all (directions, B, D, L).
+    """
+    per_thread = 4
+    grid = _grid(inputs, per_thread, segments)
+    states_count = inputs.A[0].shape[1]
+    carry = _carry(inputs, grid, dout, inputs.C, carry, scale, adjoint=True)
+    B_strides, B_variable, B_packed = _matrix_arguments(inputs.B, grid.batch)
+    C_strides, C_variable, C_packed = _matrix_arguments(inputs.C, grid.batch)
+    partial = (grid.directions, grid.batch, grid.segments, states_count, grid.channels)
+    sums = [torch.zeros(partial, dtype=torch.float32, device=dout.device) for _ in range(3 - B_variable - C_variable)]
+    dA, constants = sums[0], iter(sums[1:])
+    dB_constant = None if B_variable else next(constants)
+    dC_constant = None if C_variable else next(constants)
+    dBC = None
+    if B_variable or C_variable:
+        dBC = _new(dout, grid.directions, grid.blocks, grid.batch, grid.length, 2, states_count)
+    dD = None if inputs.D[0] is None else _new(dout, *partial[:3], grid.channels)
+    dbias = _new(dout, *partial[:3], grid.channels)
+    rows = states_count + grid.group + CHUNK + CHUNK // grid.group * states_count
+    scan_backward_kernel[grid.launch](
+        dout=dout, dout_strides=dout.stride(), u=inputs.u, u_strides=inputs.u.stride(),
+        B=inputs.B, B_strides=B_strides, B_VARIABLE=B_variable, B_PACKED=B_packed,
+        C=inputs.C, C_strides=C_strides, C_VARIABLE=C_variable, C_PACKED=C_packed,
+        D=inputs.D[0], D_b=inputs.D[1],
+        scratch=_new(dout, grid.programs * rows * grid.block),
+        states=states, carry=carry, du=du, du_strides=du.stride(), ddelta=ddelta, ddelta_strides=ddelta.stride(),
+        dz=dz, dz_strides=(0, 0, 0, 0) if dz is None else dz.stride(), dBC=dBC, dA=dA,
+        dB_constant=dB_constant, dC_constant=dC_constant, dD=dD, dbias=dbias, scale=scale,
+        PER_THREAD=per_thread // 2 if is_amd() else per_thread, **_common(inputs, grid), **options(),
+    )  # fmt: skip
+    dB, dC = _matrix_gradients(dBC, inputs.groups)
+    return ScanGradients(
+        _sum_parts(dA), dB if B_variable else _sum_parts(dB_constant), dC if C_variable else _sum_parts(dC_constant),
+        None if dD is None else dD.sum((1, 2)), dbias.sum((1, 2)),
+    )  # fmt: skip
+
+
+def _sum_parts(parts: Tensor) -> Tensor:
+    """(directions, batch, segments, N, D) -> (directions, D, N)."""
+    return parts.sum((1, 2)).transpose(1, 2)
+
+
+def _matrix_gradients(parts: Tensor | None, groups: int) -> tuple[Tensor | None, Tensor | None]:
+    """(directions, blocks, B, L, 2, N) -> dB and dC, each (directions, B, groups, N, L)."""
+    if parts is None:
+        return None, None
+    summed = parts.unflatten(1, (groups, -1)).sum(2)  # (directions, groups, B, L, 2, N)
+    dB, dC = summed.permute(0, 2, 1, 5, 3, 4).unbind(-1)
+    return dB, dC
+
+
+# ---- the public operation --------------------------------------------------------------------------------------
+
+
+def _float32(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def _with_direction(matrix: Tensor) -> Tensor:
+    """A public form of B or C with the axes that `ScanInputs` wants."""
+    if matrix.dim() == 3:
+        matrix = matrix.unsqueeze(1)  # (B, 1, N, L)
+    return matrix.unsqueeze(0)
+
+
+def _inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> ScanInputs:
+    return ScanInputs(
+        u.unsqueeze(0), delta.unsqueeze(0), None if z is None else z.unsqueeze(0), _with_direction(B),
+        _with_direction(C), (_float32(A),) * 2, (_float32(D),) * 2, (None, None), (_float32(delta_bias),) * 2,
+        delta_softplus,
+    )  # fmt: skip
+
+
+def selective_scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save, segments=None):
+    """Backend form of the selective scan: (out, last_state, saved)."""
+    batch, channels, length = u.shape
+    d_state = A.shape[1]
+    out = torch.empty((batch, channels, length), dtype=u.dtype, device=u.device)
+    last_state = _new(u, batch, channels, d_state)
+    shape = states_shape(1, batch, channels, length, d_state)
+    states = _new(u, *shape) if save else None
+    inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    scan_forward(inputs, out.unsqueeze(0), states, last_state.unsqueeze(0), segments)
+    saved = states.view(-1).view(torch.uint8) if save else u.new_empty(0, dtype=torch.uint8)
+    return out, last_state, saved
+
+
+def selective_scan_backward(
+    dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, saved, segments=None
+):
+    """Gradients of the selective scan in the order of its arguments, None for an argument that was None."""
+    batch, channels, length = u.shape
+    inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    states = saved.view(torch.float32).view(states_shape(1, batch, channels, length, A.shape[1]))
+    carry = None
+    if dlast_state is not None:
+        carry = dlast_state.float().transpose(1, 2).contiguous()[None, :, None]  # (1, B, 1, N, D)
+    du, ddelta = torch.empty_like(u), torch.empty_like(delta)
+    dz = None if z is None else torch.empty_like(z)
+    grads = scan_backward(
+        inputs, dout.unsqueeze(0), carry, states, du.unsqueeze(0), ddelta.unsqueeze(0),
+        None if dz is None else dz.unsqueeze(0), segments=segments,
+    )  # fmt: skip
+    return (
+        du, ddelta, grads.A[0].to(A.dtype), grads.B[0].reshape(B.shape).to(B.dtype),
+        grads.C[0].reshape(C.shape).to(C.dtype), None if D is None else grads.D[0].to(D.dtype), dz,
+        None if delta_bias is None else grads.bias[0].to(delta_bias.dtype),
+    )  # fmt: skip
+
+
+def selective_scan_saved_bytes(batch: int, channels: int, length: int, d_state: int, dtype: torch.dtype) -> int:
+    """Size of what forward saves for backward: the states before every chunk."""
+    return 4 * batch * ceil_div(length, CHUNK) * d_state * channels
