@@ -7,8 +7,9 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
-from arguments import build_parser
 from PIL import Image
+
+from arguments import build_parser
 
 # Everything random in the recipe off, for tests that compare pixels.
 PLAIN = ("--aa", "none", "--color-jitter", "0", "--reprob", "0")

@@ -6,6 +6,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
+from torchvision import transforms
+
 from arguments import ConfigError
 from augment import (
     MIXUP_STREAM,
@@ -16,8 +19,6 @@ from augment import (
     counter_randomness,
 )
 from helpers import PLAIN, random_image, run_args
-from PIL import Image, ImageOps
-from torchvision import transforms
 
 
 def draws() -> tuple:

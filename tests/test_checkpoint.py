@@ -10,12 +10,16 @@ import signal
 import time
 from pathlib import Path
 
-import checkpoint
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+import checkpoint
 from checkpoint import (
     CheckpointError,
     file_digest,
@@ -26,10 +30,7 @@ from checkpoint import (
     save_checkpoint,
     store_checkpoint,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 from models_mamba import VisionMamba
-from safetensors.torch import save_file
 
 
 def vim(**options) -> VisionMamba:

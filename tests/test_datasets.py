@@ -7,10 +7,14 @@ import random
 import re
 import shutil
 import time
+import traceback
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+
 from augment import counter_randomness
 from datasets import (
     BrokenImage,
@@ -22,9 +26,7 @@ from datasets import (
     read_image,
 )
 from helpers import random_image, run_args, write_cifar, write_image_folder, write_inat
-from PIL import Image
 from samplers import EvalSampler, SampleKey, TrainSampler
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 IMNET = ("--data-set", "IMNET", "--input-size", "32")
 CLASSES = ["ant", "bee", "cow"]
@@ -323,11 +325,10 @@ def test_replacements_are_the_same_and_counted_whatever_the_workers(workers, fol
 def test_too_many_broken_images_stop_the_run_with_one_line(workers, folder):
     spoil_two_of(folder)
     flags = ("--bad-image", "replace", "--bad-image-share", "0.05", "--num_workers", workers)
-    with pytest.raises(
-        DataError, match=r"2 of 24 images cannot be read, more than --bad-image-share 0\.05"
-    ) as caught:
+    said = r"^2 of 24 images cannot be read, more than --bad-image-share 0\.05; the last is [^\n]+\Z"
+    with pytest.raises(DataError, match=said) as caught:
         loaded(imnet(folder, "--batch-size", "4", *flags), epochs=1)
-    assert "\n" not in str(caught.value)
+    traceback.clear_frames(caught.tb)  # ends the workers now, and not whenever the garbage is collected
 
 
 def test_nothing_readable_at_all(tmp_path):
@@ -397,9 +398,7 @@ def loaded(args, bundle=None, epochs=2, start_batch=0) -> list[bytes]:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     """The whole DeiT recipe with repeated augmentation, and its batches without worker processes."""
-    args = imnet(
-        write_image_folder(tmp_path_factory.mktemp("images")), "--batch-size", "6", "--input-size", "48"
-    )
+    args = imnet(write_image_folder(tmp_path_factory.mktemp("images")), "--batch-size", "6", "--input-size", "48")
     return args, loaded(args)
 
 
@@ -407,9 +406,7 @@ def recipe(tmp_path_factory):
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_batches_are_the_same_bytes_with_any_number_of_workers(workers, recipe):
     args, expected = recipe
-    assert len(set(expected)) == len(expected) == 8, (
-        "no two batches are alike, or equality would prove nothing"
-    )
+    assert len(set(expected)) == len(expected) == 8, "no two batches are alike, or equality would prove nothing"
     args = argparse.Namespace(**vars(args) | {"num_workers": workers})
     assert loaded(args) == expected
 

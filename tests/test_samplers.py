@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+
 from samplers import EvalSampler, SampleKey, TrainSampler
 
 SIZES = st.integers(1, 300)

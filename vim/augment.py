@@ -11,12 +11,13 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from arguments import ConfigError
 from PIL import Image, ImageFilter
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
+
+from arguments import ConfigError
 
 # At or below this many pixels a side, images are taken whole (CIFAR, digits): no zooming crop.
 SMALL_SIDE = 32

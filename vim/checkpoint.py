@@ -22,10 +22,11 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
-from models_mamba import resample_pos_embed
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
+
+from models_mamba import resample_pos_embed
 
 # The published weights that `hf-hub:REPO` alone stands for (`hf-hub:REPO/FILE` names any file).
 HUB_FILES = {

@@ -15,12 +15,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from augment import build_transform, counter_randomness
 from PIL import Image, ImageOps
-from samplers import SampleKey
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from augment import build_transform, counter_randomness
+from samplers import SampleKey
 
 DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19", "DIGITS")
 DIGITS_HELD_OUT = 0.2

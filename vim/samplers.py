@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from arguments import ConfigError
 from torch.utils.data import Sampler
+
+from arguments import ConfigError
 
 # Sets this stream of random numbers apart from those of augment.py: SeedSequence pads with zeros, so
 # [seed, epoch] alone would be the same stream as [seed, epoch, 0, 0].
