@@ -35,9 +35,7 @@ from models_mamba import VisionMamba
 
 def vim(**options) -> VisionMamba:
     """One block of width 8 on 64 x 64 pixels: a grid of 4 x 4."""
-    return VisionMamba(
-        **{"img_size": 64, "num_classes": 10, "embed_dim": 8, "depth": 1, "d_state": 2} | options
-    )
+    return VisionMamba(**{"img_size": 64, "num_classes": 10, "embed_dim": 8, "depth": 1, "d_state": 2} | options)
 
 
 def filled(model: torch.nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -78,9 +76,7 @@ def test_published_form(tmp_path):
     content = published(vim())
     torch.save(content, tmp_path / "vim.pth")
     found = read_checkpoint(tmp_path / "vim.pth")
-    assert equal(found.weights(), content["model"]) and equal(
-        found.weights("model_ema"), content["model_ema"]
-    )
+    assert equal(found.weights(), content["model"]) and equal(found.weights("model_ema"), content["model_ema"])
     assert (found.epoch, found.step, found.best_metric) == (299, None, None)
     assert found.args == content["args"] and found.optimizer == content["optimizer"]
     assert found.lr_scheduler == content["lr_scheduler"] and found.scaler == content["scaler"]
@@ -414,9 +410,7 @@ def test_finetuning_between_rectangles_wants_the_old_grid():
     assert torch.equal(model.pos_embed, expected)
 
 
-@pytest.mark.parametrize(
-    "options", [{"cls_token": "none", "global_pool": "mean"}, {"cls_token": "double"}], ids=str
-)
+@pytest.mark.parametrize("options", [{"cls_token": "none", "global_pool": "mean"}, {"cls_token": "double"}], ids=str)
 def test_finetuning_other_class_token_designs(options):
     model = vim(img_size=96, **options)
     load_weights(model, filled(vim(**options)), "finetune")
@@ -571,9 +565,7 @@ def test_write_that_fails_half_way_leaves_the_old_file(tmp_path, no_file_larger_
     path = tmp_path / "a.pth"
     save_checkpoint(path, state_of(1))
     no_file_larger_than(100_000)
-    with pytest.raises(
-        CheckpointError, match=r"a\.pth was not written: .*; the last checkpoint is untouched"
-    ):
+    with pytest.raises(CheckpointError, match=r"a\.pth was not written: .*; the last checkpoint is untouched"):
         save_checkpoint(path, state_of(2, size=1_000_000))
     assert step_in(path) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "a.pth.sha256"]
@@ -708,9 +700,7 @@ def test_warning_goes_to_stderr(tmp_path, capsys):
 def test_nothing_usable_names_every_reason(tmp_path):
     for step in (1, 2):
         flip(store_checkpoint(tmp_path, state_of(step)))
-    with pytest.raises(
-        CheckpointError, match=r"no usable checkpoint .*00002\.pth is damaged.*00001\.pth is damaged"
-    ):
+    with pytest.raises(CheckpointError, match=r"no usable checkpoint .*00002\.pth is damaged.*00001\.pth is damaged"):
         latest_checkpoint(tmp_path, lambda message: None)
 
 

@@ -69,9 +69,7 @@ def test_repeated_augmentation_shows_a_third_of_the_images_three_times(size, bat
     keys = [key for sampler in samplers for key in sampler]
     assert len(set(keys)) == len(keys), "two equal keys would be the same augmentation twice"
     times = Counter(key.index for key in keys)
-    assert sorted(times.values(), reverse=True) == [3] * (len(keys) // 3) + [len(keys) % 3] * (
-        len(keys) % 3 > 0
-    )
+    assert sorted(times.values(), reverse=True) == [3] * (len(keys) // 3) + [len(keys) % 3] * (len(keys) % 3 > 0)
     assert size - len(keys) < batch_size * num_ranks, "the epoch keeps its length"
 
 

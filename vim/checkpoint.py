@@ -103,9 +103,7 @@ def fetch(address: str) -> Path:
     path = Path(address).expanduser()
     if not path.is_file():
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise CheckpointError(
-            f"{path} {what}; give a checkpoint file, an https:// address or hf-hub:OWNER/REPO"
-        )
+        raise CheckpointError(f"{path} {what}; give a checkpoint file, an https:// address or hf-hub:OWNER/REPO")
     return path
 
 
@@ -162,9 +160,7 @@ def _load_pickle(path: Path, trust: bool) -> Any:
                 f"{path} was not loaded: its pickle asks for {refused}, which may run code; if you made the "
                 "file yourself, --trust-checkpoint loads it"
             ) from error
-        raise CheckpointError(
-            f"{path} is damaged or no checkpoint (cut short?): {_one_line(error)}"
-        ) from error
+        raise CheckpointError(f"{path} is damaged or no checkpoint (cut short?): {_one_line(error)}") from error
 
 
 def _refused_names(path: Path, message: str) -> str:
@@ -212,9 +208,7 @@ def _as_checkpoint(content: Any, path: Path, digest: str) -> Checkpoint:
         setattr(checkpoint, name, entries.pop(name, None))
     checkpoint.extra = entries
     if checkpoint.model is None and checkpoint.model_ema is None:
-        raise CheckpointError(
-            f"{path} holds no weights under 'model' or 'model_ema', only: {_some(checkpoint.keys)}"
-        )
+        raise CheckpointError(f"{path} holds no weights under 'model' or 'model_ema', only: {_some(checkpoint.keys)}")
     return checkpoint
 
 
@@ -223,9 +217,7 @@ def _take_state_dict(entries: dict, names: tuple[str, ...], path: Path) -> dict 
         found = entries.pop(name, None)
         if found is None:
             continue
-        if not isinstance(found, Mapping) or not all(
-            isinstance(value, torch.Tensor) for value in found.values()
-        ):
+        if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
             raise CheckpointError(f"{path}: {name!r} is a {type(found).__name__}, expected a dict of tensors")
         return unwrap_state_dict(found)
     return None
@@ -260,10 +252,7 @@ class LoadReport:
         return "; ".join(f"{len(names)} {word}: {_some(names)}" for word, names in lists if names)
 
     def __str__(self) -> str:
-        return (
-            "; ".join(filter(None, (self.problems, self.remade_head, self.pos_embed)))
-            or "every weight loaded"
-        )
+        return "; ".join(filter(None, (self.problems, self.remade_head, self.pos_embed))) or "every weight loaded"
 
 
 def load_weights(
@@ -327,9 +316,7 @@ def _drop_unfit_head(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> s
         return ""
     found = [state_dict.pop(name) for name in names if name in state_dict]
     before = f"{len(found[0])} classes in the file" if found else "none in the file"
-    return (
-        f"head re-made: {before}, {len(own[names[0]])} classes in the model" if names else "model has no head"
-    )
+    return f"head re-made: {before}, {len(own[names[0]])} classes in the model" if names else "model has no head"
 
 
 def _fit_pos_embed(model: nn.Module, state_dict: dict, method: str, old_grid: tuple[int, int] | None) -> str:
@@ -349,9 +336,7 @@ def _fit_pos_embed(model: nn.Module, state_dict: dict, method: str, old_grid: tu
     state_dict["pos_embed"] = resized
     if resized is before:
         return ""
-    return (
-        f"pos_embed resampled from {old_grid[0]} x {old_grid[1]} to {new_grid[0]} x {new_grid[1]} ({method})"
-    )
+    return f"pos_embed resampled from {old_grid[0]} x {old_grid[1]} to {new_grid[0]} x {new_grid[1]} ({method})"
 
 
 def _square_grid(pos_embed: torch.Tensor, num_class_slots: int) -> tuple[int, int]:
@@ -359,9 +344,7 @@ def _square_grid(pos_embed: torch.Tensor, num_class_slots: int) -> tuple[int, in
     side = math.isqrt(max(patches, 0))
     if side * side != patches or patches == 0:
         slots = f"{pos_embed.shape[1]} slots, {num_class_slots} of them for class tokens"
-        raise CheckpointError(
-            f"pos_embed has {slots}: the rest is no square grid; its height and width are needed"
-        )
+        raise CheckpointError(f"pos_embed has {slots}: the rest is no square grid; its height and width are needed")
     return side, side
 
 
@@ -495,9 +478,7 @@ def _storage_size(value: Any, where: str) -> int:
     if type(value) in (torch.Tensor, nn.Parameter):
         return value.numel() * value.element_size()
     if type(value) in (dict, OrderedDict):
-        return sum(
-            _storage_size(key, where) + _storage_size(value[key], f"{where}[{key!r}]") for key in value
-        )
+        return sum(_storage_size(key, where) + _storage_size(value[key], f"{where}[{key!r}]") for key in value)
     if type(value) in (list, tuple):
         return sum(_storage_size(item, f"{where}[{i}]") for i, item in enumerate(value))
     if type(value) is argparse.Namespace:
@@ -555,9 +536,7 @@ def _stored(folder: Path) -> list[Path]:
     steps = {path: step for path in folder.iterdir() if (step := _step_of(path.name)) is not None}
     link = folder / "checkpoint.pth"
     current = _step_of(os.readlink(link)) if link.is_symlink() else None
-    return sorted(
-        steps, key=lambda path: (current is None or steps[path] <= current, steps[path]), reverse=True
-    )
+    return sorted(steps, key=lambda path: (current is None or steps[path] <= current, steps[path]), reverse=True)
 
 
 def _step_of(name: str) -> int | None:

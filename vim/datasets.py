@@ -329,18 +329,14 @@ def _read_json(path: Path):
         raise DataError(f"{path} is not valid JSON ({error}); fetch it again") from error
 
 
-def _inat_split(
-    root: Path, file: str, content: dict, title_of: dict[int, str], names: list[str]
-) -> FileSource:
+def _inat_split(root: Path, file: str, content: dict, title_of: dict[int, str], names: list[str]) -> FileSource:
     label_of = {name: label for label, name in enumerate(names)}
     try:
         title_by_image = {a["image_id"]: title_of[int(a["category_id"])] for a in content["annotations"]}
         ids = [image["id"] for image in content["images"]]
         files = [image["file_name"] for image in content["images"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{root / file}: unreadable labels: an entry lacks {error}; fetch it again"
-        ) from error
+        raise DataError(f"{root / file}: unreadable labels: an entry lacks {error}; fetch it again") from error
     unlabelled = [name for name, image in zip(files, ids) if image not in title_by_image]
     if unlabelled:
         raise DataError(f"{root / file} has no annotation for {_some(unlabelled)}; fetch it again")
