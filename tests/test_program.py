@@ -1,0 +1,433 @@
+"""The program as users start it: training, stopping, resuming, evaluating, and what a mistake reads like."""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+
+import distributed
+import engine
+from checkpoint import read_checkpoint
+from helpers import write_image_folder
+from main import main
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = "--device cpu --input-size 8 --batch-size 128 --num_workers 0 --warmup-epochs 1 --lr 4e-3"
+VIM = f"--model vim_nano_patch4_32 {QUICK}"
+DEIT = f"--model deit_nano_patch4_32 {QUICK}"
+TINY = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
+
+
+def run(flags: str, *more: str) -> int:
+    return main([*flags.split(), *map(str, more)])
+
+
+def digest(folder: Path, name: str = "checkpoint.pth") -> str:
+    """Everything of a run that is to be equal bit for bit: all state and all log rows."""
+    sha = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            sha.update(f"{value.dtype}{tuple(value.shape)}".encode() + value.numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in value:
+                sha.update(repr(key).encode())
+                add(value[key])
+        elif isinstance(value, list | tuple):
+            for item in value:
+                add(item)
+        elif not isinstance(value, argparse.Namespace):
+            sha.update(repr(value).encode())
+
+    found = read_checkpoint(folder / name)
+    add([found.model, found.model_ema, found.optimizer, found.lr_scheduler, found.scaler, found.best_metric])
+    add([found.extra["progress"], (folder / "log.txt").read_text(), (folder / "metrics.csv").read_text()])
+    return sha.hexdigest()
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    """Have SIGTERM come while step number `step` computes."""
+    true_step = engine.training_step
+
+    def stepping(run, batches, first_micro):
+        if run.progress.step == step:
+            signal.raise_signal(signal.SIGTERM)
+        return true_step(run, batches, first_micro)
+
+    monkeypatch.setattr(engine, "training_step", stepping)
+
+
+# --- a run and what it leaves behind
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two epochs of the small Vim on digits."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert run(f"{VIM} --epochs 2 --model-ema-decay 0.9", "--output_dir", folder) == 0
+    return folder
+
+
+def test_a_run_leaves_its_arguments_logs_checkpoints_and_pictures(trained):
+    names = {path.name for path in trained.iterdir()}
+    pictures = {"curves.png", "confusion.png", "mistakes.png"}
+    files = {"args.yaml", "log.txt", "metrics.csv", "checkpoint.pth", "best_checkpoint.pth"}
+    assert names >= pictures | files
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    rows = [json.loads(line) for line in (trained / "log.txt").read_text().splitlines()]
+    assert [(row["epoch"], row["step"]) for row in rows] == [(0, 11), (1, 22)]
+    assert rows[1]["train_loss"] < rows[0]["train_loss"]
+    assert rows[1]["test_acc5"] >= rows[1]["test_acc1"] > 10
+    assert (trained / "metrics.csv").read_text().count("\n") == 3
+    assert yaml.safe_load((trained / "args.yaml").read_text())["num_classes"] == 10
+
+
+def test_a_checkpoint_has_the_published_form(trained):
+    found = read_checkpoint(trained / "checkpoint.pth")
+    assert {"model", "model_ema", "optimizer", "lr_scheduler", "epoch", "scaler", "args"} <= set(found.keys)
+    assert found.epoch == 1 and found.args.model == "vim_nano_patch4_32"
+    assert found.model.keys() == found.model_ema.keys() == timm.create_model(
+        "vim_nano_patch4_32", img_size=8, num_classes=10
+    ).state_dict().keys()  # fmt: skip
+
+
+def test_the_derived_numbers_are_printed_with_their_inputs(capsys):
+    assert run(f"{VIM} --epochs 1 --accum-steps 2 --no-model-ema --eval-weights raw") == 0
+    text = capsys.readouterr().out
+    assert "no --data-path: training on scikit-learn's digits" in text
+    assert "256 = 128 x 1 rank(s) x 2 accumulated" in text
+    assert "0.002 = 0.004 x 256 / 512" in text
+    assert "6 steps = 11 batches / 2" in text
+    assert "M trainable parameters" in text and "backend" in text and "step 6/6" in text
+
+
+def test_evaluation_repeats_what_training_measured(trained, capsys, tmp_path):
+    row = json.loads((trained / "log.txt").read_text().splitlines()[-1])
+    flags = ("--eval", "--resume", trained / "checkpoint.pth", "--output_dir", tmp_path)
+    assert run(VIM, *flags) == 0
+    text = capsys.readouterr().out
+    assert f"raw weights: top-1 {row['test_acc1']:.2f} %" in text
+    assert f"ema weights: top-1 {row['test_ema_acc1']:.2f} %" in text
+    assert {path.name for path in tmp_path.iterdir()} == {"confusion.png", "mistakes.png"}
+
+
+def test_the_file_beside_the_checkpoints_repeats_the_run(trained, tmp_path):
+    assert run("--config", trained / "args.yaml", "--output_dir", tmp_path) == 0
+    assert digest(tmp_path) == digest(trained)
+
+
+# --- stop anywhere, resume
+
+
+SETTINGS = {
+    "vim, mixup, stochastic depth, average": (f"{VIM} --drop-path 0.2 --model-ema-decay 0.9", 2),
+    "at the end of an epoch": (f"{VIM} --no-model-ema", 10),
+    "accumulation": (f"{DEIT} --accum-steps 2 --no-model-ema", 3),
+    "accumulation at the end of an epoch": (f"{DEIT} --accum-steps 2", 5),
+    "bfloat16": (f"{DEIT} --if_amp", 4),
+    "float16": (f"{DEIT} --if_amp --amp-dtype float16", 13),
+    "per step, dropout, workers": (f"{DEIT} --sched-on-updates --num_workers 2 --drop 0.1", 2),
+    "plateau": (f"{DEIT} --sched plateau", 12),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_stopped_and_resumed_run_is_the_run_that_never_was(setting, tmp_path, monkeypatch, capsys):
+    flags, step = SETTINGS[setting]
+    flags = f"{flags} --epochs 2 --seed 3"
+    assert run(flags, "--output_dir", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        assert run(flags, "--output_dir", tmp_path / "parts", "--resume", "auto") == distributed.EXIT_REQUEUE
+    assert "saved, --resume auto goes on" in capsys.readouterr().out
+    assert read_checkpoint(tmp_path / "parts" / "checkpoint.pth").step == step + 1
+    assert run(flags, "--output_dir", tmp_path / "parts", "--resume", "auto") == 0
+    assert digest(tmp_path / "whole") == digest(tmp_path / "parts")
+
+
+def test_loader_workers_never_change_a_run(tmp_path):
+    for workers in (0, 2):
+        assert run(f"{DEIT} --epochs 1 --num_workers {workers}", "--output_dir", tmp_path / str(workers)) == 0
+    assert digest(tmp_path / "0") == digest(tmp_path / "2")
+
+
+def test_a_run_resumes_from_a_checkpoint_inside_an_epoch(tmp_path):
+    """As after a power cut: the newest file is a mid-epoch one, and a row of the log came after it."""
+    flags = f"{DEIT} --epochs 2 --checkpoint-steps 4 --keep-checkpoints 9"
+    assert run(flags, "--output_dir", tmp_path) == 0
+    whole = digest(tmp_path)
+    for step in (16, 20, 22):
+        (tmp_path / f"checkpoint-{step:08d}.pth").unlink()
+    assert run(flags, "--output_dir", tmp_path, "--resume", "auto") == 0
+    assert digest(tmp_path) == whole
+
+
+def test_the_digest_notices_a_lost_piece_of_state(tmp_path, monkeypatch):
+    """The control of the tests above: a resume that forgets the optimiser's moments is another run."""
+    flags = f"{DEIT} --epochs 1 --no-model-ema"
+    assert run(flags, "--output_dir", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        assert run(flags, "--output_dir", tmp_path / "parts") == distributed.EXIT_REQUEUE
+    monkeypatch.setattr(engine, "load_optimizer", lambda run, checkpoint: None)
+    assert run(flags, "--output_dir", tmp_path / "parts", "--resume", "auto") == 0
+    assert digest(tmp_path / "whole") != digest(tmp_path / "parts")
+
+
+def test_a_finished_run_is_evaluated_again_and_nothing_else(trained, tmp_path, capsys):
+    before = (trained / "log.txt").read_text()
+    assert run(f"{VIM} --epochs 2", "--output_dir", trained, "--resume", "auto") == 0
+    assert (trained / "log.txt").read_text() == before
+    assert "done: 22 steps" in capsys.readouterr().out
+
+
+def test_the_best_checkpoint_survives_a_resume_that_does_worse(tmp_path):
+    flags = f"{DEIT} --epochs 2 --no-model-ema"
+    assert run(flags, "--output_dir", tmp_path) == 0
+    best = (tmp_path / "best_checkpoint.pth").resolve()
+    ruined = f"{DEIT} --epochs 3 --no-model-ema --unscale-lr --lr 9 --min-lr 9 --warmup-lr 9 --warmup-epochs 0"
+    assert run(ruined, "--output_dir", tmp_path, "--resume", "auto") == 0
+    assert (tmp_path / "best_checkpoint.pth").resolve() == best
+    assert (tmp_path / "checkpoint.pth").resolve() != best
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_process_saves_and_asks_for_a_requeue(tmp_path):
+    command = [sys.executable, "vim/main.py", *VIM.split(), "--epochs", "500", "--log-every", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [*command, "--output_dir", str(tmp_path)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        lines = iter(process.stdout.readline, "")
+        next(line for line in lines if "step 3/11" in line)
+        process.send_signal(signal.SIGUSR1)
+        rest = process.stdout.read()
+        assert process.wait(timeout=60) == 75
+    finally:
+        process.kill()
+    assert "stopped by SIGUSR1" in rest
+    assert read_checkpoint(tmp_path / "checkpoint.pth").extra["progress"]["samples"] > 0
+
+
+# --- published weights
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A training checkpoint as published for Vim-Ti, with an image folder beside it; 3 classes."""
+    folder = tmp_path_factory.mktemp("published")
+    write_image_folder(folder / "data", per_class=8)
+    torch.manual_seed(0)
+    model = timm.create_model(TINY, num_classes=3)
+    average = {key: value + 0.01 * torch.randn_like(value) for key, value in model.state_dict().items()}
+    state = {
+        "model": model.state_dict(), "model_ema": average, "epoch": 299, "lr_scheduler": {}, "scaler": {},
+        "optimizer": {"state": {}, "param_groups": []}, "args": argparse.Namespace(model=TINY, lr=1e-3),
+    }  # fmt: skip
+    torch.save(state, folder / "vim_t.pth")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_papers_command_evaluates_a_published_checkpoint(published):
+    """From vim/, as the paper's repository says it, with a folder of 3 classes."""
+    command = [sys.executable, "main.py", "--eval", "--resume", published / "vim_t.pth", "--model", TINY]
+    command += ["--data-path", published / "data", "--device", "cpu", "--num_workers", "2"]
+    done = subprocess.run(command, cwd=ROOT / "vim", capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "24 images; raw weights: top-1" in done.stdout and "ema weights: top-1" in done.stdout
+
+
+@pytest.mark.parametrize("kept", ["model", "model_ema"])
+def test_either_kind_of_weights_is_enough_for_an_evaluation(kept, tmp_path, capsys):
+    weights = timm.create_model("vim_nano_patch4_32", img_size=8, num_classes=10).state_dict()
+    torch.save({kept: weights}, tmp_path / "half.pth")
+    assert run(VIM, "--eval", "--resume", tmp_path / "half.pth") == 0
+    text = capsys.readouterr().out
+    name = "raw" if kept == "model" else "ema"
+    assert f"{name} weights: top-1" in text and text.count("weights: top-1") == 1
+
+
+def test_a_published_run_goes_on_after_its_last_epoch(tmp_path, capsys):
+    """Weights and epoch count; the best top-1, which the file lacks, is measured before it is overwritten."""
+    weights = timm.create_model("vim_nano_patch4_32", img_size=8, num_classes=10).state_dict()
+    torch.save({"model": weights, "epoch": 4, "args": argparse.Namespace(lr=1)}, tmp_path / "old.pth")
+    assert run(f"{VIM} --epochs 6", "--resume", tmp_path / "old.pth", "--output_dir", tmp_path / "run") == 0
+    text = capsys.readouterr().out
+    assert "goes on at epoch 6, image 0 of it, step 55" in text
+    assert "the checkpoint knows no best top-1" in text
+    assert json.loads((tmp_path / "run" / "log.txt").read_text())["epoch"] == 5
+
+
+@pytest.mark.slow
+def test_fine_tuning_carries_weights_to_the_stride_8_model(published, tmp_path, monkeypatch):
+    """The class-token slot of pos_embed unchanged, the grid a plain 2-D resample, the head as it was."""
+    monkeypatch.setattr(engine, "training_step", lambda run, batches, micro: stop_without_moving(run))
+    flags = f"--model {TINY.replace('patch16', 'patch16_stride8')} --device cpu --num_workers 0 --batch-size 2"
+    more = ("--data-path", published / "data", "--finetune", published / "vim_t.pth", "--output_dir", tmp_path)
+    assert run(flags, *more) == distributed.EXIT_REQUEUE
+    before, after = read_checkpoint(published / "vim_t.pth").model, read_checkpoint(tmp_path / "checkpoint.pth").model
+    slot, grid = before["pos_embed"][:, 98], before["pos_embed"][:, [i for i in range(197) if i != 98]]
+    assert torch.equal(after["pos_embed"][:, 364], slot)
+    resampled = torch.nn.functional.interpolate(
+        grid.view(1, 14, 14, 192).permute(0, 3, 1, 2), (27, 27), mode="bicubic", antialias=False
+    )
+    others = [i for i in range(730) if i != 364]
+    torch.testing.assert_close(after["pos_embed"][:, others], resampled.flatten(2).transpose(1, 2))
+    assert all(torch.equal(before[key], after[key]) for key in before if key != "pos_embed")
+
+
+def stop_without_moving(run) -> engine.StepResult:
+    return engine.StepResult(loss=0.0, grad_norm=0.0, lr=0.0, finite=True, stop=True)
+
+
+def test_fine_tuning_re_makes_the_head_for_other_classes_and_says_so(tmp_path, capsys):
+    other = timm.create_model("vim_nano_patch4_32", img_size=16, num_classes=7)
+    torch.save({"model": other.state_dict()}, tmp_path / "seven.pth")
+    assert run(f"{VIM} --epochs 1", "--finetune", tmp_path / "seven.pth") == 0
+    text = capsys.readouterr().out
+    assert "head re-made: 7 classes in the file, 10 classes in the model" in text and "pos_embed" in text
+
+
+# --- any timm model
+
+
+@pytest.mark.parametrize("model", ["resnet10t", "convnext_atto", "mixer_s32_224", "deit_tiny_patch16_224"])
+def test_any_timm_model_trains(model, tmp_path, capsys):
+    folder = write_image_folder(tmp_path / "data", per_class=4)
+    flags = f"--device cpu --model {model} --input-size 32 --batch-size 4 --epochs 1 --num_workers 0"
+    assert run(flags, "--data-path", folder) == 0
+    text = capsys.readouterr().out
+    assert "epoch 1/1: training loss" in text
+    assert (f"{model} has no argument img_size (here 32): left out" in text) == (
+        model in ("resnet10t", "convnext_atto")
+    )
+
+
+# --- mistakes are one line
+
+
+def refusal(capsys, code: int, flags: str, *more) -> str:
+    """What a failing run says on stderr: one line."""
+    assert run(flags, *more) == code
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and text.count("\n") == 1, text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--model vim_tinny_patch16_224", "--model vim_tinny_patch16_224 is not registered with timm; did you mean"),
+        ("--model vim_nano_patch4_32 --input-size 3", "smaller than a patch"),
+        ("--model deit_tiny_patch16_224 --input-size 8", "--input-size 8x8 is smaller than a patch of deit_tiny"),
+        ("--model vim_nano_patch4_32 --attn-only", "has no attention layers; leave it out"),
+        ("--model deit_nano_patch4_32 --dt-init-backward same", "--dt-init-backward is for a Vim"),
+        ("--model deit_nano_patch4_32 --no-decay-ssm", "--no-decay-ssm: deit_nano_patch4_32 has no state-space"),
+        ("--model deit_nano_patch4_32 --opt adamww", "--opt adamww is no optimiser of timm; did you mean adamw"),
+        ("--model deit_nano_patch4_32 --opt sgd --momentum 0", "--opt sgd: Nesterov momentum requires"),
+        ("--model deit_nano_patch4_32 --sched cos", "--sched cos is not one of"),
+        ("--model deit_nano_patch4_32 --batch-size 9", "a batch of 9"),
+        ("--model deit_nano_patch4_32 --batch-size 2000", "do not fill one batch of 2000"),
+        ("--model deit_nano_patch4_32 --num-classes 4", "the data has 10 classes"),
+        ("--model deit_nano_patch4_32 --data-path /nowhere/at/all", "/nowhere/at/all"),
+        ("--model deit_nano_patch4_32 --resume /nowhere.pth", "/nowhere.pth"),
+        ("--model deit_nano_patch4_32 --finetune /nowhere.pth", "/nowhere.pth"),
+        ("--model deit_nano_patch4_32 --world_size 4", "use torchrun"),
+        ("--model deit_nano_patch4_32 --distributed", "use torchrun"),
+        ("--model deit_nano_patch4_32 --report-to wandb --output_dir OUT", "pip install wandb"),
+        (
+            "--model deit_nano_patch4_32 --teacher-model regnety --distillation-type hard --teacher-path x",
+            "--teacher-model",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(flags, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    flags = flags.replace("OUT", str(tmp_path / "out"))
+    assert words in refusal(capsys, 4, f"--device cpu --num_workers 0 --input-size 8 {flags}")
+
+
+def test_data_without_held_out_images_is_refused(tmp_path, capsys):
+    folder = write_image_folder(tmp_path / "data", per_class=2)
+    (folder / "val").rename(folder / "valid")
+    assert f"{folder / 'val'}" in refusal(capsys, 4, DEIT, "--data-path", folder)
+
+
+def test_a_held_out_class_that_training_lacks_is_refused(tmp_path, capsys):
+    folder = write_image_folder(tmp_path / "data", per_class=2)
+    (folder / "val" / "ant").rename(folder / "val" / "wasp")
+    assert "wasp" in refusal(capsys, 4, DEIT, "--data-path", folder)
+
+
+def test_a_checkpoint_of_another_width_is_refused_with_its_names(tmp_path, capsys):
+    torch.save({"model": timm.create_model("deit_tiny_patch16_224").state_dict()}, tmp_path / "wide.pth")
+    text = refusal(capsys, 4, VIM, "--resume", tmp_path / "wide.pth")
+    assert "missing" in text and "unexpected" in text and "mismatched" in text
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path, capsys):
+    torch.save({"model": {"weight": torch.zeros(1000)}}, tmp_path / "cut.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:1500])
+    assert f"{tmp_path / 'cut.pth'}" in refusal(capsys, 4, VIM, "--resume", tmp_path / "cut.pth")
+
+
+class RunsCode:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.path}",))
+
+
+def test_a_checkpoint_that_would_run_code_does_not(tmp_path, capsys):
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"model": RunsCode(tmp_path / "ran")}))
+    text = refusal(capsys, 4, f"{VIM} --eval", "--resume", tmp_path / "evil.pth")
+    assert "system" in text and not (tmp_path / "ran").exists()
+
+
+def test_averaged_weights_that_are_not_there_are_named(tmp_path, capsys):
+    weights = timm.create_model("vim_nano_patch4_32", img_size=8, num_classes=10).state_dict()
+    torch.save({"model": weights}, tmp_path / "raw.pth")
+    text = refusal(capsys, 4, f"{VIM} --eval --eval-weights ema", "--resume", tmp_path / "raw.pth")
+    assert "holds no 'model_ema'" in text
+
+
+def test_another_optimiser_is_refused_on_resume(trained, capsys):
+    text = refusal(capsys, 4, f"{VIM} --opt lamb", "--resume", trained / "checkpoint.pth")
+    assert "was trained with --opt adamw, not lamb" in text
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert f"--output_dir {tmp_path / 'file' / 'run'}" in refusal(
+        capsys, 4, DEIT, "--output_dir", tmp_path / "file/run"
+    )
+
+
+def test_a_loss_that_is_not_finite_ends_with_its_own_code(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(engine, "forward_loss", lambda run, images, targets: run.net(images).sum() * math.nan)
+    text = refusal(capsys, 3, f"{DEIT} --epochs 1", "--output_dir", tmp_path)
+    assert "step 0 of epoch 0: loss nan" in text
+    assert not list(tmp_path.glob("*.pth"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["--epoch=1", "--data-set=MNIST"])
+def test_a_wrong_flag_on_the_command_line_is_one_line_and_code_2(flag):
+    done = subprocess.run([sys.executable, "main.py", flag], cwd=ROOT / "vim", capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
