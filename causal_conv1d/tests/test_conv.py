@@ -11,7 +11,7 @@ import causal_conv1d as package
 from causal_conv1d import backend, causal_conv1d_fn, causal_conv1d_update, causal_conv1d_varlen_states
 from causal_conv1d.causal_conv1d_interface import causal_conv1d_ref, causal_conv1d_update_ref
 from causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states_ref
-from oracle_cases import argument, load_arrays, load_json, rounded
+from oracle_cases import argument, load_json, op_arrays, rounded
 
 CASES = {name: case for name, case in load_json("ops.json").items() if case["op"].startswith("causal_conv1d")}
 
@@ -21,7 +21,7 @@ def cases(op):
 
 
 def expect(case, name, actual):
-    expected = load_arrays("ops.npz")[f"{case}/{name}"]
+    expected = op_arrays()[f"{case}/{name}"]
     torch.testing.assert_close(actual.detach(), expected, rtol=1e-9, atol=1e-9)
 
 
@@ -37,7 +37,7 @@ def test_against_the_published_numbers(name, function):
     out, final_states = function(**inputs, activation=case["activation"], return_final_states=True)
     expect(name, "out", out)
     expect(name, "final_states", final_states)
-    if f"{name}/dx" not in load_arrays("ops.npz"):
+    if f"{name}/dx" not in op_arrays():
         return  # a case of one token, recorded without gradients
     loss = (out * rounded(argument(name, "g", *out.shape))).sum()
     for key, grad in zip(inputs, torch.autograd.grad(loss, list(inputs.values()))):

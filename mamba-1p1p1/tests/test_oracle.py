@@ -8,7 +8,7 @@ from mamba_ssm.ops import selective_scan_interface as ssi
 from mamba_ssm.ops.reference import selective_scan
 from mamba_ssm.ops.triton.layer_norm import layer_norm_fn, layer_norm_ref, rms_norm_fn, rms_norm_ref
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
-from oracle_cases import argument, fill, load_arrays, load_json, rounded
+from oracle_cases import argument, fill, load_json, op_arrays, rounded
 
 CASES = load_json("ops.json")
 
@@ -18,13 +18,13 @@ def cases(*ops):
 
 
 def expect(case, name, actual):
-    expected = load_arrays("ops.npz")[f"{case}/{name}"]
+    expected = op_arrays()[f"{case}/{name}"]
     torch.testing.assert_close(actual.detach(), expected, rtol=1e-9, atol=1e-9)
 
 
 def expect_gradients(case, out, inputs, extra_loss=0.0):
     """Compare the gradients of (out * g).sum() + extra_loss with those recorded."""
-    recorded = {key.split("/")[1] for key in load_arrays("ops.npz") if key.startswith(case + "/d")}
+    recorded = {key.split("/")[1] for key in op_arrays() if key.startswith(case + "/d")}
     names = [name for name in inputs if "d" + name in recorded]
     assert names, f"no gradient recorded for {case}"
     loss = (out * rounded(argument(case, "g", *out.shape))).sum() + extra_loss
