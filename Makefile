@@ -51,7 +51,7 @@ lint: $(VENV)/.installed-dev ## ruff and shellcheck
 bench: $(VENV)/.installed-bench ## Vim against DeiT and the kernels against their peers, on the CPU (20 minutes)
 	$(BIN)/python benchmarks/run.py --device cpu
 
-bench-quick: $(VENV)/.installed-bench ## the same in 2 minutes, written to output/bench-quick
+bench-quick: $(VENV)/.installed-bench ## the same in 2 minutes after the kernels' tests, into output/bench-quick
 	$(BIN)/python benchmarks/run.py --device cpu --quick
 
 bench-gpu: $(VENV)/.installed-bench ## the GPU's tests, then the same on a GPU

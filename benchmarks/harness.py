@@ -6,6 +6,7 @@ its spread (quartiles). The kernels' tests run first: with a red test no figure 
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -22,7 +23,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-KERNEL_TESTS = ("causal_conv1d/tests", "mamba-1p1p1/tests")
+KERNEL_PACKAGES = ("causal_conv1d", "mamba-1p1p1")
+KERNEL_FILES = {".py", ".toml", ".c", ".cpp", ".h", ".hpp", ".so", ".dylib"}
+VERDICTS = ROOT / "output" / "kernel-tests-green.json"
 
 HelpFormatter = argparse.RawDescriptionHelpFormatter
 MIN_TURNS = 3
@@ -164,15 +167,42 @@ def environment(device: torch.device, precision: str) -> dict[str, object]:
 # ---- the gate
 
 
+def kernel_digest(device: torch.device) -> str:
+    """A digest of all that the kernels' tests depend on: both packages' files, torch, the machine, the switches."""
+    digest = hashlib.sha256()
+    switches = {name: value for name, value in os.environ.items() if name.endswith("_BACKEND")}
+    digest.update(repr((torch.__version__, processor(), device.type, sorted(switches.items()))).encode())
+    for folder in KERNEL_PACKAGES:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in KERNEL_FILES:
+                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def require_green_tests(device: torch.device) -> None:
-    """Run the kernels' fast tests on this device's kind; a red one ends the program without a figure."""
+    """Run the kernels' fast tests for this kind of device; a red one ends the program without a figure.
+
+    A green verdict is remembered for as long as nothing changes that the tests depend on.
+    """
+    digest = kernel_digest(device)
+    if VERDICTS.exists() and json.loads(VERDICTS.read_text()).get(device.type) == digest:
+        print("The kernels' tests were green for exactly these kernels on this machine.", flush=True)
+        return
     marks = "gpu" if device.type == "cuda" else "not gpu and not slow"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-m", marks, *KERNEL_TESTS]
-    print(f"The kernels' tests first ({marks}):", flush=True)
+    tests = [f"{folder}/tests" for folder in KERNEL_PACKAGES]
+    print(f"The kernels' tests first ({marks}); this takes a minute or two:", flush=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-m", marks, *tests]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if result.returncode != 0:
         sys.exit(f"{result.stdout[-4000:]}\nThe kernels' tests are red: no figures.")
     print(result.stdout.strip().splitlines()[-1], flush=True)
+    remember_green(device, digest)
+
+
+def remember_green(device: torch.device, digest: str) -> None:
+    verdicts = json.loads(VERDICTS.read_text()) if VERDICTS.exists() else {}
+    VERDICTS.parent.mkdir(parents=True, exist_ok=True)
+    VERDICTS.write_text(json.dumps(verdicts | {device.type: digest}) + "\n")
 
 
 # ---- results

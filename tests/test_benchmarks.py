@@ -64,19 +64,60 @@ def test_the_environment_names_what_a_figure_needs():
 # ---- the gate
 
 
-@pytest.mark.parametrize("verdict", ["pass", "fail"])
-def test_red_kernel_tests_end_the_program_without_a_figure(verdict, monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def kernel_package(monkeypatch, tmp_path):
+    """A stand-in for the kernel packages: writes its one test, says how often that ran."""
     import harness
 
-    test = tmp_path / "test_kernel.py"
-    test.write_text(f"def test_kernel():\n    assert {verdict == 'pass'}\n")
-    monkeypatch.setattr(harness, "KERNEL_TESTS", (str(test),))
-    if verdict == "pass":
-        harness.require_green_tests(CPU)
-        assert "1 passed" in capsys.readouterr().out
-    else:
+    (tmp_path / "kernel" / "tests").mkdir(parents=True)
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(harness, "KERNEL_PACKAGES", ("kernel",))
+    monkeypatch.setattr(harness, "VERDICTS", tmp_path / "output" / "green.json")
+
+    def write(body):
+        (tmp_path / "kernel" / "tests" / "test_kernel.py").write_text(
+            f"def test_kernel():\n    open({str(tmp_path / 'runs')!r}, 'a').write('x')\n    {body}\n"
+        )
+
+    def runs():
+        return (tmp_path / "runs").stat().st_size
+
+    return write, runs
+
+
+def test_red_kernel_tests_end_the_program_without_a_figure(kernel_package):
+    import harness
+
+    write, runs = kernel_package
+    write("assert False")
+    for times in (1, 2):
         with pytest.raises(SystemExit, match="no figures"):
             harness.require_green_tests(CPU)
+        assert runs() == times
+
+
+def test_a_green_verdict_holds_until_a_kernel_file_changes(kernel_package):
+    import harness
+
+    write, runs = kernel_package
+    write("assert True")
+    harness.require_green_tests(CPU)
+    harness.require_green_tests(CPU)
+    assert runs() == 1
+    write("assert 1 == 1")
+    harness.require_green_tests(CPU)
+    assert runs() == 2
+
+
+def test_a_green_verdict_is_not_that_of_another_backend(kernel_package, monkeypatch):
+    import harness
+
+    write, runs = kernel_package
+    write("pass")
+    harness.require_green_tests(CPU)
+    monkeypatch.setenv("MAMBA_SSM_BACKEND", "reference")
+    harness.require_green_tests(CPU)
+    assert runs() == 2
 
 
 # ---- subjects
