@@ -1,0 +1,268 @@
+"""Several processes: the same gradients as one, exact shared counts, one decision for all.
+
+Real processes over gloo, started by torchrun as users do.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import distributed
+from arguments import ConfigError
+from checkpoint import read_checkpoint
+from helpers import run_args
+from main import main
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+SGD = (
+    "--device cpu --model deit_nano_patch4_32 --input-size 8 --num_workers 0 --mixup 0 --cutmix 0 --drop-path 0 "
+    "--opt momentum --momentum 0 --weight-decay 0 --lr 0.5 --sched none --epochs 1 --model-ema-decay 0.5"
+)
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | more
+
+
+def two_ranks(program, *flags) -> subprocess.CompletedProcess:
+    command = [*TORCHRUN, str(program), *map(str, flags)]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_ranks_take_the_steps_of_one_process_with_twice_the_batch(tmp_path):
+    """SGD without momentum, so the weights are the start minus the sum of gradients; the same images a step."""
+    done = two_ranks("vim/main.py", *SGD.split(), "--batch-size", 64, "--output_dir", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert main([*SGD.split(), "--batch-size", "128", "--output_dir", str(tmp_path / "one")]) == 0
+    two, one = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("two", "one"))
+    assert two.step == one.step == 11
+    for weights in ("model", "model_ema"):
+        for key, value in getattr(one, weights).items():
+            torch.testing.assert_close(getattr(two, weights)[key], value, rtol=2e-4, atol=2e-5)
+    (row_two,), (row_one,) = rows(tmp_path / "two"), rows(tmp_path / "one")
+    assert row_two["train_loss"] == pytest.approx(row_one["train_loss"], rel=1e-5)
+    assert done.stdout.count("DIGITS: ") == 1, "one rank speaks for all"
+
+
+GRADIENTS = """
+import sys
+import torch
+from torch.nn.parallel import DistributedDataParallel
+sys.path.insert(0, "vim")
+import distributed
+from arguments import parse_args
+from augment import build_mixup
+from build import build_model, build_run
+from datasets import build_datasets, build_loader
+
+model, batch, folder = sys.argv[1:]
+args = parse_args(f"--device cpu --model {model} --input-size 8 --num_workers 0 --batch-size {batch} "
+                  "--mixup 0 --cutmix 0 --drop-path 0".split())
+world = distributed.start(args)
+distributed.seed_everything(args.seed, deterministic=False)
+data = build_datasets(args)
+run = build_run(args, world, build_model(args, data.num_classes), data)
+run.sampler.set_epoch(0)
+images, labels = next(iter(build_loader(data.train, run.sampler, args, train=True)))
+run.criterion(images, run.net(images), labels).backward()
+if world.is_main:
+    torch.save({name: p.grad for name, p in run.model.named_parameters()}, f"{folder}/{world.size}.pt")
+distributed.finish()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["vim_nano_patch4_32", "deit_nano_patch4_32"])
+def test_two_ranks_have_the_gradients_of_one_process_with_twice_the_batch(model, tmp_path):
+    program = tmp_path / "gradients.py"
+    program.write_text(GRADIENTS)
+    done = two_ranks(program, model, 16, tmp_path)
+    assert done.returncode == 0, done.stderr
+    alone = [sys.executable, str(program), model, "32", str(tmp_path)]
+    subprocess.run(alone, cwd=ROOT, env=environment(), check=True, timeout=300)
+    two, one = torch.load(tmp_path / "2.pt"), torch.load(tmp_path / "1.pt")
+    assert two.keys() == one.keys()
+    for name, gradient in one.items():
+        largest = gradient.abs().max().item()
+        torch.testing.assert_close(two[name], gradient, rtol=1e-4, atol=1e-5 * largest + 1e-9)
+
+
+@pytest.mark.slow
+def test_shared_evaluation_counts_every_image_once(tmp_path):
+    """359 images do not divide by two; accuracy, loss and mistakes are those of one process."""
+    evaluation = f"{SGD} --batch-size 50 --eval --resume {tmp_path / 'run' / 'checkpoint.pth'}"
+    assert main([*SGD.split(), "--batch-size", "128", "--output_dir", str(tmp_path / "run")]) == 0
+    program = tmp_path / "count.py"
+    program.write_text(COUNT)
+    done = two_ranks(program, *evaluation.split(), "--dist-eval")
+    assert done.returncode == 0, done.stderr
+    alone = [sys.executable, str(program), *evaluation.split()]
+    one = subprocess.run(alone, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=True)
+    found, expected = json.loads(done.stdout), json.loads(one.stdout)
+    assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-12)
+    assert found == expected
+    assert found["images"] == 359 and sum(map(sum, found["confusion"])) == 359
+
+
+COUNT = """
+import json, sys
+import torch
+from torch.utils.data import Subset
+sys.path.insert(0, "vim")
+import distributed
+from arguments import parse_args
+from build import build_model
+from checkpoint import load_weights, read_checkpoint
+from datasets import build_datasets
+from engine import build_val_loader
+from evaluation import evaluate
+
+args = parse_args()
+world = distributed.start(args)
+data = build_datasets(args)
+model = build_model(args, data.num_classes)
+load_weights(model, read_checkpoint(args.resume).model)
+loader = build_val_loader(Subset(data.val, range(359)), args, world)
+found = evaluate(model, loader, args, world, data.num_classes)
+if world.is_main:
+    mistakes = [(m.index, m.label, m.predicted) for m in found.mistakes]
+    print(json.dumps({"images": found.images, "top1": found.top1, "top5": found.top5, "loss": found.loss,
+                      "confusion": found.confusion.tolist(), "mistakes": mistakes}))
+distributed.finish()
+"""
+
+
+DECISION = """
+import sys
+import torch
+sys.path.insert(0, "vim")
+import distributed, engine
+from arguments import parse_args
+from build import build_model, build_run
+from datasets import build_datasets
+
+args = parse_args(sys.argv[2:])
+world = distributed.start(args)
+data = build_datasets(args)
+torch.manual_seed(0)
+run = build_run(args, world, build_model(args, data.num_classes), data)
+images, labels = torch.randn(8, 3, 8, 8), torch.arange(8)
+before = [p.clone() for p in run.model.parameters()]
+broken = images * float("nan") if world.rank == 1 else images
+try:
+    result = engine.training_step(run, [(broken, labels)], 0)
+    outcome = f"finite {result.finite}"
+except engine.NonFiniteError:
+    outcome = "stopped"
+untouched = all(torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
+run.stop.received = "SIGTERM" if world.rank == 0 else None
+stop = engine.training_step(run, [(images, labels)], 1).stop
+open(f"{sys.argv[1]}/{world.rank}", "w").write(f"{outcome}, untouched {untouched}, stop {stop}")
+distributed.finish()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("policy", "outcome"), [("stop", "stopped"), ("skip", "finite False")])
+def test_a_loss_that_is_not_finite_or_a_signal_on_one_rank_is_one_decision(policy, outcome, tmp_path):
+    """NaN on rank 1 alone, then SIGTERM on rank 0 alone."""
+    program = tmp_path / "decision.py"
+    program.write_text(DECISION)
+    done = two_ranks(program, tmp_path, *SGD.split(), "--batch-size", 8, "--nonfinite", policy)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / rank).read_text() for rank in "01"] == [f"{outcome}, untouched True, stop True"] * 2
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchruns_ranks_saves_and_the_resumed_run_is_the_same(tmp_path):
+    flags = [*SGD.replace("--epochs 1", "--epochs 3").split(), "--batch-size", "32", "--log-every", "1"]
+
+    def start(folder):
+        command = [*TORCHRUN, "vim/main.py", *flags, "--output_dir", str(tmp_path / folder), "--resume", "auto"]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    process = start("parts")
+    try:
+        next(line for line in iter(process.stdout.readline, "") if "step 5/22" in line)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=120)
+    finally:
+        process.kill()
+    saved = read_checkpoint(tmp_path / "parts" / "checkpoint.pth")
+    assert 5 <= saved.step < 22 and saved.extra["progress"]["samples"] == 64 * saved.step
+    for folder in ("parts", "whole"):
+        assert start(folder).communicate(timeout=300) is not None
+    parts, whole = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("parts", "whole"))
+    assert parts.step == whole.step == 66
+    assert all(torch.equal(parts.model[key], value) for key, value in whole.model.items())
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+# --- where ranks come from
+
+
+def test_a_process_without_launcher_is_alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    assert distributed.read_ranks(run_args()) == (0, 1, 0)
+
+
+def test_torchruns_environment_is_read(monkeypatch):
+    for name, value in {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.read_ranks(run_args()) == (3, 8, 1)
+    monkeypatch.delenv("LOCAL_RANK")
+    assert distributed.read_ranks(run_args("--local-rank", "2")) == (3, 8, 2)
+
+
+def test_slurms_environment_is_read_where_several_processes_are_asked_for(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "MASTER_ADDR": "node1"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.read_ranks(run_args("--distributed")) == (5, 16, 1)
+    assert distributed.read_ranks(run_args()) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("flags", [("--distributed",), ("--world_size", "4")])
+def test_several_processes_without_a_launcher_are_refused(flags, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=r"no launcher started this process; use torchrun"):
+        distributed.read_ranks(run_args(*flags))
+
+
+def test_signals_are_remembered_and_handlers_put_back():
+    before = signal.getsignal(signal.SIGUSR1)
+    with distributed.StopSignal() as stop:
+        assert stop.received is None
+        signal.raise_signal(signal.SIGUSR1)
+        assert stop.received == "SIGUSR1"
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_a_second_interrupt_from_the_keyboard_is_not_waited_for():
+    with distributed.StopSignal():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_one_process_needs_no_exchange():
+    tensor = torch.arange(3.0)
+    assert distributed.sum_over_ranks(tensor) is tensor
+    assert distributed.gather_objects("x") == ["x"]
