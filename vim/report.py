@@ -19,11 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
 from arguments import ConfigError
 from datasets import DataBundle
 from evaluation import Evaluation
-from matplotlib.figure import Figure
-from tqdm import tqdm
 
 # More names than this on an axis cannot be read.
 MOST_NAMES = 40
@@ -40,12 +41,12 @@ class Tracker:
 
 
 class TensorBoardTracker(Tracker):
-    """Events for `tensorboard --logdir DIR`; what a crashed run wrote after `first_step` is hidden."""
+    """Events for `tensorboard --logdir DIR`; what an earlier run wrote after step `done` is hidden."""
 
-    def __init__(self, output_dir: Path, first_step: int):
+    def __init__(self, output_dir: Path, done: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(output_dir, purge_step=first_step)
+        self.writer = SummaryWriter(output_dir, purge_step=done + 1 if done else 0)
 
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -110,11 +111,11 @@ def import_tracker(name: str):
         raise ConfigError(f"--report-to {name}: the package is not installed; pip install {name}") from None
 
 
-def build_trackers(args, output_dir: Path | None, first_step: int) -> TrackerList:
-    """The trackers of `--report-to`, which need an output folder."""
+def build_trackers(args, output_dir: Path | None, done: int) -> TrackerList:
+    """The trackers of `--report-to`, which need an output folder, for a run that has `done` steps behind it."""
     names = [name for name in args.report_to.split(",") if name] if output_dir else []
     makers = {
-        "tensorboard": lambda: TensorBoardTracker(output_dir, first_step),
+        "tensorboard": lambda: TensorBoardTracker(output_dir, done),
         "wandb": lambda: WandbTracker(args, output_dir),
         "mlflow": lambda: MlflowTracker(args, output_dir),
     }
@@ -153,8 +154,9 @@ class RunLog:
 
     def epoch(self, row: dict) -> None:
         """Numbers of one epoch: log.txt, metrics.csv, curves.png and the trackers."""
-        self.rows.append(row)
         self.trackers.log({f"epoch/{name}": value for name, value in row.items()}, row["step"])
+        # JSON has no NaN: an epoch without one finite step has no loss.
+        self.rows.append({name: value if math.isfinite(value) else None for name, value in row.items()})
         if self.dir:
             replace_text(self.dir / "log.txt", "".join(json.dumps(row) + "\n" for row in self.rows))
             replace_text(self.dir / "metrics.csv", as_csv(self.rows))
@@ -257,15 +259,11 @@ class TerminalProgress(Progress):
     def __init__(self, title: str, steps: int, done: int, images_per_step: int, every: int):
         super().__init__(title, steps, done, images_per_step, every)
         layout = "{desc} |{bar}| {n_fmt}/{total_fmt} {postfix} {remaining} left"
-        self.bar = tqdm(
-            total=steps, initial=done, desc=title, bar_format=layout, leave=False, dynamic_ncols=True
-        )
+        self.bar = tqdm(total=steps, initial=done, desc=title, bar_format=layout, leave=False, dynamic_ncols=True)
 
     def advance(self, loss: float, lr: float) -> None:
         super().advance(loss, lr)
-        self.bar.set_postfix_str(
-            f"loss {loss:.3f} lr {lr:.1e} {self.images_per_second:.0f} images/s", refresh=False
-        )
+        self.bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.1e} {self.images_per_second:.0f} images/s", refresh=False)
         self.bar.update()
 
     def close(self) -> None:
@@ -290,7 +288,7 @@ def draw_curves(rows: list[dict], path: Path) -> None:
     )
     for panel, (title, columns) in zip(panels, wanted):
         for name, label in columns.items():
-            points = [(row["epoch"] + 1, row[name]) for row in rows if name in row]
+            points = [(row["epoch"] + 1, row[name]) for row in rows if row.get(name) is not None]
             if points:
                 panel.plot(*zip(*points), marker="o", markersize=3, label=label)
         panel.set(title=title, xlabel="epoch")
@@ -325,9 +323,7 @@ def draw_mistakes(evaluation: Evaluation, data: DataBundle, path: Path, columns:
     mistakes, names = evaluation.mistakes, data.class_names
     lines = max(1, -(-len(mistakes) // columns))
     figure = Figure(figsize=(columns * 1.9, 0.6 + lines * 2.3), layout="constrained")
-    figure.suptitle(
-        f"most confident mistakes; {evaluation.top1:.2f} % of {evaluation.images:,} images are right"
-    )
+    figure.suptitle(f"most confident mistakes; {evaluation.top1:.2f} % of {evaluation.images:,} images are right")
     for panel in figure.subplots(lines, columns, squeeze=False).flat:
         panel.axis("off")
     for panel, mistake in zip(figure.axes, mistakes):
