@@ -1,12 +1,15 @@
 """The command line as a contract: names, defaults, YAML, and what a wrong flag says."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
-from arguments import ConfigError as Refused
-from arguments import Switch, build_parser, parse_args, save_arguments
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from arguments import ConfigError as Refused
+from arguments import Switch, build_parser, parse_args, save_arguments
 
 # Flag (with its other spellings, a switch with its negation): default. DeiT's and Vim's, as published; a
 # change here breaks somebody's script.
@@ -113,8 +116,10 @@ OWN = {
     "--keep-checkpoints": 2,
     "--nonfinite": None,
     "--nonfinite-limit": 10,
+    "--dist-timeout": 1800.0,
 }
 
+CONFIGS = Path(__file__).resolve().parents[1] / "vim" / "configs"
 ON_CPU = ("--device", "cpu")
 
 
@@ -229,6 +234,13 @@ def test_a_wrong_configuration_file_is_one_line(tmp_path, text, words):
     assert all(word in line for word in words), line
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_the_projects_own_configurations_parse(path):
+    args = parse_args([*ON_CPU, "--config", str(path)])
+    given = yaml.safe_load(path.read_text())
+    assert given and all(vars(args)[key] == type(vars(args)[key])(given[key]) for key in given if key != "device")
+
+
 def test_a_missing_configuration_file_is_named():
     with pytest.raises(Refused, match=r"--config nowhere\.yaml: No such file"):
         parse_args(["--config", "nowhere.yaml"])
@@ -313,7 +325,5 @@ def test_flags_that_cannot_go_together_are_one_line(flags, words):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_says_what_to_use():
-    with pytest.raises(
-        Refused, match="--device cuda: this torch sees no GPU; use --device cpu or --device auto"
-    ):
+    with pytest.raises(Refused, match="--device cuda: this torch sees no GPU; use --device cpu or --device auto"):
         parse_args([])

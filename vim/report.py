@@ -279,8 +279,9 @@ def clock(seconds: float) -> str:
 
 def draw_curves(rows: list[dict], path: Path) -> None:
     """Loss, accuracy and learning rate over epochs, side by side."""
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    figure = Figure(figsize=(12, 3.5))
     panels = figure.subplots(1, 3)
+    figure.subplots_adjust(left=0.04, right=0.99, bottom=0.15, top=0.91, wspace=0.18)
     wanted = (
         ("loss", {"train_loss": "training", "test_loss": "held-out", "test_ema_loss": "held-out, EMA"}),
         ("top-1, %", {"test_acc1": "held-out", "test_ema_acc1": "held-out, EMA"}),
