@@ -7,6 +7,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
 from arguments import parse_args
 from build import build_model, build_run
 from datasets import build_datasets
@@ -14,7 +16,6 @@ from distributed import World
 from ema import WeightsEma
 from engine import NonFiniteError, build_val_loader, training_step, training_steps
 from evaluation import evaluate
-from torch.utils.data import DataLoader, TensorDataset
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
 PLAIN = "--mixup 0 --cutmix 0 --no-repeated-aug --drop-path 0"

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from helpers import run_args
 from losses import BinaryCrossEntropy, CosubLoss, CrossEntropy, DistillationLoss, build_criterion
-from torch import nn
 
 B, C = 6, 5
 

@@ -6,10 +6,11 @@ import math
 import pytest
 import timm
 import torch
-from arguments import ConfigError
-from helpers import run_args
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from arguments import ConfigError
+from helpers import run_args
 from optim import SCHEDULES, Schedule, build_optimizer, scaled_lr
 
 PURE = tuple(name for name in SCHEDULES if name not in ("plateau", "none"))

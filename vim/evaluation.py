@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from distributed import World, gather_objects, sum_over_ranks
 from ema import WeightsEma
 from precision import autocast
-from torch import nn
 
 # A table of classes x classes; beyond this many classes it neither fits a picture nor is worth its memory.
 LARGEST_CONFUSION = 2000
