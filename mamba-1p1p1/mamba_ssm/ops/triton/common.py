@@ -128,7 +128,11 @@ def vectors(pointer, stride, mask, N: tl.constexpr, scale):
     """A tuple of N vectors: element n of every channel, times `scale`."""
     out = ()
     for n in tl.static_range(N):
-        out = out + (tl.load(pointer + n * stride, mask=mask, other=0.0).to(tl.float32) * scale,)
+        if mask is None:
+            value = tl.load(pointer + n * stride)
+        else:
+            value = tl.load(pointer + n * stride, mask=mask, other=0.0)
+        out = out + (value.to(tl.float32) * scale,)
     return out
 
 

@@ -51,15 +51,15 @@ MAX_STATES = 32
 
 @triton.jit
 def _place(channels, group_channels, BLOCK: tl.constexpr):
-    """What this program owns: sequence b, its channels d with their mask, their group, its direction and segment."""
+    """What this program owns: (sequence, first channel, number of channels, group, block, blocks in all)."""
     blocks_per_group = tl.cdiv(group_channels, BLOCK)
     blocks = channels // group_channels * blocks_per_group
     pid = tl.program_id(0)
     block = pid % blocks
     group = block // blocks_per_group
-    first = group * group_channels
-    d = first + block % blocks_per_group * BLOCK + tl.arange(0, BLOCK)
-    return (pid // blocks).to(tl.int64), d.to(tl.int64), d < first + group_channels, group, block, blocks
+    start = block % blocks_per_group * BLOCK
+    count = tl.minimum(BLOCK, group_channels - start)
+    return int64(pid // blocks), int64(group * group_channels + start), count, group, block, blocks
 
 
 @triton.jit
@@ -92,8 +92,8 @@ def _sequence(base, strides, direction, b, d, length):
 
 
 @triton.jit
-def _stage(
-    scratch, delta, dt_weight, bias, d, mask, first, length, backward, delta_stride_d, delta_stride_l,
+def _stage_piece(
+    scratch, delta, dt_weight, bias, lane, first_channel, count, first, length, backward, delta_stride_d, delta_stride_l,
     R: tl.constexpr, R_PADDED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -101,6 +101,7 @@ def _stage(
 
     Positions past the end get 0, with which the recurrence stands still.
     """
+    d, mask = first_channel + lane, lane < count
     position = first + tl.arange(0, TILE)
     token = tl.where(backward, length - 1 - position, position).to(tl.int64)
     inside = position < length
@@ -124,9 +125,24 @@ def _stage(
     if SOFTPLUS:
         raw = softplus(raw)
     value = tl.where(inside[:, None] & mask[None, :], raw, 0.0)
-    at = tl.arange(0, TILE)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    tl.debug_barrier()  # the rows of the tile before have been read
+    at = tl.arange(0, TILE)[:, None] * BLOCK + lane[None, :]
     tl.store(scratch + at, value)
+
+
+@triton.jit
+def _stage(
+    scratch, delta, dt_weight, bias, first_channel, count, first, length, backward, delta_stride_d, delta_stride_l,
+    R: tl.constexpr, R_PADDED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`_stage_piece` for all channels, in pieces whose matrices fit the registers."""
+    PIECE: tl.constexpr = min(BLOCK, 64)
+    tl.debug_barrier()  # the rows of the tile before have been read
+    for piece in range(0, BLOCK, PIECE):
+        _stage_piece(
+            scratch, delta, dt_weight, bias, piece + tl.arange(0, PIECE), first_channel, count, first, length,
+            backward, delta_stride_d, delta_stride_l, R, R_PADDED, TILE, BLOCK, SOFTPLUS, PRECISION,
+        )  # fmt: skip
     tl.debug_barrier()
 
 
@@ -166,6 +182,14 @@ def _filled_rows(pointers, mask, GROUP: tl.constexpr):
     out = ()
     for k in tl.static_range(GROUP):
         out = out + (tl.load(pointers[k], mask=mask, other=0.0).to(tl.float32),)
+    return out
+
+
+@triton.jit
+def _moved(pointers, offset, GROUP: tl.constexpr):
+    out = ()
+    for k in tl.static_range(GROUP):
+        out = out + (pointers[k] + offset,)
     return out
 
 
@@ -246,29 +270,10 @@ def _matrix(base, strides, b, d, channels, group, direction, length, VARIABLE: t
 
 
 @triton.jit
-def _advance(
-    h, A, delta, drive, B, B_stride,
-    N: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The states after GROUP positions; A behind a pointer (N, BLOCK)."""
-    new = ()
-    for n in tl.static_range(0, N, 2):
-        b = _pairs(B, B_stride, n, N, PACKED, GROUP)
-        for q in tl.static_range(2):
-            if n + q < N:
-                state = h[n + q]
-                A_n = tl.load(A + (n + q) * BLOCK)
-                for k in tl.static_range(GROUP):
-                    state = tl.exp2(delta[k] * A_n) * state + b[k][q] * drive[k]
-                new = new + (state,)
-    return new
-
-
-@triton.jit
 def _follow(
     h, A, delta, drive, B, B_stride, N: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr
 ):  # fmt: skip
-    """`_advance` with A as vectors."""
+    """The states after GROUP positions."""
     new = ()
     for n in tl.static_range(0, N, 2):
         b = _pairs(B, B_stride, n, N, PACKED, GROUP)
@@ -299,11 +304,11 @@ def _retreat(
 
 
 @triton.jit
-def _advance_and_read(
+def _follow_and_read(
     h, y, A, delta, drive, B, B_stride, C, C_stride,
     N: tl.constexpr, B_PACKED: tl.constexpr, C_PACKED: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """`_advance`, adding <C, h> of every position to y."""
+    """`_follow`, adding <C, h> of every position to y."""
     new = ()
     for n in tl.static_range(0, N, 2):
         b = _pairs(B, B_stride, n, N, B_PACKED, GROUP)
@@ -338,8 +343,9 @@ def scan_forward_kernel(
 
     Grid: (batch * channel blocks, segments, directions). Strides: (direction, batch, channel, token).
     """
-    b, d, mask, group, block, blocks = _place(channels, group_channels, BLOCK)
+    b, first_channel, count, group, block, blocks = _place(channels, group_channels, BLOCK)
     lane = tl.arange(0, BLOCK)
+    d, mask = first_channel + lane, lane < count
     segment, direction = tl.program_id(1), tl.program_id(2).to(tl.int64)
     backward = direction == 1
     row = direction * (tl.num_programs(0) // blocks) + b  # of all directions' sequences
@@ -375,7 +381,7 @@ def scan_forward_kernel(
                 chunk = row * tl.cdiv(length, CHUNK) + tile // CHUNK
                 _store_states(states + chunk * N * channels + d, channels, h, mask, N)
         _stage(
-            scratch, delta, weight, bias, d, mask, tile, length, backward, delta_strides[2], delta_strides[3],
+            scratch, delta, weight, bias, first_channel, count, tile, length, backward, delta_strides[2], delta_strides[3],
             R, R_PADDED, TILE, BLOCK, SOFTPLUS, PRECISION,
         )  # fmt: skip
         for i in range(0, tl.minimum(TILE, length - tile), GROUP):
@@ -388,7 +394,7 @@ def scan_forward_kernel(
                     y = y + (skip * x[k],)
                 else:
                     y = y + (tl.zeros([BLOCK], tl.float32),)
-            h, y = _advance_and_read(
+            h, y = _follow_and_read(
                 h, y, A, step, _drive(x, step, GROUP),
                 _pointers(B, B_step, at, GROUP), B_stride,
                 _pointers(C, C_step, at, GROUP), C_stride,
@@ -452,18 +458,21 @@ def _pair_sum(value, BLOCK: tl.constexpr, PER_THREAD: tl.constexpr):
 @triton.jit
 def _accumulate(pointer, value, mask):
     """Add to memory that this program alone writes."""
-    tl.store(pointer, tl.load(pointer, mask=mask, other=0.0) + value, mask=mask)
+    tl.store(pointer, tl.load(pointer, mask=mask) + value, mask=mask)
 
 
 @triton.jit
-def _store_matrix_gradient(pointer, total, first, repeated, length, backward, N: tl.constexpr, GROUP: tl.constexpr):
-    """Row r of `total` holds states 2 r and 2 r + 1 of dB and dC at GROUP positions: columns (state, B or C, k)."""
-    column = tl.arange(0, 16)
-    n = 2 * tl.arange(0, 16)[:, None] + (column // (2 * GROUP))[None, :]
+def _store_matrix_gradient(
+    pointer, total, first, repeated, length, backward,
+    N: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Row r of `total` holds states WIDTH r and following of dB and dC at GROUP positions: columns (state, B or C, k)."""
+    column = tl.arange(0, COLUMNS)
+    n = WIDTH * tl.arange(0, ROWS)[:, None] + (column // (2 * GROUP))[None, :]
     k = column % GROUP
     token = tl.where(backward, length - 1 - first - k, first + k).to(tl.int64)
     at = token[None, :] * (2 * N) + (column // GROUP % 2)[None, :] * N + n
-    mine = (k >= repeated) & (column < 4 * GROUP)
+    mine = (k >= repeated) & (column < 2 * WIDTH * GROUP)
     tl.store(pointer + at, total, mask=(n < N) & mine[None, :])
 
 
@@ -476,31 +485,39 @@ def scan_backward_kernel(
     length, channels, group_channels, segment_chunks, scale,
     N: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
     B_VARIABLE: tl.constexpr, B_PACKED: tl.constexpr, C_VARIABLE: tl.constexpr, C_PACKED: tl.constexpr,
+    C_AFTER_B: tl.constexpr, SAME_STEPS: tl.constexpr,
     BLOCK: tl.constexpr, PER_THREAD: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Gradients of `scan_forward_kernel` for dout, times `scale` and silu(z) if there is a z.
 
     Grid as forward. dBC (directions, blocks, batch, L, 2, N) and dA, dB_constant, dC_constant (directions, batch,
-    segments, N, channels), dD, dbias (directions, batch, segments, channels) are partial sums, the last five
-    zeroed by the caller. `carry` is what tokens after each segment send to its last state.
+    segments, N, channels), dD, dbias (directions, batch, segments, channels) are partial sums; all but
+    dBC and dA come zeroed. `carry` is what tokens after each segment send to its last state.
     """
-    b, d, mask, group, block, blocks = _place(channels, group_channels, BLOCK)
+    WIDTH: tl.constexpr = 2 if N % 2 == 0 else 1  # states at a time
+    PAIRS: tl.constexpr = N // WIDTH
+    ROWS: tl.constexpr = 16 if PAIRS <= 16 else 32
+    COLUMNS: tl.constexpr = max(16, 2 * WIDTH * GROUP)
+    b, first_channel, count, group, block, blocks = _place(channels, group_channels, BLOCK)
     lane = tl.arange(0, BLOCK)
+    d, mask = first_channel + lane, lane < count
     segment, direction = tl.program_id(1), tl.program_id(2).to(tl.int64)
     backward = direction == 1
     batch = tl.num_programs(0) // blocks
     row = direction * batch + b
     part = row * tl.num_programs(1) + segment
-    scratch += (part * blocks + block) * ((N + GROUP + CHUNK + CHUNK // GROUP * N) * BLOCK)
-    staged = scratch + (N + GROUP) * BLOCK
+    scratch += (part * blocks + block) * ((3 * N + GROUP + CHUNK + CHUNK // GROUP * N) * BLOCK)
+    sums_A = scratch + N * BLOCK + lane
+    sent = sums_A + N * BLOCK  # what later positions send to the states
+    staged = scratch + (3 * N + GROUP) * BLOCK
     marks = staged + CHUNK * BLOCK  # the states before every group of the chunk
     weight, bias = _either(backward, dt_weight, dt_weight_b), _either(backward, bias, bias_b)
     # A transposed: its N vectors would otherwise take the registers that hide latency
     _store_states(scratch + lane, BLOCK, vectors(_either(backward, A, A_b) + d * N, 1, mask, N, LOG2_E), None, N)
+    _store_states(sums_A, BLOCK, _zeros(N, BLOCK), None, N)
     if D is not None:
-        skip = tl.load(_either(backward, D, D_b) + d, mask=mask, other=0.0).to(tl.float32)
-        sum_D = tl.zeros([BLOCK], tl.float32)
-    sum_bias = tl.zeros([BLOCK], tl.float32)
+        D = _either(backward, D, D_b) + d
+    at_channel = part * channels + d
 
     chunks = tl.cdiv(length, CHUNK)
     u, u_step = _sequence(u, u_strides, direction, b, d, length)
@@ -509,7 +526,12 @@ def scan_backward_kernel(
     ddelta, ddelta_step = _sequence(ddelta, ddelta_strides, direction, b, d, length)
     delta += direction * delta_strides[0] + b * delta_strides[1]
     B, B_step, B_stride = _matrix(B, B_strides, b, d, channels, group, direction, length, B_VARIABLE)
-    C, C_step, C_stride = _matrix(C, C_strides, b, d, channels, group, direction, length, C_VARIABLE)
+    if C_AFTER_B > 0:
+        C, C_step, C_stride = B + C_AFTER_B, B_step, B_stride
+    else:
+        C, C_step, C_stride = _matrix(C, C_strides, b, d, channels, group, direction, length, C_VARIABLE)
+    if SAME_STEPS:  # fewer offsets to keep in registers
+        dout_step, du_step, ddelta_step = u_step, u_step, u_step
     if z is not None:
         z, z_step = _sequence(z, z_strides, direction, b, d, length)
     if dz is not None:
@@ -517,39 +539,46 @@ def scan_backward_kernel(
     if dBC is not None:
         dBC += ((direction * blocks + block) * batch + b) * length * (2 * N)
     sums = part * N * channels + d
-    ones = tl.full([16, BLOCK // PER_THREAD], 1.0, tl.float32)
-    result_row = tl.arange(0, 16)[:, None]
+    ones = tl.full([ROWS, BLOCK // PER_THREAD], 1.0, tl.float32)
+    result_row = tl.arange(0, ROWS)[:, None]
 
     if carry is not None:
-        g = _load_states(carry + sums, channels, mask, N)
+        _store_states(sent, BLOCK, _load_states(carry + sums, channels, mask, N), None, N)
     else:
-        g = _zeros(N, BLOCK)
+        _store_states(sent, BLOCK, _zeros(N, BLOCK), None, N)
     first = segment * segment_chunks
     for chunk in range(tl.minimum(chunks, first + segment_chunks) - 1, first - 1, -1):
         start = chunk * CHUNK
         groups = tl.cdiv(tl.minimum(CHUNK, length - start), GROUP)
         for tile in range(0, CHUNK, TILE):
             _stage(
-                staged + tile * BLOCK, delta, weight, bias, d, mask, start + tile, length, backward,
+                staged + tile * BLOCK, delta, weight, bias, first_channel, count, start + tile, length, backward,
                 delta_strides[2], delta_strides[3], R, R_PADDED, TILE, BLOCK, SOFTPLUS, PRECISION,
             )  # fmt: skip
 
-        h = _load_states(states + (row * chunks + chunk) * N * channels + d, channels, mask, N)
+        saved = states + (row * chunks + chunk) * N * channels + d
+        _store_states(marks + lane, BLOCK, _load_states(saved, channels, mask, N), None, N)
         for j in range(0, groups - 1):
-            _store_states(marks + j * (N * BLOCK) + lane, BLOCK, h, None, N)
             at = start + j * GROUP
             x = _filled_rows(_pointers(u, u_step, at, GROUP), mask, GROUP)
             step = _staged(staged, j * GROUP, 0, lane, BLOCK, GROUP)
-            h = _advance(
-                h, scratch + lane, step, _drive(x, step, GROUP),
-                _pointers(B, B_step, at, GROUP), B_stride, N, B_PACKED, GROUP, BLOCK,
-            )  # fmt: skip
-        _store_states(marks + (groups - 1) * (N * BLOCK) + lane, BLOCK, h, None, N)
+            drive = _drive(x, step, GROUP)
+            B_rows = _pointers(B, B_step, at, GROUP)
+            for pair in range(0, PAIRS):
+                bs = _pairs(_moved(B_rows, WIDTH * pair * B_stride, GROUP), B_stride, 0, WIDTH, B_PACKED, GROUP)
+                for q in tl.static_range(WIDTH):
+                    n = WIDTH * pair + q
+                    A_n = tl.load(scratch + n * BLOCK + lane)
+                    h = tl.load(marks + (j * N + n) * BLOCK + lane)
+                    for k in tl.static_range(GROUP):
+                        h = tl.exp2(step[k] * A_n) * h + bs[k][q] * drive[k]
+                    tl.store(marks + ((j + 1) * N + n) * BLOCK + lane, h)
         tl.debug_barrier()
 
         for j in range(groups - 1, -1, -1):
             at, repeated = _place_group(start + j * GROUP, length, GROUP)
-            x = _filled_rows(_pointers(u, u_step, at, GROUP), mask, GROUP)
+            x_rows = _pointers(u, u_step, at, GROUP)
+            x = _filled_rows(x_rows, mask, GROUP)
             incoming = _filled_rows(_pointers(dout, dout_step, at, GROUP), mask, GROUP)
             step = _staged(staged, j * GROUP, repeated, lane, BLOCK, GROUP)
             drive = _drive(x, step, GROUP)
@@ -564,57 +593,60 @@ def scan_backward_kernel(
             y = _zeros(GROUP, BLOCK)
             product = _zeros(GROUP, BLOCK)
             dexponent = _zeros(GROUP, BLOCK)
-            total = tl.zeros([16, 16], tl.float32)
-            earlier = ()
+            total = tl.zeros([ROWS, COLUMNS], tl.float32)
             B_rows = _pointers(B, B_step, at, GROUP)
             C_rows = _pointers(C, C_step, at, GROUP)
-            for n in tl.static_range(0, N, 2):
-                bs = _pairs(B_rows, B_stride, n, N, B_PACKED, GROUP)
-                cs = _pairs(C_rows, C_stride, n, N, C_PACKED, GROUP)
+            for pair in range(0, PAIRS):  # not unrolled: the code of all states would overrun the instruction cache
+                bs = _pairs(_moved(B_rows, WIDTH * pair * B_stride, GROUP), B_stride, 0, WIDTH, B_PACKED, GROUP)
+                cs = _pairs(_moved(C_rows, WIDTH * pair * C_stride, GROUP), C_stride, 0, WIDTH, C_PACKED, GROUP)
                 wide = ()
-                for q in tl.static_range(2):
-                    if n + q < N:
-                        A_n = tl.load(scratch + (n + q) * BLOCK + lane)
-                        around = (tl.load(marks + (j * N + n + q) * BLOCK + lane),)
-                        a = ()
+                for q in tl.static_range(WIDTH):
+                    n = WIDTH * pair + q
+                    A_n = tl.load(scratch + n * BLOCK + lane)
+                    g_n = tl.load(sent + n * BLOCK)
+                    around = (tl.load(marks + (j * N + n) * BLOCK + lane),)
+                    a = ()
+                    for k in tl.static_range(GROUP):
+                        a = a + (tl.exp2(step[k] * A_n),)
+                        around = around + (a[k] * around[k] + bs[k][q] * drive[k],)
+                    if dz is not None:
+                        sums_y = ()
                         for k in tl.static_range(GROUP):
-                            a = a + (tl.exp2(step[k] * A_n),)
-                            around = around + (a[k] * around[k] + bs[k][q] * drive[k],)
-                        if dz is not None:
-                            sums_y = ()
-                            for k in tl.static_range(GROUP):
-                                sums_y = sums_y + (y[k] + cs[k][q] * around[k + 1],)
-                            y = sums_y
-                        g_n, dA_n, dB_n, dC_n, product, dexponent, shares = _adjoint_of_state(
-                            g[n + q], a, around, A_n, step, drive, dy, bs, cs, q, product, dexponent,
-                            GROUP, BLOCK, PER_THREAD,
-                        )  # fmt: skip
-                        earlier = earlier + (g_n,)
-                        _accumulate(dA + sums + (n + q) * channels, dA_n, mask)
-                        if not B_VARIABLE:
-                            _accumulate(dB_constant + sums + (n + q) * channels, dB_n, mask)
-                        if not C_VARIABLE:
-                            _accumulate(dC_constant + sums + (n + q) * channels, dC_n, mask)
-                        wide = wide + shares
-                    else:
-                        wide = wide + _zeros(2 * GROUP, BLOCK // PER_THREAD)
+                            sums_y = sums_y + (y[k] + cs[k][q] * around[k + 1],)
+                        y = sums_y
+                    g_n, dA_n, dB_n, dC_n, product, dexponent, shares = _adjoint_of_state(
+                        g_n, a, around, A_n, step, drive, dy, bs, cs, q, product, dexponent,
+                        GROUP, BLOCK, PER_THREAD,
+                    )  # fmt: skip
+                    tl.store(sent + n * BLOCK, g_n)
+                    _accumulate(sums_A + n * BLOCK, dA_n, None)
+                    if not B_VARIABLE:
+                        _accumulate(dB_constant + sums + n * channels, dB_n, mask)
+                    if not C_VARIABLE:
+                        _accumulate(dC_constant + sums + n * channels, dC_n, mask)
+                    wide = wide + shares
                 if dBC is not None:
-                    wide = wide + _zeros(16 - 4 * GROUP, BLOCK // PER_THREAD)
-                    values = tl.dot(ones, columns(wide, 16), input_precision=PRECISION)
-                    total = tl.where(result_row == n // 2, values, total)
-            g = earlier
+                    wide = wide + _zeros(COLUMNS - WIDTH * 2 * GROUP, BLOCK // PER_THREAD)
+                    values = tl.dot(ones, columns(wide, COLUMNS), input_precision=PRECISION)
+                    total = tl.where(result_row == pair, values, total)
             if dBC is not None:
-                _store_matrix_gradient(dBC, total, at, repeated, length, backward, N, GROUP)
+                _store_matrix_gradient(dBC, total, at, repeated, length, backward, N, GROUP, WIDTH, ROWS, COLUMNS)
             du_rows = _pointers(du, du_step, at, GROUP)
             ddelta_rows = _pointers(ddelta, ddelta_step, at, GROUP)
             if dz is not None:
                 dz_rows = _pointers(dz, dz_step, at, GROUP)
+            x = _filled_rows(x_rows, mask, GROUP)  # read again, as D: registers are scarcer than loads
+            sum_bias = tl.zeros([BLOCK], tl.float32)
+            if D is not None:
+                skip = tl.load(D, mask=mask, other=0.0).to(tl.float32)
+                sum_D = tl.zeros([BLOCK], tl.float32)
             for k in tl.static_range(GROUP):
                 inside = tl.where(k >= repeated, mask, False)
                 slope = product[k] * x[k] + dexponent[k] * LN_2
                 if SOFTPLUS:
                     slope = slope * softplus_slope(step[k])
-                slope = tl.where(k >= repeated, slope, 0.0)
+                else:
+                    slope = tl.where(k >= repeated, slope, 0.0)
                 sum_bias += slope
                 value = product[k] * step[k]
                 if D is not None:
@@ -629,11 +661,11 @@ def scan_backward_kernel(
                     s = sigmoid(gates[k])
                     gate_slope = read * incoming[k] * scale * s * (1 + gates[k] * (1 - s))
                     tl.store(dz_rows[k], gate_slope.to(dz.dtype.element_ty), mask=inside)
+            _accumulate(dbias + at_channel, sum_bias, mask)
+            if D is not None:
+                _accumulate(dD + at_channel, sum_D, mask)
         tl.debug_barrier()
-    at_channel = part * channels + d
-    tl.store(dbias + at_channel, sum_bias, mask=mask)
-    if D is not None:
-        tl.store(dD + at_channel, sum_D, mask=mask)
+    _store_states(dA + sums, channels, _load_states(sums_A, BLOCK, None, N), mask, N)
 
 
 # ---- segments ------------------------------------------------------------------------------------------------
@@ -654,8 +686,9 @@ def segment_kernel(
     with v = dout, times scale and silu(z) if there is a z, and M = C. ends: (directions, batch, segments, N,
     channels); decays: (directions, batch, segments, channels).
     """
-    b, d, mask, group, block, blocks = _place(channels, group_channels, BLOCK)
+    b, first_channel, count, group, block, blocks = _place(channels, group_channels, BLOCK)
     lane = tl.arange(0, BLOCK)
+    d, mask = first_channel + lane, lane < count
     segment, direction = tl.program_id(1), tl.program_id(2).to(tl.int64)
     backward = direction == 1
     part = (direction * (tl.num_programs(0) // blocks) + b) * tl.num_programs(1) + segment
@@ -674,7 +707,7 @@ def segment_kernel(
     for t in range(0, tiles):
         tile = first + (tiles - 1 - t if ADJOINT else t) * TILE
         _stage(
-            scratch, delta, weight, bias, d, mask, tile, length, backward, delta_strides[2], delta_strides[3],
+            scratch, delta, weight, bias, first_channel, count, tile, length, backward, delta_strides[2], delta_strides[3],
             R, R_PADDED, TILE, BLOCK, SOFTPLUS, PRECISION,
         )  # fmt: skip
         groups = tl.cdiv(tl.minimum(TILE, length - tile), GROUP)
@@ -929,21 +962,21 @@ def scan_backward(
     B_strides, B_variable, B_packed = _matrix_arguments(inputs.B, grid.batch)
     C_strides, C_variable, C_packed = _matrix_arguments(inputs.C, grid.batch)
     partial = (grid.directions, grid.batch, grid.segments, states_count, grid.channels)
-    sums = [torch.zeros(partial, dtype=torch.float32, device=dout.device) for _ in range(3 - B_variable - C_variable)]
-    dA, constants = sums[0], iter(sums[1:])
-    dB_constant = None if B_variable else next(constants)
-    dC_constant = None if C_variable else next(constants)
+    dA = _new(dout, *partial)
+    dB_constant = None if B_variable else torch.zeros_like(dA)
+    dC_constant = None if C_variable else torch.zeros_like(dA)
     dBC = None
     if B_variable or C_variable:
         dBC = _new(dout, grid.directions, grid.blocks, grid.batch, grid.length, 2, states_count)
-    dD = None if inputs.D[0] is None else _new(dout, *partial[:3], grid.channels)
-    dbias = _new(dout, *partial[:3], grid.channels)
-    rows = states_count + grid.group + CHUNK + CHUNK // grid.group * states_count
+    dbias = torch.zeros((*partial[:3], grid.channels), dtype=torch.float32, device=dout.device)
+    dD = None if inputs.D[0] is None else torch.zeros_like(dbias)
+    rows = 3 * states_count + grid.group + CHUNK + CHUNK // grid.group * states_count
     scan_backward_kernel[grid.launch](
         dout=dout, dout_strides=dout.stride(), u=inputs.u, u_strides=inputs.u.stride(),
         B=inputs.B, B_strides=B_strides, B_VARIABLE=B_variable, B_PACKED=B_packed,
         C=inputs.C, C_strides=C_strides, C_VARIABLE=C_variable, C_PACKED=C_packed,
-        D=inputs.D[0], D_b=inputs.D[1],
+        D=inputs.D[0], D_b=inputs.D[1], C_AFTER_B=_distance(inputs.B, inputs.C),
+        SAME_STEPS=len({t.stride(3) for t in (inputs.u, dout, du, ddelta)}) == 1,
         scratch=_new(dout, grid.programs * rows * grid.block),
         states=states, carry=carry, du=du, du_strides=du.stride(), ddelta=ddelta, ddelta_strides=ddelta.stride(),
         dz=dz, dz_strides=(0, 0, 0, 0) if dz is None else dz.stride(), dBC=dBC, dA=dA,
