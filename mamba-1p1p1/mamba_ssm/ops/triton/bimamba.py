@@ -1,0 +1,327 @@
+"""The bidirectional mixer between its two projections, in Triton (Vision Mamba, arXiv 2401.09417, algorithm 1).
+
+Forward is three launches: both convolutions with both x projections; both scans, the time step's projection inside;
+gate and sum. Channels-last throughout; a backward direction is index arithmetic. Backward recomputes the first
+launch and keeps of forward only the states before every chunk and the sum of both scans.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mamba_ssm.ops.triton.common import ceil_div, dot_precision, int64, options, sigmoid
+from mamba_ssm.ops.triton.selective_scan import ScanInputs, _either, scan_backward, scan_forward, states_shape
+
+TOKENS = 64  # of a program of the convolution with projection
+BACKWARD_TOKENS = 16  # of the convolution's backward
+CHANNELS = 64
+ROWS = 8  # of the element-wise kernels
+
+
+@triton.jit
+def conv_project_kernel(
+    xz, weight, weight_b, bias, bias_b, x_proj, x_proj_b, u, projected,
+    length, channels, stride_b, stride_l, columns_stride,
+    R: tl.constexpr, COLUMNS: tl.constexpr, COLUMNS_PADDED: tl.constexpr, W: tl.constexpr,
+    PRECISION: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """u = silu(conv(x)) of both directions, and its projection to B, C and the R columns of the time step.
+
+    u: (2, B, L, D); projected: (2, B, L, columns_stride) float32, columns B, C, time step.
+    Grid: (batch * token tiles, directions).
+    """
+    tiles = tl.cdiv(length, TOKENS)
+    b, direction = int64(tl.program_id(0) // tiles), int64(tl.program_id(1))
+    backward = direction == 1
+    token = tl.program_id(0) % tiles * TOKENS + tl.arange(0, TOKENS)
+    row = (direction * (tl.num_programs(0) // tiles) + b) * length + token  # of (2, B, L)
+    weight, x_proj = _either(backward, weight, weight_b), _either(backward, x_proj, x_proj_b)
+    bias = _either(backward, bias, bias_b)
+    column = tl.arange(0, COLUMNS_PADDED)
+    source = tl.where(column < COLUMNS - R, column + R, column - (COLUMNS - R))  # x_proj has the time step first
+    total = tl.zeros([TOKENS, COLUMNS_PADDED], tl.float32)
+    for first in range(0, channels, CHANNELS):
+        d = first + tl.arange(0, CHANNELS)
+        live = d < channels
+        value = tl.zeros([TOKENS, CHANNELS], tl.float32)
+        if bias is not None:
+            value += tl.load(bias + d, mask=live, other=0.0).to(tl.float32)[None, :]
+        for k in tl.static_range(W):
+            at = token + tl.where(backward, W - 1 - k, k - (W - 1))
+            inside = (at >= 0) & (at < length)
+            x = tl.load(
+                xz + b * stride_b + at.to(tl.int64)[:, None] * stride_l + d[None, :],
+                mask=inside[:, None] & live[None, :], other=0.0,
+            )  # fmt: skip
+            tap = tl.load(weight + d * W + k, mask=live, other=0.0).to(tl.float32)
+            value += tap[None, :] * x.to(tl.float32)
+        value = (value * sigmoid(value)).to(u.dtype.element_ty)
+        tl.store(u + row[:, None] * channels + d[None, :], value, mask=(token < length)[:, None] & live[None, :])
+        part = tl.load(
+            x_proj + source[None, :] * channels + d[:, None],
+            mask=(column < COLUMNS)[None, :] & live[:, None], other=0.0,
+        )  # fmt: skip
+        total = tl.dot(value, part.to(value.dtype), total, input_precision=PRECISION)
+    tl.store(
+        projected + row[:, None] * columns_stride + column[None, :], total,
+        mask=(token < length)[:, None] & (column < COLUMNS)[None, :],
+    )  # fmt: skip
+
+
+@triton.jit
+def merge_kernel(
+    scans, xz, y, total, rows, length, channels, stride_b, stride_l, scale,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """y = scale silu(z) (forward scan + backward scan); the sum alone to `total` if it is wanted."""
+    row = int64(tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    mask = (row < rows)[:, None] & (d < channels)[None, :]
+    at = row[:, None] * channels + d[None, :]
+    both = tl.load(scans + at, mask=mask, other=0.0).to(tl.float32)
+    both += tl.load(scans + int64(rows) * channels + at, mask=mask, other=0.0).to(tl.float32)
+    if total is not None:
+        tl.store(total + at, both.to(total.dtype.element_ty), mask=mask)
+    z_row = row // length * stride_b + row % length * stride_l + channels
+    z = tl.load(xz + z_row[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + at, (scale * z * sigmoid(z) * both).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gate_backward_kernel(
+    dy, xz, total, dscan, dxz, rows, length, channels, stride_b, stride_l, scale,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of `merge_kernel`: dscan (B, L, D), the same for both scans, and dz in the second half of dxz."""
+    row = int64(tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    mask = (row < rows)[:, None] & (d < channels)[None, :]
+    at = row[:, None] * channels + d[None, :]
+    z_row = row // length * stride_b + row % length * stride_l + channels
+    z = tl.load(xz + z_row[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    incoming = scale * tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
+    both = tl.load(total + at, mask=mask, other=0.0).to(tl.float32)
+    s = sigmoid(z)
+    tl.store(dscan + at, (incoming * z * s).to(dscan.dtype.element_ty), mask=mask)
+    dz = incoming * both * s * (1 + z * (1 - s))
+    tl.store(dxz + row[:, None] * (2 * channels) + channels + d[None, :], dz.to(dxz.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _conv_backward(
+    x, du, weight, bias, dx, dweight, b, token, d, live, length, channels,
+    SIGN: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """One direction's share of dx, and its part of dweight (W + 1, D), the bias's gradient in the last row.
+
+    x: the 2 W - 1 tiles shifted by -(W - 1) ... W - 1 tokens. SIGN 1: causal, -1: anti-causal.
+    """
+    taps = ()
+    for k in tl.static_range(W):
+        taps = taps + (tl.load(weight + d * W + k, mask=live, other=0.0).to(tl.float32),)
+    for m in tl.static_range(W):  # the output m tokens later in scan order saw this token through tap W - 1 - m
+        before = tl.zeros_like(dx)
+        if bias is not None:
+            before += tl.load(bias + d, mask=live, other=0.0).to(tl.float32)[None, :]
+        for k in tl.static_range(W):
+            before += taps[k][None, :] * x[W - 1 + SIGN * (m - (W - 1) + k)]
+        at = token + SIGN * m
+        inside = ((at >= 0) & (at < length) & (token < length))[:, None] & live[None, :]
+        incoming = tl.load(
+            du + (b * length + at.to(tl.int64))[:, None] * channels + d[None, :], mask=inside, other=0.0
+        ).to(tl.float32)
+        s = sigmoid(before)
+        slope = incoming * s * (1 + before * (1 - s))
+        dx += taps[W - 1 - m][None, :] * slope
+        if m == 0:
+            for k in tl.static_range(W):
+                tl.store(dweight + k * channels + d, tl.sum(slope * x[W - 1 + SIGN * (k - (W - 1))], 0), mask=live)
+            tl.store(dweight + W * channels + d, tl.sum(slope, 0), mask=live)
+    return dx
+
+
+@triton.jit
+def conv_backward_kernel(
+    xz, du, weight, weight_b, bias, bias_b, dxz, dweight, length, channels, stride_b, stride_l,
+    W: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """dx of both convolutions, in the first half of dxz; dweight (2, programs, W + 1, D) are partial sums.
+
+    Grid: (batch * token tiles, channel blocks).
+    """
+    tiles = tl.cdiv(length, TOKENS)
+    pid, programs = int64(tl.program_id(0)), tl.num_programs(0)
+    b = pid // tiles
+    token = tl.program_id(0) % tiles * TOKENS + tl.arange(0, TOKENS)
+    d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    live = d < channels
+    x = ()
+    for shift in tl.static_range(2 * W - 1):
+        at = token + shift - (W - 1)
+        inside = ((at >= 0) & (at < length))[:, None] & live[None, :]
+        tile = tl.load(xz + b * stride_b + at.to(tl.int64)[:, None] * stride_l + d[None, :], mask=inside, other=0.0)
+        x = x + (tile.to(tl.float32),)
+    dx = tl.zeros([TOKENS, CHANNELS], tl.float32)
+    dx = _conv_backward(
+        x, du, weight, bias, dx, dweight + pid * (W + 1) * channels, b, token, d, live, length, channels, 1, W
+    )
+    batch = programs // tiles
+    dx = _conv_backward(
+        x, du + int64(batch) * length * channels, weight_b, bias_b, dx,
+        dweight + (programs + pid) * (W + 1) * channels, b, token, d, live, length, channels, -1, W,
+    )  # fmt: skip
+    at = (b * length + token)[:, None] * (2 * channels) + d[None, :]
+    tl.store(dxz + at, dx.to(dxz.dtype.element_ty), mask=(token < length)[:, None] & live[None, :])
+
+
+# ---- launchers -----------------------------------------------------------------------------------------------
+
+
+def _float32(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def _parameters(forward_params, backward_params):
+    """Each parameter as a pair of float32, contiguous tensors: no copy where it already is that."""
+    return [tuple(map(_float32, pair)) for pair in zip(forward_params, backward_params)]
+
+
+def _conv_project(xz: Tensor, parameters) -> tuple[Tensor, Tensor]:
+    """u (2, B, L, D) and its projection (2, B, L, 2 N + R, padded to 4) float32, columns B, C, time step."""
+    conv_weight, conv_bias, x_proj, dt_weight = parameters[:4]
+    batch, length, double = xz.shape
+    channels, columns = double // 2, x_proj[0].shape[0]
+    u = torch.empty((2, batch, length, channels), dtype=xz.dtype, device=xz.device)
+    stride = ceil_div(columns, 4) * 4
+    projected = torch.empty((2, batch, length, stride), dtype=torch.float32, device=xz.device)
+    conv_project_kernel[(batch * ceil_div(length, TOKENS), 2)](
+        xz, *conv_weight, *conv_bias, *x_proj, u, projected,
+        length, channels, xz.stride(0), xz.stride(1), stride,
+        R=dt_weight[0].shape[1], COLUMNS=columns, COLUMNS_PADDED=max(16, triton.next_power_of_2(columns)),
+        W=conv_weight[0].shape[1], PRECISION=dot_precision(xz.dtype), TOKENS=TOKENS, CHANNELS=CHANNELS,
+        **options(num_warps=4),
+    )  # fmt: skip
+    return u, projected
+
+
+def _scan_inputs(u: Tensor, projected: Tensor, parameters) -> ScanInputs:
+    _, _, x_proj, dt_weight, dt_bias, A, D = parameters
+    states, rank = A[0].shape[1], dt_weight[0].shape[1]
+    B, C, dt, _ = projected.split([states, states, rank, projected.shape[-1] - 2 * states - rank], dim=-1)
+    B, C = (m.unsqueeze(2).transpose(3, 4) for m in (B, C))  # (2, B, 1, N, L)
+    return ScanInputs(u.transpose(2, 3), dt.transpose(2, 3), None, B, C, A, D, dt_weight, dt_bias, True)
+
+
+def _rows_grid(rows: int, channels: int) -> dict:
+    block = min(triton.next_power_of_2(channels), 512)
+    return {"grid": (ceil_div(rows, ROWS), ceil_div(channels, block)), "block": block}
+
+
+def bimamba_forward(xz, forward_params, backward_params, scale, save, segments=None):
+    """Backend form: (y (B, L, D), saved)."""
+    batch, length, double = xz.shape
+    channels = double // 2
+    parameters = _parameters(forward_params, backward_params)
+    u, projected = _conv_project(xz, parameters)
+    scans = torch.empty_like(u)
+    states = total = None
+    saved = xz.new_empty(0, dtype=torch.uint8)
+    if save:
+        saved, states, total = _new_saved(xz, parameters[5][0].shape[1])
+    scan_forward(_scan_inputs(u, projected, parameters), scans.transpose(2, 3), states, None, segments)
+    y = torch.empty((batch, length, channels), dtype=xz.dtype, device=xz.device)
+    cut = _rows_grid(batch * length, channels)
+    merge_kernel[cut["grid"]](
+        scans, xz, y, total, batch * length, length, channels, xz.stride(0), xz.stride(1), scale,
+        ROWS=ROWS, CHANNELS=cut["block"], **options(num_warps=4),
+    )  # fmt: skip
+    return y, saved
+
+
+def _new_saved(xz: Tensor, d_state: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, double = xz.shape
+    size = bimamba_saved_bytes(batch, length, double // 2, d_state, 0, 0, xz.dtype)
+    saved = torch.empty(size, dtype=torch.uint8, device=xz.device)
+    return saved, *_split_saved(saved, xz, d_state)
+
+
+def _split_saved(saved: Tensor, xz: Tensor, d_state: int) -> tuple[Tensor, Tensor]:
+    """Views of what forward saves: the chunks' states, and the sum of both scans (B, L, D)."""
+    batch, length, double = xz.shape
+    shape = states_shape(2, batch, double // 2, length, d_state)
+    size = 4 * torch.Size(shape).numel()
+    states = saved[:size].view(torch.float32).view(shape)
+    return states, saved[size:].view(xz.dtype).view(batch, length, double // 2)
+
+
+def bimamba_saved_bytes(
+    batch: int, length: int, channels: int, d_state: int, dt_rank: int, d_conv: int, dtype: torch.dtype
+) -> int:
+    """Size of what forward saves for backward."""
+    states = torch.Size(states_shape(2, batch, channels, length, d_state)).numel()
+    return 4 * states + dtype.itemsize * batch * length * channels
+
+
+def bimamba_backward(dy, xz, forward_params, backward_params, scale, saved, segments=None):
+    """Gradients: (dxz, those of the forward direction's parameters in order, those of the backward one's)."""
+    batch, length, double = xz.shape
+    channels = double // 2
+    parameters = _parameters(forward_params, backward_params)
+    states, total = _split_saved(saved, xz, parameters[5][0].shape[1])
+    dxz = torch.empty((batch, length, double), dtype=xz.dtype, device=xz.device)
+    dscan = torch.empty((batch, length, channels), dtype=xz.dtype, device=xz.device)
+    cut = _rows_grid(batch * length, channels)
+    gate_backward_kernel[cut["grid"]](
+        dy.contiguous(), xz, total, dscan, dxz, batch * length, length, channels, xz.stride(0), xz.stride(1), scale,
+        ROWS=ROWS, CHANNELS=cut["block"], **options(num_warps=4),
+    )  # fmt: skip
+    u, projected = _conv_project(xz, parameters)
+    inputs = _scan_inputs(u, projected, parameters)
+    du, ddelta = torch.empty_like(u), torch.empty_like(u)
+    both = dscan.transpose(1, 2).expand(2, -1, -1, -1)
+    sums = scan_backward(
+        inputs, both, None, states, du.transpose(2, 3), ddelta.transpose(2, 3), None, segments=segments
+    )
+    dx_proj, ddt_weight = _projections_backward(du, ddelta, u, inputs, sums, parameters)
+    dconv = _conv_backward_launch(xz, du, parameters, dxz)
+    grads = [
+        (dconv[i, :, :-1], None if forward_params[1] is None else dconv[i, :, -1], dx_proj[i], ddt_weight[i],
+         sums.bias[i], sums.A[i], sums.D[i])
+        for i in range(2)
+    ]  # fmt: skip
+    return dxz, _narrow(grads[0], forward_params), _narrow(grads[1], backward_params)
+
+
+def _projections_backward(du, ddelta, u, inputs: ScanInputs, sums, parameters):
+    """Add to du (2, B, L, D) what comes back through both projections; the gradients of their weights."""
+    x_proj, dt_weight = parameters[2:4]
+    dt = inputs.delta.transpose(2, 3).to(u.dtype)  # (2, B, L, R)
+    dB, dC = (m.squeeze(2).transpose(2, 3).to(u.dtype) for m in (sums.B, sums.C))  # (2, B, L, N)
+    dx_proj, ddt_weight = [], []
+    for i in range(2):
+        flat_u, flat_ddelta = u[i].flatten(0, 1), ddelta[i].flatten(0, 1)  # (B L, D)
+        ddt = flat_ddelta @ dt_weight[i].to(u.dtype)  # (B L, R)
+        dprojected = torch.cat([ddt, dB[i].flatten(0, 1), dC[i].flatten(0, 1)], dim=1)
+        du[i].flatten(0, 1).addmm_(dprojected, x_proj[i].to(u.dtype))
+        dx_proj.append(dprojected.T @ flat_u)
+        ddt_weight.append(flat_ddelta.T @ dt[i].flatten(0, 1))
+    return dx_proj, ddt_weight
+
+
+def _conv_backward_launch(xz, du, parameters, dxz) -> Tensor:
+    """Write dx into dxz. Returns (2, D, W + 1): the weights' gradients and, last, the biases'."""
+    conv_weight, conv_bias = parameters[:2]
+    batch, length, double = xz.shape
+    channels, width = double // 2, conv_weight[0].shape[1]
+    programs = batch * ceil_div(length, BACKWARD_TOKENS)
+    parts = torch.empty((2, programs, width + 1, channels), dtype=torch.float32, device=xz.device)
+    conv_backward_kernel[(programs, ceil_div(channels, CHANNELS))](
+        xz, du, *conv_weight, *conv_bias, dxz, parts, length, channels, xz.stride(0), xz.stride(1),
+        W=width, TOKENS=BACKWARD_TOKENS, CHANNELS=CHANNELS, **options(num_warps=4),
+    )  # fmt: skip
+    return parts.sum(1).transpose(1, 2)
+
+
+def _narrow(grads, parameters):
+    return tuple(None if p is None else g.to(p.dtype) for g, p in zip(grads, parameters))
