@@ -379,6 +379,13 @@ def add_distributed_flags(parser) -> None:
     switch(add, "distributed", False, "insist on running under torchrun")
     add("--world_size", "--world-size", default=1, type=positive_int, help="processes in all")
     add("--dist_url", "--dist-url", default="env://", help="where the processes meet")
+    add(
+        "--dist-timeout",
+        default=1800.0,
+        type=float,
+        metavar="SECONDS",
+        help="a process that is waited for so long is taken for dead",
+    )
     add("--local-rank", "--local_rank", default=0, type=natural_int, help="as old launchers pass it")
 
 

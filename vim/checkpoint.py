@@ -6,6 +6,7 @@ tell a whole file from a damaged one, which neither torch.load nor safetensors c
 """
 
 import argparse
+import copy
 import hashlib
 import math
 import os
@@ -13,6 +14,7 @@ import pickletools
 import re
 import shutil
 import sys
+import threading
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -26,6 +28,7 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
+import faults
 from models_mamba import resample_pos_embed
 
 # The published weights that `hf-hub:REPO` alone stands for (`hf-hub:REPO/FILE` names any file).
@@ -428,6 +431,7 @@ def _write_atomically(path: Path, state: dict) -> str:
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
+            faults.while_writing(state.get("step", -1))
             _sync(file)
         digest = file_digest(temporary)
         known = _noted_digests(path, side)
@@ -511,6 +515,59 @@ def store_checkpoint(output_dir: str | Path, state: dict, keep: int = 2, best: b
             old.unlink()
             _digest_path(old).unlink(missing_ok=True)
     return path
+
+
+class CheckpointWriter:
+    """Stores checkpoints in a thread, one at a time, so that training goes on meanwhile.
+
+    `store` returns as soon as the state is copied. An error of the thread is kept: nothing is written after
+    it, `failed` tells, and `wait` raises it.
+    """
+
+    def __init__(self):
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def store(self, output_dir: str | Path, state: dict, keep: int, best: bool) -> None:
+        """Copy `state` onto the CPU and begin to write it as `store_checkpoint` does."""
+        self.join()
+        if not self.failed:
+            self._thread = threading.Thread(target=self._write, args=(output_dir, _copied(state), keep, best))
+            self._thread.start()
+
+    def _write(self, output_dir: str | Path, state: dict, keep: int, best: bool) -> None:
+        try:
+            store_checkpoint(output_dir, state, keep, best)
+        except Exception as error:  # raised by `wait`, in the thread that can do something about it
+            self._error = error
+
+    @property
+    def failed(self) -> bool:
+        """Whether a checkpoint could not be written."""
+        return self._error is not None
+
+    def join(self) -> None:
+        """Return when nothing is being written any more."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def wait(self) -> None:
+        """`join`, then raise what went wrong with the last checkpoint, if anything did."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+
+def _copied(value: Any) -> Any:
+    """A nested state whose tensors, now on the CPU, no longer change while training goes on."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, _copied(item)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(map(_copied, value))
+    return copy.deepcopy(value)
 
 
 def _remove_leftovers(folder: Path) -> None:

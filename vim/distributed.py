@@ -8,21 +8,25 @@ from __future__ import annotations
 import os
 import random
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
 from arguments import ConfigError
 
 EXIT_DONE = 0
+EXIT_FAILED = 1
 EXIT_NONFINITE = 3
 EXIT_USAGE = 4
 EXIT_REQUEUE = 75
 
-# A rank that waits longer than this for another one takes it for dead.
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# Where `launch.py` wants to be told the exit code of a rank that need not be started again.
+EXIT_CODE_FILE = "VIM_EXIT_CODE_FILE"
 
 # See samplers.ORDER_STREAM: one stream of random numbers per purpose.
 MODEL_STREAM = 4
@@ -60,7 +64,11 @@ def start(args) -> World:
     if size > 1 or args.distributed:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
-            backend, init_method=args.dist_url, world_size=size, rank=rank, timeout=COLLECTIVE_TIMEOUT
+            backend,
+            init_method=args.dist_url,
+            world_size=size,
+            rank=rank,
+            timeout=timedelta(seconds=args.dist_timeout),
         )
     return World(rank, size, device)
 
@@ -87,9 +95,49 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+class PeerError(RuntimeError):
+    """Another rank cannot go on; raised by the ranks that could."""
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Where one rank raises inside, the others raise PeerError, instead of waiting for it further on.
+
+    What is inside must not exchange anything itself.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    errors = gather_objects(None if error is None else str(error))
+    if error is not None:
+        raise error
+    failed = next((rank for rank, text in enumerate(errors) if text is not None), None)
+    if failed is not None:
+        raise PeerError(f"rank {failed} failed: {errors[failed]}")
+
+
+def from_main(item):
+    """What rank 0 passed, on every rank."""
+    return gather_objects(item)[0]
+
+
+def leave(code: int) -> int:
+    """The code to exit with. Under `launch.py` an end that a restart cannot mend is told to it, and is 0 here,
+    because torchrun starts every rank again that ends with anything else.
+    """
+    path = os.environ.get(EXIT_CODE_FILE)
+    if path is None or code in (EXIT_DONE, EXIT_FAILED):
+        return code
+    with open(path, "w") as file:
+        file.write(str(code))
+    return EXIT_DONE
+
+
+def num_restarts() -> int:
+    """How often a launcher or scheduler has started this run again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) + int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
@@ -97,6 +145,11 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def any_rank(here: bool, world: World) -> bool:
+    """Whether something is so on some rank."""
+    return sum_over_ranks(torch.tensor(float(here), device=world.device)).item() > 0
 
 
 def gather_objects(item) -> list:

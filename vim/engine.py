@@ -14,11 +14,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import faults
 from arguments import ConfigError
 from augment import CountedMixup
-from checkpoint import Checkpoint, load_weights, store_checkpoint
+from checkpoint import Checkpoint, CheckpointWriter, load_weights
 from datasets import DataBundle, build_loader
-from distributed import EXIT_DONE, EXIT_REQUEUE, StopSignal, World, seed_step, sum_over_ranks
+from distributed import EXIT_DONE, EXIT_REQUEUE, StopSignal, World, any_rank, seed_step, sum_over_ranks, together
 from ema import WeightsEma
 from evaluation import Evaluation, evaluate_weights, in_words
 from losses import DistillationLoss
@@ -26,8 +30,6 @@ from optim import Schedule, whole_batch
 from precision import autocast
 from report import RunLog
 from samplers import EvalSampler, TrainSampler
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 
 class NonFiniteError(ArithmeticError):
@@ -96,6 +98,7 @@ class Run:
     mixup: CountedMixup | None = None
     ema: WeightsEma | None = None
     stop: StopSignal = field(default_factory=StopSignal)
+    writer: CheckpointWriter = field(default_factory=CheckpointWriter)
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -137,12 +140,16 @@ def training_step(run: Run, batches: list, first_micro: int) -> StepResult:
         with gradients_summed(run.net, now=i == len(batches) - 1):
             with autocast(args, world.device):
                 loss = forward_loss(run, images, targets) / len(batches)
+            loss = faults.before_exchange(progress.step, world.rank, loss)
             run.scaler.scale(loss).backward()
         total += loss.detach()
 
     run.scaler.unscale_(run.optimizer)
     norm = clip_gradients(run.model, args.clip_grad)
-    loss, norm, stop = agree(total, norm, run.stop.received is not None, world)
+    loss, norm, stop, failed = agree(total, norm, run.stop.received is not None, run.writer.failed, world)
+    if failed:
+        settle(run)
+    faults.after_exchange(progress.step, world.rank)
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         run.scaler.step(run.optimizer)
@@ -181,15 +188,18 @@ def clip_gradients(model: nn.Module, limit: float | None) -> torch.Tensor:
     return norm
 
 
-def agree(loss: torch.Tensor, norm: torch.Tensor, stop: bool, world: World) -> tuple[float, float, bool]:
-    """Mean loss and gradient norm over ranks, and whether any rank was asked to stop.
+def agree(
+    loss: torch.Tensor, norm: torch.Tensor, stop: bool, failed: bool, world: World
+) -> tuple[float, float, bool, bool]:
+    """Mean loss and gradient norm over ranks; whether any rank was asked to stop, or could not save.
 
     One exchange and one read of the device per step, which the decision before the optimiser moves cannot do
     without. A value that is not finite on one rank is not finite in the sum.
     """
-    asked = torch.full((), float(stop), device=loss.device)
-    loss_sum, norm_sum, stops = sum_over_ranks(torch.stack([loss.float(), norm.float(), asked])).tolist()
-    return loss_sum / world.size, norm_sum / world.size, stops > 0
+    flags = torch.tensor([float(stop), float(failed)], device=loss.device)
+    numbers = torch.cat([torch.stack([loss.float(), norm.float()]), flags])
+    loss_sum, norm_sum, stops, failures = sum_over_ranks(numbers).tolist()
+    return loss_sum / world.size, norm_sum / world.size, stops > 0, failures > 0
 
 
 def check_tolerated(run: Run, loss: float, norm: float) -> None:
@@ -261,13 +271,14 @@ def fit(run: Run, data: DataBundle, log: RunLog) -> int:
         while progress.epoch < args.epochs:
             if train_one_epoch(run, train_loader, log):
                 save(run)
-                saved = "saved, --resume auto goes on" if args.output_dir else "not saved, no --output_dir"
-                log.say(f"stopped by {run.stop.received or 'another rank'} at {progress.position}; {saved}")
-                return EXIT_REQUEUE
+                return stopped(run, log)
             results = assess(run, val_loader, data)
             best = record_epoch(run, results, data, log)
             progress.next_epoch()
             save(run, best)
+            if progress.epoch < args.epochs and any_rank(run.stop.received is not None, run.world):
+                return stopped(run, log)
+    settle(run)
     results = results or assess(run, val_loader, data)
     log.say(
         f"done: {progress.step:,} steps, {progress.skipped} left out, "
@@ -275,6 +286,14 @@ def fit(run: Run, data: DataBundle, log: RunLog) -> int:
     )
     log.pictures(leading(results), data)
     return EXIT_DONE
+
+
+def stopped(run: Run, log: RunLog) -> int:
+    """The end of a run that was asked to stop: with its state on the disk, to be queued again."""
+    settle(run)
+    saved = "saved, --resume auto goes on" if run.args.output_dir else "not saved, no --output_dir"
+    log.say(f"stopped by {run.stop.received or 'another rank'} at {run.progress.position}; {saved}")
+    return EXIT_REQUEUE
 
 
 def build_val_loader(dataset, args, world: World):
@@ -323,7 +342,7 @@ def record_epoch(run: Run, results: dict[str, Evaluation], data: DataBundle, log
 
 
 def save(run: Run, best: bool = False) -> None:
-    """Write a checkpoint of the run as it stands, in the published form plus `progress`."""
+    """Begin to write a checkpoint of the run as it stands, in the published form plus `progress`."""
     args, progress = run.args, run.progress
     if not (args.output_dir and run.world.is_main):
         return
@@ -340,7 +359,13 @@ def save(run: Run, best: bool = False) -> None:
     }
     if run.ema is not None:
         state["model_ema"] = run.ema.state_dict()
-    store_checkpoint(args.output_dir, state, keep=args.keep_checkpoints, best=best)
+    run.writer.store(args.output_dir, state, keep=args.keep_checkpoints, best=best)
+
+
+def settle(run: Run) -> None:
+    """Wait until the last checkpoint is on the disk; on all ranks an error if it is not."""
+    with together():
+        run.writer.wait()
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> str:

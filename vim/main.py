@@ -1,7 +1,8 @@
 """Train, fine-tune and evaluate Vision Mamba: `python main.py --help`.
 
-Exit codes: 0 done, 2 wrong flag, 3 a loss or gradient was not finite, 4 data or configuration that cannot
-work, 75 stopped by a signal and saved, to be queued again.
+Exit codes: 0 done, 1 a fault that starting again may mend (a dead rank or loader process), 2 wrong flag,
+3 a loss or gradient was not finite, 4 data or configuration that cannot work (a full disk and too little
+memory among them), 75 stopped by a signal and saved, to be queued again.
 """
 
 from __future__ import annotations
@@ -9,41 +10,44 @@ from __future__ import annotations
 import sys
 
 import distributed
-from arguments import ConfigError, parse_args, save_arguments
+import failures
+from arguments import parse_args, save_arguments
 from build import build_model, build_run, describe
-from checkpoint import CheckpointError, latest_checkpoint, load_weights, read_checkpoint
-from datasets import DataBundle, DataError, build_datasets
-from distributed import EXIT_DONE, EXIT_NONFINITE, EXIT_USAGE, World
-from engine import NonFiniteError, Run, build_val_loader, fit, restore
+from checkpoint import latest_checkpoint, load_weights, read_checkpoint
+from datasets import DataBundle, build_datasets
+from distributed import EXIT_DONE, World, together
+from engine import Run, build_val_loader, fit, restore
 from evaluation import evaluate, in_words
 from report import RunLog
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns the exit code. What a user can mend is one line on stderr."""
+    args = None
     try:
         args = parse_args(argv)
-        world = distributed.start(args)
-        return execute(args, world)
-    except (ConfigError, DataError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    except NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_NONFINITE
+        return execute(args, distributed.start(args))
+    except Exception as error:
+        found = failures.explain(error, args)
+        if found is None:
+            raise
+        code, line = found
+        print(f"error: {line}", file=sys.stderr)
+        return code
     finally:
         distributed.finish()
 
 
 def execute(args, world: World) -> int:
     """Data, model, then evaluation or training."""
-    log = RunLog(args, world.is_main)
     distributed.seed_everything(args.seed, args.deterministic)
-    if not args.data_path:
-        log.say("no --data-path: training on scikit-learn's digits")
-    data = build_datasets(args)
-    log.say(data.description)
-    model = build_model(args, data.num_classes, log.say).to(world.device)
+    with together():
+        log = RunLog(args, world.is_main)
+        if not args.data_path:
+            log.say("no --data-path: training on scikit-learn's digits")
+        data = build_datasets(args)
+        log.say(data.description)
+        model = build_model(args, data.num_classes, log.say).to(world.device)
     if args.eval:
         return evaluate_checkpoint(args, world, model, data, log)
     if args.finetune:
@@ -54,12 +58,14 @@ def execute(args, world: World) -> int:
     log.say(describe(run, data))
     resume(run, log)
     args.num_classes = data.num_classes
-    if log.dir:
-        save_arguments(args, log.dir / "args.yaml")
-    log.open(run.progress.epoch, run.progress.step)
+    with together():
+        if log.dir:
+            save_arguments(args, log.dir / "args.yaml")
+        log.open(run.progress.epoch, run.progress.step)
     try:
         return fit(run, data, log)
     finally:
+        run.writer.join()
         log.close()
 
 
@@ -67,11 +73,14 @@ def resume(run: Run, log: RunLog) -> None:
     """Go on from the checkpoint of `--resume`, or begin where there is none to go on from."""
     path = run.args.resume
     if path == "auto":
-        path = latest_checkpoint(run.args.output_dir, on_rejected=log.say)
+        with together():
+            path = latest_checkpoint(run.args.output_dir, on_rejected=log.say) if run.world.is_main else None
+        path = distributed.from_main(path)
         if path is None:
             log.say(f"--resume auto: no checkpoint in {run.args.output_dir} yet, beginning")
-    if path:
-        log.say(f"resuming {restore(run, read_checkpoint(path, run.args.trust_checkpoint))}")
+    with together():
+        if path:
+            log.say(f"resuming {restore(run, read_checkpoint(path, run.args.trust_checkpoint))}")
 
 
 def evaluate_checkpoint(args, world: World, model, data: DataBundle, log: RunLog) -> int:
@@ -94,4 +103,4 @@ def evaluate_checkpoint(args, world: World, model, data: DataBundle, log: RunLog
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(distributed.leave(main()))

@@ -1,0 +1,76 @@
+"""Which errors a person can do something about: their one line, and the exit code they end with.
+
+Anything that is not named here is a fault of the program and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+
+from arguments import ConfigError
+from checkpoint import CheckpointError
+from datasets import DataError
+from distributed import EXIT_FAILED, EXIT_NONFINITE, EXIT_USAGE, PeerError
+from engine import NonFiniteError
+
+
+def explain(error: Exception, args=None) -> tuple[int, str] | None:
+    """(exit code, one line) for an error that is not the program's fault, else None."""
+    if isinstance(error, PeerError):
+        return error.code, str(error)
+    if isinstance(error, NonFiniteError):
+        return EXIT_NONFINITE, str(error)
+    if isinstance(error, ConfigError | DataError | CheckpointError):
+        return EXIT_USAGE, str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return EXIT_USAGE, out_of_memory(error, args)
+    if isinstance(error, RuntimeError):
+        line = loader_failure(error, args) or lost_rank(error)
+        return (EXIT_FAILED, line) if line else None
+    return None
+
+
+def out_of_memory(error: Exception, args) -> str:
+    """What to change so that a step fits, with this run's numbers."""
+    halved = max(1, args.batch_size // 2)
+    accumulated = math.ceil(args.accum_steps * args.batch_size / halved)
+    advice = f"--batch-size {halved} --accum-steps {accumulated} keeps the whole batch and the learning rate"
+    if not args.grad_checkpointing:
+        advice += ", --grad-checkpointing recomputes activations instead of keeping them"
+    if not args.if_amp:
+        advice += ", --if_amp halves them"
+    peak = f"; peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if torch.cuda.is_available() else ""
+    return f"out of memory with --batch-size {args.batch_size}{peak}: {advice} ({first_sentence(error)})"
+
+
+def loader_failure(error: RuntimeError, args) -> str:
+    """A loader process that died or gives no batch, as torch's DataLoader reports them; "" if it is neither."""
+    text = first_sentence(error)
+    if not text.startswith("DataLoader"):
+        return ""
+    if "timed out" in text:
+        return (
+            f"no batch came for --loader-timeout {args.loader_timeout:g} seconds: the storage hangs or is too "
+            "slow; --resume auto goes on from the last checkpoint"
+        )
+    return (
+        f"a loader process died ({text}): often too little memory or /dev/shm for --num_workers "
+        f"{args.num_workers}; --resume auto goes on from the last checkpoint"
+    )
+
+
+def lost_rank(error: RuntimeError) -> str:
+    """Another rank that died or came too late, as gloo and NCCL report it; "" if it is not that."""
+    if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        return ""
+    return (
+        f"another rank is gone or waited for in vain ({first_sentence(error)}); its own lines say why; "
+        "--resume auto goes on from the last checkpoint"
+    )
+
+
+def first_sentence(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].split(". ")[0].rstrip(".")[:300]
