@@ -34,20 +34,20 @@ def recurrence_loop(a: Tensor, b: Tensor) -> Tensor:
 
 
 def recurrence_prefix(a: Tensor, b: Tensor) -> Tensor:
-    """The same by parallel prefix: halve the sequence by joining neighbours, recurse, fill in between.
+    """The same by parallel prefix: join neighbours to halve the sequence, recurse, fill in between.
 
-    log2 L levels whose sizes add up to 2 L (Blelloch, "Prefix sums and their applications", 1990).
+    log2 L levels whose sizes add up to 2 L (Blelloch, "Prefix sums and their applications", 1990). Nothing is
+    written into slices: those would export as scatters.
     """
     length = len(b)
     if length == 1:
-        return b.clone()
+        return b
     odd, even = slice(1, None, 2), slice(0, length - 1, 2)
     h_odd = recurrence_prefix(a[odd] * a[even], torch.addcmul(b[odd], a[odd], b[even]))  # states 1, 3, 5, ...
-    h = torch.empty_like(b)
-    h[0] = b[0]
-    h[odd] = h_odd
-    h[2::2] = torch.addcmul(b[2::2], a[2::2], h_odd[: len(b[2::2])])
-    return h
+    h_even = torch.cat([b[:1], torch.addcmul(b[2::2], a[2::2], h_odd[: (length - 1) // 2])])  # 0, 2, 4, ...
+    if length % 2:
+        h_odd = torch.cat([h_odd, h_odd[-1:]])  # to pair up; cut off again below
+    return torch.stack([h_even, h_odd], dim=1).flatten(0, 1)[:length]
 
 
 RECURRENCES = {"loop": recurrence_loop, "prefix": recurrence_prefix}
