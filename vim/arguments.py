@@ -508,9 +508,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError("--eval needs --resume CKPT, the weights to evaluate")
     if args.resume == "auto" and not args.output_dir:
         raise ConfigError("--resume auto looks into --output_dir, which is not given")
-    if args.resume and args.finetune:
+    if args.resume not in ("", "auto") and args.finetune:
         raise ConfigError(
-            "--resume goes on with a run, --finetune begins one from its weights; give one of them"
+            "--resume goes on with a run, --finetune begins one from its weights; give one of them, "
+            "or --resume auto, which begins from the latter until there is a checkpoint"
         )
     if args.sched == "plateau" and args.sched_on_updates:
         raise ConfigError("--sched plateau follows the evaluations; leave --sched-on-updates out")

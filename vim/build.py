@@ -8,10 +8,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import models_baseline  # noqa: F401  (registers its models with timm)
-import models_mamba  # noqa: F401  (registers its models with timm)
 import timm
 import torch
+from timm.models import is_model_in_modules
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import models_baseline  # noqa: F401  (registers its models with timm)
+import models_mamba  # noqa: F401  (registers its models with timm)
 from arguments import ConfigError
 from augment import build_mixup, size_of
 from checkpoint import load_weights, read_checkpoint
@@ -24,9 +28,6 @@ from mamba_ssm.ops import backend
 from optim import Schedule, build_optimizer, nearby, scaled_lr, whole_batch
 from precision import build_scaler
 from samplers import TrainSampler
-from timm.models import is_model_in_modules
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 # What not every timm model takes; where one does not, it is said and left out.
 OPTIONAL_ARGUMENTS = ("img_size", "drop_path_rate", "drop_rate")
@@ -161,6 +162,7 @@ def build_run(args, world: World, model: nn.Module, data: DataBundle, say=print)
         schedule=Schedule(args, optimizer, steps_per_epoch),
         scaler=build_scaler(args, world.device),
         sampler=sampler,
+        dataset=data.train,
         mixup=mixup,
         ema=build_ema(args, model),
     )

@@ -99,8 +99,8 @@ class ImageDataset(Dataset):
         self.seed = seed
         self.on_broken = on_broken
         self.max_bad_share = max_bad_share
-        # In shared memory, so that what a worker process finds is counted here.
-        self._broken = torch.zeros(len(source.labels), dtype=torch.bool).share_memory_()
+        # Which images could not be read. In shared memory, so that what a worker process finds is counted here.
+        self.replaced = torch.zeros(len(source.labels), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.source.labels)
@@ -121,8 +121,8 @@ class ImageDataset(Dataset):
 
     @property
     def num_replaced(self) -> int:
-        """Distinct unreadable images met so far by this process and its loader workers."""
-        return int(self._broken.sum())
+        """Distinct unreadable images met so far."""
+        return int(self.replaced.sum())
 
     def _readable(self, index: int) -> tuple[Image.Image, int]:
         for offset in range(len(self)):
@@ -139,9 +139,9 @@ class ImageDataset(Dataset):
         """Say a broken image once; raise if the policy or the share of broken ones says so."""
         if self.on_broken == "raise":
             raise DataError(f"{error}; mend or remove the file, or use --bad-image replace") from error
-        if self._broken[index]:
+        if self.replaced[index]:
             return
-        self._broken[index] = True
+        self.replaced[index] = True
         print(f"unreadable image replaced: {error}", file=sys.stderr, flush=True)
         if self.num_replaced > self.max_bad_share * len(self):
             raise DataError(
@@ -463,4 +463,13 @@ def build_loader(dataset: Dataset, sampler: Sampler, args, train: bool) -> DataL
         timeout=args.loader_timeout if workers else 0,
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # else each epoch would draw its workers' seeds from the global one
+        worker_init_fn=_own_process_group,
     )
+
+
+def _own_process_group(worker: int) -> None:
+    """Let signals to the training process's group, such as torchrun's, pass a loader's worker by.
+
+    It has to live on while the training process finishes its step and saves.
+    """
+    os.setpgid(0, 0)

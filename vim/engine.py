@@ -21,7 +21,7 @@ import faults
 from arguments import ConfigError
 from augment import CountedMixup
 from checkpoint import Checkpoint, CheckpointWriter, load_weights
-from datasets import DataBundle, build_loader
+from datasets import DataBundle, ImageDataset, build_loader
 from distributed import EXIT_DONE, EXIT_REQUEUE, StopSignal, World, any_rank, seed_step, sum_over_ranks, together
 from ema import WeightsEma
 from evaluation import Evaluation, evaluate_weights, in_words
@@ -95,6 +95,7 @@ class Run:
     schedule: Schedule
     scaler: torch.amp.GradScaler
     sampler: TrainSampler
+    dataset: ImageDataset
     mixup: CountedMixup | None = None
     ema: WeightsEma | None = None
     stop: StopSignal = field(default_factory=StopSignal)
@@ -272,6 +273,7 @@ def fit(run: Run, data: DataBundle, log: RunLog) -> int:
             if train_one_epoch(run, train_loader, log):
                 save(run)
                 return stopped(run, log)
+            share_replaced(run)
             results = assess(run, val_loader, data)
             best = record_epoch(run, results, data, log)
             progress.next_epoch()
@@ -284,6 +286,8 @@ def fit(run: Run, data: DataBundle, log: RunLog) -> int:
         f"done: {progress.step:,} steps, {progress.skipped} left out, "
         f"{data.train.num_replaced} images replaced; {in_words(results)}; best top-1 {progress.best:.2f} %"
     )
+    if incidents := log.incidents_in_words():
+        log.say(f"on the way: {incidents}; see incidents.txt")
     log.pictures(leading(results), data)
     return EXIT_DONE
 
@@ -292,7 +296,8 @@ def stopped(run: Run, log: RunLog) -> int:
     """The end of a run that was asked to stop: with its state on the disk, to be queued again."""
     settle(run)
     saved = "saved, --resume auto goes on" if run.args.output_dir else "not saved, no --output_dir"
-    log.say(f"stopped by {run.stop.received or 'another rank'} at {run.progress.position}; {saved}")
+    by = run.stop.received or "another rank"
+    log.incident("stopped", run.progress.step, f"stopped by {by} at {run.progress.position}; {saved}")
     return EXIT_REQUEUE
 
 
@@ -344,6 +349,7 @@ def record_epoch(run: Run, results: dict[str, Evaluation], data: DataBundle, log
 def save(run: Run, best: bool = False) -> None:
     """Begin to write a checkpoint of the run as it stands, in the published form plus `progress`."""
     args, progress = run.args, run.progress
+    share_replaced(run)
     if not (args.output_dir and run.world.is_main):
         return
     state = {
@@ -355,11 +361,19 @@ def save(run: Run, best: bool = False) -> None:
         "step": progress.step,
         "best_metric": progress.best,
         "progress": progress.state_dict(),
+        "replaced": run.dataset.replaced.nonzero()[:, 0],
         "args": args,
     }
     if run.ema is not None:
         state["model_ema"] = run.ema.state_dict()
     run.writer.store(args.output_dir, state, keep=args.keep_checkpoints, best=best)
+
+
+def share_replaced(run: Run) -> None:
+    """Let every rank know of all images that some rank could not read."""
+    if run.world.size > 1 and run.args.bad_image == "replace":
+        counts = sum_over_ranks(run.dataset.replaced.int().to(run.world.device))
+        run.dataset.replaced |= (counts > 0).cpu()
 
 
 def settle(run: Run) -> None:
@@ -409,6 +423,8 @@ def restore_progress(run: Run, checkpoint: Checkpoint) -> None:
     """Published files lack `progress`: they were written after an epoch, which all its steps precede."""
     if "progress" in checkpoint.extra:
         run.progress.load_state_dict(checkpoint.extra["progress"])
+        replaced = torch.as_tensor(checkpoint.extra.get("replaced", []), dtype=torch.int64)
+        run.dataset.replaced[replaced[replaced < len(run.dataset)]] = True
         return
     run.progress.epoch = run.args.start_epoch if checkpoint.epoch is None else checkpoint.epoch + 1
     run.progress.step = run.progress.epoch * run.steps_per_epoch

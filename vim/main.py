@@ -8,6 +8,7 @@ memory among them), 75 stopped by a signal and saved, to be queued again.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import distributed
 import failures
@@ -48,12 +49,12 @@ def execute(args, world: World) -> int:
         data = build_datasets(args)
         log.say(data.description)
         model = build_model(args, data.num_classes, log.say).to(world.device)
+        if args.finetune:
+            checkpoint = read_checkpoint(args.finetune, args.trust_checkpoint)
+            report = load_weights(model, checkpoint.weights(), "finetune", args.pos_embed_resize)
+            log.say(f"fine-tuning {checkpoint.path}: {report}")
     if args.eval:
         return evaluate_checkpoint(args, world, model, data, log)
-    if args.finetune:
-        checkpoint = read_checkpoint(args.finetune, args.trust_checkpoint)
-        report = load_weights(model, checkpoint.weights(), "finetune", args.pos_embed_resize)
-        log.say(f"fine-tuning {checkpoint.path}: {report}")
     run = build_run(args, world, model, data, log.say)
     log.say(describe(run, data))
     resume(run, log)
@@ -74,13 +75,22 @@ def resume(run: Run, log: RunLog) -> None:
     path = run.args.resume
     if path == "auto":
         with together():
-            path = latest_checkpoint(run.args.output_dir, on_rejected=log.say) if run.world.is_main else None
+            path = newest(run, log) if run.world.is_main else None
         path = distributed.from_main(path)
         if path is None:
             log.say(f"--resume auto: no checkpoint in {run.args.output_dir} yet, beginning")
     with together():
         if path:
-            log.say(f"resuming {restore(run, read_checkpoint(path, run.args.trust_checkpoint))}")
+            known = restore(run, read_checkpoint(path, run.args.trust_checkpoint))
+            restarts = f" (restart {count})" if (count := distributed.num_restarts()) else ""
+            log.incident("resumed", run.progress.step, f"resuming{restarts} {known}")
+
+
+def newest(run: Run, log: RunLog) -> Path | None:
+    """The newest whole checkpoint in --output_dir; the damaged ones are said."""
+    return latest_checkpoint(
+        run.args.output_dir, on_rejected=lambda reason: log.incident("fallback", run.progress.step, reason)
+    )
 
 
 def evaluate_checkpoint(args, world: World, model, data: DataBundle, log: RunLog) -> int:

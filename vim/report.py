@@ -1,7 +1,8 @@
 """What a run says and leaves behind: printed lines, log files, trackers and pictures.
 
 `log.txt` (one JSON object an epoch) and `metrics.csv` hold no times, so that a run that was stopped and
-resumed leaves the same bytes as one that was not; speeds go to the terminal and to the trackers.
+resumed leaves the same bytes as one that was not; speeds go to the terminal and to the trackers, and the stops
+themselves to `incidents.txt` (one JSON object each).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,9 @@ from tqdm import tqdm
 from arguments import ConfigError
 from datasets import DataBundle
 from evaluation import Evaluation
+
+# What `incidents.txt` counts, and how the last line of a run calls it.
+INCIDENTS = {"stopped": "stopped", "resumed": "resumed", "fallback": "damaged checkpoints passed over"}
 
 # More names than this on an axis cannot be read.
 MOST_NAMES = 40
@@ -139,9 +144,31 @@ class RunLog:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
+    def incident(self, kind: str, step: int, text: str) -> None:
+        """Say something that a smooth run would not, and add it to incidents.txt, which outlives the process."""
+        self.say(text)
+        if self.dir:
+            with open(self.dir / "incidents.txt", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"kind": kind, "step": step, "text": text}) + "\n")
+
+    def incidents(self) -> Counter:
+        """How often each of INCIDENTS happened to this run, in all of its processes."""
+        path = self.dir / "incidents.txt" if self.dir else None
+        if path is None or not path.exists():
+            return Counter()
+        return Counter(json.loads(line)["kind"] for line in path.read_text(encoding="utf-8").splitlines())
+
+    def incidents_in_words(self) -> str:
+        counts = self.incidents()
+        return ", ".join(f"{counts[kind]} x {words}" for kind, words in INCIDENTS.items() if counts[kind])
+
     def open(self, epoch: int, step: int) -> None:
         """Start the log files, or take them up at `epoch`: rows that a crash left after the checkpoint go."""
+        if self.dir and step == 0:
+            (self.dir / "incidents.txt").unlink(missing_ok=True)  # another run's
         self.trackers = build_trackers(self.args, self.dir, step)
+        counts = self.incidents()
+        self.trackers.log({f"incidents/{kind}": counts[kind] for kind in INCIDENTS}, step)
         if self.dir and epoch and (self.dir / "log.txt").exists():
             lines = (self.dir / "log.txt").read_text(encoding="utf-8").splitlines()
             self.rows = [row for row in map(json.loads, lines) if row["epoch"] < epoch]

@@ -12,6 +12,9 @@
 #   DRY_RUN=1    print the command instead of running it
 # Flags of the script are passed on to main.py and win over the recipe's.
 #
+# A run that was stopped goes on (--resume auto), so start the same script again. SIGUSR1, SIGTERM or SIGINT to
+# this process make it save first and exit with 75; a rank that dies restarts all of them, three times at most.
+#
 # The whole batch stays the published one on any number of GPUs: fewer GPUs accumulate gradients over more
 # passes (--accum-steps). The learning rate follows the whole batch, so it does not change either.
 
@@ -90,7 +93,7 @@ split_batch() {
         fail "$ranks GPUs x BATCH=$BATCH do not divide the recipe's whole batch of $whole; choose other GPUS or BATCH."
 }
 
-# launch WHOLE_BATCH BATCH_PER_GPU FLAG...: runs main.py under torchrun.
+# launch WHOLE_BATCH BATCH_PER_GPU FLAG...: runs main.py under torchrun, through launch.py.
 launch() {
     local whole=$1 per_gpu=$2
     shift 2
@@ -102,8 +105,8 @@ launch() {
         rendezvous=(--nnodes "$NNODES" --node_rank "$NODE_RANK"
             --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
     fi
-    local command=("$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node "$GPUS"
-        "$VIM_DIR/main.py" --data-path "$DATA_PATH" --output_dir "$OUTPUT_DIR"
+    local command=("$PYTHON" "$VIM_DIR/launch.py" "${rendezvous[@]}" --nproc_per_node "$GPUS"
+        "$VIM_DIR/main.py" --data-path "$DATA_PATH" --output_dir "$OUTPUT_DIR" --resume auto
         --batch-size "$BATCH" --accum-steps "$ACCUM_STEPS" "$@")
     if [[ ${DRY_RUN:-0} == 1 ]]; then
         printf '%q ' "${command[@]}"

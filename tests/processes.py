@@ -1,0 +1,107 @@
+"""Runs of the program in processes of their own, one or several ranks over gloo, for tests that kill them.
+
+A fork server imports the program once; a run then starts within a fraction of a second.
+"""
+
+import argparse
+import hashlib
+import multiprocessing
+import os
+import shlex
+import sys
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import tiny  # noqa: F401  (registers the tests' model)
+from checkpoint import read_checkpoint
+
+QUICK = (
+    "--device cpu --model vim_two_blocks --input-size 8 --batch-size 128 --num_workers 0 --epochs 2 --warmup-epochs 1 "
+    "--lr 4e-3 --drop-path 0.2 --model-ema-decay 0.9 --report-to tensorboard --log-every 1"
+)
+STEPS = 11  # of an epoch, with 1,437 digits in batches of 128 images
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["processes", "main"])
+
+
+def start(flags: str, out: Path, rank: int = 0, size: int = 1, **environment: str):
+    """Begin `main.py FLAGS` in a new process; what it prints goes to the file `out`."""
+    if size > 1:
+        meeting = out.with_name(f"{out.name.rpartition('.')[0]}.meeting")
+        flags = f"--dist_url file://{meeting} {flags}"
+        environment |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    process = CONTEXT.Process(target=_main, args=(shlex.split(flags), out, environment))
+    process.start()
+    return process
+
+
+def start_ranks(flags: str, out: Path, size: int = 2, **environment: str) -> list:
+    """`start` for every rank; rank R prints to `out`.R and they meet in a file that must not be there yet."""
+    out.with_name(f"{out.name}.meeting").unlink(missing_ok=True)
+    return [start(flags, out.with_name(f"{out.name}.{rank}"), rank, size, **environment) for rank in range(size)]
+
+
+def end(processes: list, seconds: float = 120) -> list[int]:
+    """Wait for processes; their exit codes, minus the signal's number where one killed them."""
+    try:
+        for process in processes:
+            process.join(seconds)
+            assert not process.is_alive(), f"still running after {seconds} seconds"
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+
+
+def _main(flags: list[str], out: Path, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    from main import main
+
+    try:
+        code = main(flags)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@contextmanager
+def fault(text: str):
+    """The test-only switch of vim/faults.py, for a run inside this process."""
+    with mock.patch.dict(os.environ, VIM_FAULT=text):
+        yield
+
+
+def pieces(folder: Path, name: str = "checkpoint.pth") -> dict[str, str]:
+    """SHA-256 of each piece of a run that must be equal bit for bit: all tensors, counters and log rows."""
+    found = read_checkpoint(folder / name)
+    named = {piece: getattr(found, piece) for piece in ("model", "model_ema", "optimizer", "lr_scheduler", "scaler")}
+    named |= {"best": found.best_metric, "progress": found.extra["progress"], "replaced": found.extra["replaced"]}
+    named |= {log: (folder / log).read_text() for log in ("log.txt", "metrics.csv")}
+    return {piece: hashlib.sha256(b"".join(_bytes(value))).hexdigest() for piece, value in named.items()}
+
+
+def _bytes(value):
+    if isinstance(value, torch.Tensor):
+        yield f"{value.dtype}{tuple(value.shape)}".encode()
+        yield value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield repr(key).encode()
+            yield from _bytes(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _bytes(item)
+    elif not isinstance(value, argparse.Namespace):
+        yield repr(value).encode()

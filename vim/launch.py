@@ -1,0 +1,54 @@
+"""torchrun for long runs: signals reach the ranks, and the program's exit code comes back.
+
+    python launch.py --standalone --nproc_per_node 8 main.py --output_dir run --resume auto ...
+
+takes torchrun's flags and adds what a run that may be stopped needs: SIGUSR1, SIGTERM and SIGINT are passed to
+the ranks, which finish their step and save; a rank that dies restarts all of them (`--max-restarts`, here 3
+unless given); and the exit code is main.py's own (see there), where torchrun knows only 0 and 1. An end that
+a restart cannot mend, such as a wrong folder, is not restarted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig
+
+from distributed import EXIT_CODE_FILE, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE
+
+# What ranks may take to finish a step, or an evaluation, and save; then they are killed.
+SHUTDOWN_SECONDS = 600
+
+
+def defaults() -> list[str]:
+    """Flags of torchrun that come before the user's. torch 2.11 lacks the second and waits 30 seconds."""
+    flags = ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--max-restarts=3"]
+    if "shutdown_timeout" in {field.name for field in dataclasses.fields(LaunchConfig)}:
+        flags.append(f"--shutdown-timeout={SHUTDOWN_SECONDS}")
+    return flags
+
+
+def launch(argv: list[str]) -> int:
+    """Run torchrun with its own flags; returns the exit code of what it ran."""
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "exit-code"
+        os.environ[EXIT_CODE_FILE] = str(told)
+        try:
+            torchrun.run(torchrun.parse_args([*defaults(), *argv]))
+            code = EXIT_DONE
+        except ChildFailedError:
+            code = EXIT_FAILED
+        except SignalException:
+            code = EXIT_REQUEUE  # also where a rank was too slow to save: it goes on from its last checkpoint
+        return int(told.read_text()) if told.exists() else code
+
+
+if __name__ == "__main__":
+    sys.exit(launch(sys.argv[1:]))
