@@ -1,11 +1,14 @@
 // The bidirectional mixer between its two projections: convolution, x_proj, time step, scan, gate, in both
-// directions, from xz (B, L, 2 D) to y (B, L, D), and its gradients.
+// directions, from xz (B, L, 2 D) to y (B, L, D).
 //
-// Lanes are channels. Time is cut into tiles of TILE tokens. Phase "project" computes, per tile, both
-// convolutions and x_proj of their outputs: nothing but the R + 2 N projected numbers per token is kept. Phase
-// "scan" recomputes the convolution of one vector of channels (cheaper than memory traffic), then time step and
-// states; the second direction's scan adds the first one's output, gates and stores. The second direction runs
-// the same code with rows in descending order; its filter taps are packed in reversed order.
+// Lanes are channels. Time is cut into tiles of TILE tokens; of a tile, the convolved x of all channels stays in
+// the second-level cache while x_proj, the time steps and the states are computed from it. The second direction
+// runs the same code with rows in descending order; its filter taps are packed in reversed order. Of the two
+// directions' scans, the one that comes to a tile second adds the other's output, gates and stores.
+//
+// Three ways to keep the threads busy, by batch size: whole batch items; batch items times directions, which meet
+// in the middle of the sequence; and channels in groups, where x_proj is a phase of its own and the convolution is
+// computed twice, which is cheaper than to write it to memory and read it again.
 #pragma once
 
 #include <omp.h>
@@ -121,43 +124,6 @@ void pack_direction(const BimambaShape& s, const Direction<const float>& d, Pack
     }
 }
 
-// Rows [from, to) of one vector of channels, zeros outside the sequence. rows: row 0 of the sequence.
-template <class T>
-INLINE void load_window(const T* rows, int64_t step, int64_t from, int64_t to, int64_t length, int lanes, float* out) {
-    for (int64_t t = from; t < to; ++t, out += VL)
-        store(out, t < 0 || t >= length ? vf{} : load(rows + t * step, lanes));
-}
-
-INLINE vf convolve(const VectorParameters& p, int64_t width, const float* window) {
-    vf sum = load(p.conv_bias);
-    for (int64_t k = 0; k < width; ++k) sum = fma(load(p.conv + k * VL), load(window + k * VL), sum);
-    return sum;
-}
-
-// raw[t] = dt_bias + W_dt row[t], four tokens at a time so that a weight is loaded once for them.
-void project_time_step(const VectorParameters& p, const BimambaShape& s, int tokens, const float* rows, float* raw) {
-    int t = 0;
-    for (; t + 4 <= tokens; t += 4) {
-        vf sum[4];
-        UNROLL for (int i = 0; i < 4; ++i) sum[i] = load(p.dt_bias);
-        for (int64_t r = 0; r < s.rank; ++r) {
-            vf w = load(p.dt + r * VL);
-            UNROLL for (int i = 0; i < 4; ++i) sum[i] = fma(set1(rows[(t + i) * s.row + r]), w, sum[i]);
-        }
-        UNROLL for (int i = 0; i < 4; ++i) store(raw + (t + i) * VL, sum[i]);
-    }
-    for (; t < tokens; ++t) {
-        vf sum = load(p.dt_bias);
-        for (int64_t r = 0; r < s.rank; ++r) sum = fma(set1(rows[t * s.row + r]), load(p.dt + r * VL), sum);
-        store(raw + t * VL, sum);
-    }
-}
-
-INLINE void prefetch_rows(const void* first, int64_t step_bytes, int rows) {
-    const char* p = (const char*)first;
-    for (int t = 0; t < rows; ++t, p += step_bytes) __builtin_prefetch(p);
-}
-
 // Everything a forward or backward call shares between its threads.
 template <class T> struct Bimamba {
     const BimambaArguments& a;
@@ -176,171 +142,235 @@ template <class T> struct Bimamba {
     float* saved_sum(int64_t b) const {
         return a.saved + 2 * s.batch * (s.saved_states() + s.saved_rows()) + b * s.length * s.padded;
     }
-    // First row of the window that the filter reaches from a tile's first token.
-    int64_t reach(int dir) const { return dir == 0 ? 1 - s.width : 0; }
+    // The rows that the filter's taps see at token t, null outside the sequence. Direction 1 looks ahead.
+    INLINE void taps(int64_t b, int dir, int64_t t, const T** rows) const {
+        for (int64_t k = 0; k < s.width; ++k) {
+            const int64_t at = t + k + (dir == 0 ? 1 - s.width : 0);
+            rows[k] = at < 0 || at >= s.length ? nullptr : x_rows(b, 0) + at * a.xz_token;
+        }
+    }
 
-    // Both convolutions of a tile and x_proj of them. tile_x: scratch (2, TILE, padded).
-    void project_tile(int64_t b, int64_t tile, float* const rows[2], float* tile_x) const {
+    // Convolution before its SiLU of one token and vector.
+    template <int WIDTH> INLINE vf convolve(const VectorParameters& p, const T* const* rows, int64_t v) const {
+        vf sum = load(p.conv_bias);
+        UNROLL for (int k = 0; k < WIDTH; ++k)
+            if (rows[k]) sum = fma(load(p.conv + k * VL), load(rows[k] + v * VL, s.lanes(v)), sum);
+        return sum;
+    }
+
+    // Convolved x of a tile's vectors [first, last) into tile_x (TILE, padded), and with `slope` the derivative of its
+    // SiLU. The gate z and the other arrays' rows that the scan will touch are brought closer on the way.
+    template <int WIDTH>
+    void convolve_tile(int64_t b, int dir, int64_t tile, int64_t first, int64_t last, float* tile_x, float* slope,
+                       const float* sum, int64_t sum_step) const {
         const int n = s.tokens(tile);
-        const int64_t t0 = tile * TILE;
-        float window[(TILE + 2 * 8) * VL];
-        for (int64_t v = 0; v < s.vectors; ++v) {
-            load_window(x_rows(b, v), a.xz_token, t0 + 1 - s.width, t0 + n + s.width - 1, s.length, s.lanes(v),
-                        window);
-            for (int dir = 0; dir < 2; ++dir) {
-                VectorParameters p(packed[dir].vectors, s, v);
-                const float* from = window + (dir == 0 ? 0 : s.width - 1) * VL;
-                float* to = tile_x + dir * TILE * s.padded + v * VL;
-                for (int t = 0; t < n; ++t) store(to + t * s.padded, silu(convolve(p, s.width, from + t * VL)));
+        const T* rows[WIDTH];
+        for (int t = 0; t < n; ++t) {
+            taps(b, dir, tile * TILE + t, rows);
+            const T* z = z_rows(b, 0) + (tile * TILE + t) * a.xz_token;
+            const float* total = sum + (tile * TILE + t) * sum_step;
+            for (int64_t v = first; v < last; ++v) {
+                __builtin_prefetch(z + v * VL);
+                __builtin_prefetch(total + v * VL, 1);
+                vf raw = convolve<WIDTH>(VectorParameters(packed[dir].vectors, s, v), rows, v), sig = sigmoid(raw);
+                store(tile_x + t * s.padded + v * VL, raw * sig);
+                if (slope) store(slope + t * s.padded + v * VL, silu_slope(raw, sig));
             }
         }
-        for (int dir = 0; dir < 2; ++dir) {
-            float* out = rows[dir] + t0 * s.row;
-            memset(out, 0, n * s.row * sizeof(float));
-            gemm_add(n, s.row, s.padded, tile_x + dir * TILE * s.padded, s.padded, 1, packed[dir].x_proj_in, s.row, out,
-                     s.row);
-        }
+    }
+
+    void convolve_any(int64_t b, int dir, int64_t tile, int64_t first, int64_t last, float* tile_x, float* slope,
+                      const float* sum, int64_t sum_step) const {
+        auto convolve = s.width == 4   ? &Bimamba::convolve_tile<4>
+                        : s.width == 3 ? &Bimamba::convolve_tile<3>
+                        : s.width == 2 ? &Bimamba::convolve_tile<2>
+                                       : &Bimamba::convolve_tile<1>;
+        (this->*convolve)(b, dir, tile, first, last, tile_x, slope, sum, sum_step);
+    }
+
+    // rows (tokens, row) <- x_proj of a tile's convolved x.
+    void project(int dir, int tokens, const float* tile_x, float* rows) const {
+        memset(rows, 0, tokens * s.row * sizeof(float));
+        gemm_add(tokens, s.row, s.padded, tile_x, s.padded, 1, packed[dir].x_proj_in, s.row, rows, s.row);
     }
 
     struct Tile {
-        alignas(64) float window[(TILE + 8) * VL], x[TILE * VL], d[TILE * VL], dx[TILE * VL], y[TILE * VL];
+        alignas(64) float d[TILE * VL], dx[TILE * VL], y[TILE * VL];
     };
 
-    // Convolved x, time step d (in units of ln 2) and d * x of a tile for one vector of channels.
-    INLINE void prepare(int64_t b, int dir, int64_t tile, int64_t v, const float* rows, Tile& out) const {
-        const int n = s.tokens(tile);
-        const int64_t t0 = tile * TILE, from = t0 + reach(dir);
-        VectorParameters p(packed[dir].vectors, s, v);
-        load_window(x_rows(b, v), a.xz_token, from, from + n + s.width - 1, s.length, s.lanes(v), out.window);
-        project_time_step(p, s, n, rows + t0 * s.row, out.d);
-        for (int t = 0; t < n; ++t) {
-            vf x = silu(convolve(p, s.width, out.window + t * VL));
-            vf d = softplus_log2(load(out.d + t * VL));
-            store(out.x + t * VL, x);
-            store(out.d + t * VL, d);
-            store(out.dx + t * VL, d * LN2 * x);
-        }
-    }
-
-    // What the next vector (or the next tile's first one) will read, brought closer while this one computes.
-    INLINE void prefetch(int64_t b, int dir, int64_t tile, int64_t v, int64_t first, int64_t last, const float* sum,
-                         int64_t sum_step) const {
-        if (++v == last) v = first, tile += dir == 0 ? 1 : -1;
-        if (tile < 0 || tile >= s.tiles) return;
-        const int n = s.tokens(tile);
-        const int64_t t0 = tile * TILE;
-        prefetch_rows(x_rows(b, v) + t0 * a.xz_token, a.xz_token * sizeof(T), n);
-        if (dir == 0) return;
-        prefetch_rows(z_rows(b, v) + t0 * a.xz_token, a.xz_token * sizeof(T), n);
-        prefetch_rows(sum + t0 * sum_step + v * VL, sum_step * sizeof(float), n);
-    }
-
-    // One direction's scan over vectors [first, last) of a batch item. sum: (L, sum_step) float32, written by
-    // direction 0 and completed by direction 1, which also writes y. state: scratch, state_floats.
-    void scan(int64_t b, int dir, int64_t first, int64_t last, const float* rows, float* sum, int64_t sum_step,
-              float* state) const {
-        const int64_t sign = dir == 0 ? 1 : -1, per_vector = s.padded_states * VL;
-        memset(state + first * per_vector, 0, (last - first) * per_vector * sizeof(float));
-        Tile tile;
-        for (int64_t i = 0; i < s.tiles; ++i) {
-            const int64_t index = dir == 0 ? i : s.tiles - 1 - i, t0 = index * TILE;
-            const int n = s.tokens(index), start = dir == 0 ? 0 : n - 1;
-            const float* row = rows + (t0 + start) * s.row;
-            for (int64_t v = first; v < last; ++v) {
-                prefetch(b, dir, index, v, first, last, sum, sum_step);
-                prepare(b, dir, index, v, rows, tile);
-                VectorParameters p(packed[dir].vectors, s, v);
-                float* h = state + v * per_vector;
-                if (a.saved)
-                    memcpy(saved_states(b, dir) + index * s.state_floats() + v * per_vector, h,
-                           per_vector * sizeof(float));
-                scan_tile<true>(s.padded_states, n, tile.d + start * VL, tile.dx + start * VL, sign * VL,
-                                {row + s.B_at, sign * s.row, false}, {row + s.C_at, sign * s.row, false}, p.A, h,
-                                tile.y + start * VL);
-                if (dir == 0)
-                    put_sum(v, n, tile, p, sum + t0 * sum_step + v * VL, sum_step);
-                else
-                    put_output(b, v, t0, n, tile, p, sum + t0 * sum_step + v * VL, sum_step);
+    // Time step d (in units of ln 2) and d * x of a tile for one vector: rows, x start at its first token. Four
+    // tokens at a time, so that a weight is loaded once for them. With SLOPE also the softplus' derivative.
+    template <bool SLOPE>
+    INLINE void time_steps(const VectorParameters& p, int tokens, const float* rows, const float* x, float* d,
+                           float* dx, float* slope) const {
+        for (int t = 0; t < tokens; t += 4) {
+            const int last = tokens - 1 - t;  // a short block computes its last token again
+            const float* row[4];
+            vf raw[4];
+            UNROLL for (int i = 0; i < 4; ++i) {
+                row[i] = rows + (t + smaller(i, last)) * s.row;
+                raw[i] = load(p.dt_bias);
+            }
+            for (int64_t r = 0; r < s.rank; ++r) {
+                vf w = load(p.dt + r * VL);
+                UNROLL for (int i = 0; i < 4; ++i) raw[i] = fma(set1(row[i][r]), w, raw[i]);
+            }
+            UNROLL for (int i = 0; i < 4; ++i) {
+                const int at = (t + smaller(i, last)) * VL;
+                vf e = exp_minus(vabs(raw[i])), step = softplus_log2(raw[i], e);
+                store(d + at, step);
+                store(dx + at, step * LN2 * load(x + (t + smaller(i, last)) * s.padded));
+                if (SLOPE) store(slope + at, softplus_slope(raw[i], e));
             }
         }
     }
 
-    INLINE void put_sum(int64_t v, int n, const Tile& tile, const VectorParameters& p, float* sum,
-                        int64_t sum_step) const {
-        const int lanes = sum_step == s.padded ? VL : s.lanes(v);
-        const vf D = load(p.D);
-        for (int t = 0; t < n; ++t)
-            store(sum + t * sum_step, fma(D, load(tile.x + t * VL), load(tile.y + t * VL)), lanes);
+    // A direction's scan of a tile over vectors [first, last). rows: the tile's projected rows; sum: row 0 of the
+    // sequence; `second`: sum holds the other direction's output, so complete it and write y.
+    void scan(int64_t b, int dir, int64_t tile, int64_t first, int64_t last, const float* rows, const float* tile_x,
+              float* state, float* sum, int64_t sum_step, bool second) const {
+        const int n = s.tokens(tile), start = dir == 0 ? 0 : n - 1;
+        const int64_t sign = dir == 0 ? 1 : -1, t0 = tile * TILE, per_vector = s.padded_states * VL;
+        const float* row = rows + start * s.row;
+        Tile work;
+        for (int64_t v = first; v < last; ++v) {
+            VectorParameters p(packed[dir].vectors, s, v);
+            const float* x = tile_x + v * VL;
+            float *h = state + v * per_vector, *total = sum + t0 * sum_step + v * VL;
+            time_steps<false>(p, n, rows, x, work.d, work.dx, nullptr);
+            if (a.saved)
+                memcpy(saved_states(b, dir) + tile * s.state_floats() + v * per_vector, h, per_vector * sizeof(float));
+            scan_tile<true>(s.padded_states, n, work.d + start * VL, work.dx + start * VL, sign * VL,
+                            {row + s.B_at, sign * s.row, false}, {row + s.C_at, sign * s.row, false}, p.A, h,
+                            work.y + start * VL);
+            const vf D = load(p.D);
+            for (int t = 0; t < n; ++t)
+                store(work.y + t * VL, fma(D, load(x + t * s.padded), load(work.y + t * VL)));
+            second ? put_output(b, v, t0, n, work.y, total, sum_step) : put_sum(v, n, work.y, total, sum_step);
+        }
     }
 
-    INLINE void put_output(int64_t b, int64_t v, int64_t t0, int n, const Tile& tile, const VectorParameters& p,
-                           float* sum, int64_t sum_step) const {
+    INLINE void put_sum(int64_t v, int n, const float* y, float* sum, int64_t sum_step) const {
+        const int lanes = sum_step == s.padded ? VL : s.lanes(v);
+        for (int t = 0; t < n; ++t) store(sum + t * sum_step, load(y + t * VL), lanes);
+    }
+
+    INLINE void put_output(int64_t b, int64_t v, int64_t t0, int n, const float* y, float* sum,
+                           int64_t sum_step) const {
         const int lanes = s.lanes(v), sum_lanes = sum_step == s.padded ? VL : lanes;
-        const vf D = load(p.D), scale = set1((float)a.scale);
+        const vf scale = set1((float)a.scale);
         const T* z = z_rows(b, v) + t0 * a.xz_token;
-        T* y = y_rows(b, v) + t0 * s.channels;
+        T* out = y_rows(b, v) + t0 * s.channels;
         for (int t = 0; t < n; ++t) {
-            vf total = fma(D, load(tile.x + t * VL), load(tile.y + t * VL)) + load(sum + t * sum_step, sum_lanes);
+            vf total = load(y + t * VL) + load(sum + t * sum_step, sum_lanes);
             if (a.saved) store(sum + t * sum_step, total, sum_lanes);
-            store(y + t * s.channels, total * scale * silu(load(z + t * a.xz_token, lanes)), lanes);
+            store(out + t * s.channels, total * scale * silu(load(z + t * a.xz_token, lanes)), lanes);
+        }
+    }
+};
+
+// How a call is dealt out: whole batch items, items times directions, or groups of channels.
+enum class Split { ITEMS, DIRECTIONS, CHANNELS };
+
+inline Split choose_split(const BimambaShape& s, int64_t threads, int64_t* groups) {
+    *groups = channel_groups(s.batch, s.vectors, threads);
+    if (*groups == 1) return Split::ITEMS;
+    if (channel_groups(2 * s.batch, s.vectors, threads) == 1) return *groups = 1, Split::DIRECTIONS;
+    return Split::CHANNELS;
+}
+
+template <class T> struct BimambaForward : Bimamba<T> {
+    using Bimamba<T>::a;
+    using Bimamba<T>::s;
+    explicit BimambaForward(const BimambaArguments& arguments) : Bimamba<T>(arguments) {}
+
+    float *rows = nullptr, *sums = nullptr, *tile_x = nullptr, *states = nullptr;
+    bool sum_in_y = false;
+
+    float* sum_of(int64_t b) const {
+        return a.saved ? this->saved_sum(b) : sum_in_y ? (float*)this->y_rows(b, 0) : sums + b * s.length * s.padded;
+    }
+    int64_t sum_step() const { return sum_in_y ? s.channels : s.padded; }
+    float* rows_of(int64_t b, int dir) const {
+        return a.saved ? this->saved_rows(b, dir) : rows + (2 * b + dir) * s.saved_rows();
+    }
+
+    // Steps [from, to) of a direction's tiles, in its order of time, everything fused.
+    void run_direction(int64_t b, int dir, int64_t from, int64_t to, float* state, float* x, bool second) const {
+        if (from == 0) memset(state, 0, s.state_floats() * sizeof(float));
+        for (int64_t i = from; i < to; ++i) {
+            const int64_t tile = dir == 0 ? i : s.tiles - 1 - i;
+            float* tile_rows = rows_of(b, dir) + tile * TILE * s.row;
+            this->convolve_any(b, dir, tile, 0, s.vectors, x, nullptr, sum_of(b), sum_step());
+            this->project(dir, s.tokens(tile), x, tile_rows);
+            this->scan(b, dir, tile, 0, s.vectors, tile_rows, x, state, sum_of(b), sum_step(), second);
+        }
+    }
+
+    // All of a direction for one group of channels, from projected rows.
+    void run_group(int64_t b, int dir, int64_t first, int64_t last, float* state, float* x) const {
+        memset(state, 0, s.state_floats() * sizeof(float));
+        for (int64_t i = 0; i < s.tiles; ++i) {
+            const int64_t tile = dir == 0 ? i : s.tiles - 1 - i;
+            this->convolve_any(b, dir, tile, first, last, x, nullptr, sum_of(b), sum_step());
+            this->scan(b, dir, tile, first, last, rows_of(b, dir) + tile * TILE * s.row, x, state, sum_of(b),
+                       sum_step(), dir == 1);
         }
     }
 };
 
 template <class T> int bimamba_forward(const BimambaArguments& a) {
-    Bimamba<T> op(a);
+    BimambaForward<T> op(a);
     const BimambaShape& s = op.s;
-    const int64_t threads = larger<int64_t>(1, a.threads), groups = channel_groups(s.batch, s.vectors, threads);
-    const bool whole = groups == 1;  // a thread does whole batch items, else phases are shared
-    const int64_t kept = a.saved ? 0 : whole ? threads : s.batch;
-    const bool sum_in_y = !a.saved && sizeof(T) == sizeof(float);
+    const int64_t threads = larger<int64_t>(1, a.threads);
+    int64_t groups;
+    const Split split = choose_split(s, threads, &groups);
+    const int64_t state_count = split == Split::DIRECTIONS ? 2 * s.batch : threads;
+    op.sum_in_y = !a.saved && sizeof(T) == sizeof(float);
 
     Arena arena;
-    float *rows = nullptr, *sums = nullptr, *tile_x = nullptr, *state = nullptr;
     for (int pass = 0; pass < 2; ++pass) {
         arena.used = 0;
         for (int dir = 0; dir < 2; ++dir) take_packed(arena, s, op.packed[dir], false);
-        rows = arena.take(kept * 2 * s.saved_rows());
-        sums = arena.take(sum_in_y ? 0 : kept * s.length * s.padded);
-        tile_x = arena.take(threads * 2 * TILE * s.padded);
-        state = arena.take(threads * s.state_floats());
+        op.rows = arena.take(a.saved ? 0 : s.batch * 2 * s.saved_rows());
+        op.sums = arena.take(a.saved || op.sum_in_y ? 0 : s.batch * s.length * s.padded);
+        op.tile_x = arena.take(threads * TILE * s.padded);
+        op.states = arena.take(state_count * s.state_floats());
         if (pass == 0 && !(arena.base = mamba_ssm_workspace(arena.used))) return 1;
     }
     for (int dir = 0; dir < 2; ++dir) pack_direction(s, a.parameters[dir], op.packed[dir], dir == 1);
 
-    auto rows_of = [&](int64_t b, int64_t slot, int dir) {
-        return a.saved ? op.saved_rows(b, dir) : rows + (2 * (whole ? slot : b) + dir) * s.saved_rows();
-    };
-    auto scan_unit = [&](int64_t b, int64_t slot, int64_t first, int64_t last) {
-        float* sum = a.saved    ? op.saved_sum(b)
-                     : sum_in_y ? (float*)op.y_rows(b, 0)
-                                : sums + (whole ? slot : b) * s.length * s.padded;
-        for (int dir = 0; dir < 2; ++dir)
-            op.scan(b, dir, first, last, rows_of(b, slot, dir), sum, sum_in_y ? s.channels : s.padded,
-                    state + slot * s.state_floats());
-    };
 #pragma omp parallel num_threads((int)threads)
     {
         const int64_t slot = omp_get_thread_num();
-        float* my_tile_x = tile_x + slot * 2 * TILE * s.padded;
-        if (whole) {
+        float *x = op.tile_x + slot * TILE * s.padded, *state = op.states + slot * s.state_floats();
+        if (split == Split::ITEMS) {
 #pragma omp for schedule(static)
-            for (int64_t b = 0; b < s.batch; ++b) {
-                float* const both[2] = {rows_of(b, slot, 0), rows_of(b, slot, 1)};
-                for (int64_t tile = 0; tile < s.tiles; ++tile) op.project_tile(b, tile, both, my_tile_x);
-                scan_unit(b, slot, 0, s.vectors);
+            for (int64_t b = 0; b < s.batch; ++b)
+                for (int dir = 0; dir < 2; ++dir) op.run_direction(b, dir, 0, s.tiles, state, x, dir == 1);
+        } else if (split == Split::DIRECTIONS) {
+            // Direction 0 does the first half of its tiles while direction 1 does the rest of them, then they swap.
+            for (int half = 0; half < 2; ++half) {
+#pragma omp for schedule(static)
+                for (int64_t i = 0; i < 2 * s.batch; ++i) {
+                    const int64_t middle = i % 2 ? s.tiles - s.tiles / 2 : s.tiles / 2;
+                    op.run_direction(i / 2, (int)(i % 2), half ? middle : 0, half ? s.tiles : middle,
+                                     op.states + i * s.state_floats(), x, half == 1);
+                }
             }
         } else {
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < s.batch * s.tiles; ++i) {
-                float* const both[2] = {rows_of(i / s.tiles, slot, 0), rows_of(i / s.tiles, slot, 1)};
-                op.project_tile(i / s.tiles, i % s.tiles, both, my_tile_x);
+            for (int64_t i = 0; i < 2 * s.batch * s.tiles; ++i) {
+                const int64_t b = i / (2 * s.tiles), tile = i % s.tiles;
+                const int dir = (int)(i / s.tiles % 2);
+                op.convolve_any(b, dir, tile, 0, s.vectors, x, nullptr, op.sum_of(b), op.sum_step());
+                op.project(dir, s.tokens(tile), x, op.rows_of(b, dir) + tile * TILE * s.row);
             }
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < s.batch * groups; ++i) {
-                int64_t g = i % groups;
-                scan_unit(i / groups, slot, g * s.vectors / groups, (g + 1) * s.vectors / groups);
-            }
+            for (int64_t i = 0; i < s.batch * groups; ++i)
+                for (int dir = 0; dir < 2; ++dir)
+                    op.run_group(i / groups, dir, i % groups * s.vectors / groups, (i % groups + 1) * s.vectors / groups,
+                                 state, x);
         }
     }
     return 0;

@@ -164,20 +164,41 @@ INLINE vf exp2_of_product(vf d, vf a) {
     return scale_by_power(p, n);
 }
 
-// exp(-x) for |x| <= 87, and beyond that the value there: all that a float32 sigmoid can tell apart.
-INLINE vf exp_minus(vf x) { return exp2_of_product(vmax(set1(-87.f), vmin(set1(87.f), x)), set1(-LOG2E)); }
+// x, or the number of magnitude 87 with its sign: beyond it a float32 sigmoid no longer changes.
+INLINE vf clamp_exponent(vf x) {
+#if SIMD_AVX512
+    return (vf)_mm512_range_ps((__m512)x, (__m512)set1(87.f), 2);  // the lesser magnitude, with the first's sign
+#else
+    return vmax(set1(-87.f), vmin(set1(87.f), x));
+#endif
+}
 
-INLINE vf sigmoid(vf x) { return 1.f / (1.f + exp_minus(x)); }
+INLINE vf exp_minus(vf x) { return exp2_of_product(clamp_exponent(x), set1(-LOG2E)); }
 
-INLINE vf silu(vf x) { return x / (1.f + exp_minus(x)); }
+// 1 / d to about one unit in the last place: the processor's estimate and a Newton step, a fifth of a division.
+INLINE vf reciprocal(vf d) {
+#if SIMD_AVX512
+    vf r = (vf)_mm512_rcp14_ps((__m512)d);
+#elif SIMD_AVX2
+    vf r = (vf)_mm256_rcp_ps((__m256)d);
+#else
+    return 1.f / d;
+#endif
+#if SIMD_AVX512 || SIMD_AVX2
+    return fma(r, fma(-d, r, set1(1.f)), r);
+#endif
+}
+
+INLINE vf sigmoid(vf x) { return reciprocal(1.f + exp_minus(x)); }
+
+INLINE vf silu(vf x) { return x * sigmoid(x); }
 
 // d silu(x) / dx, given s = sigmoid(x).
 INLINE vf silu_slope(vf x, vf s) { return s * fma(x, 1.f - s, set1(1.f)); }
 
 // log2(1 + 2^(x log2 e)): softplus in units of ln 2. max(x, 0) + log1p(exp(-|x|)), where log1p(e) = e q(e) with
-// q the minimax fit on [0, 1] (2e-7), keeps the relative accuracy of small results.
-INLINE vf softplus_log2(vf x) {
-    vf e = exp_minus(vabs(x));
+// q the minimax fit on [0, 1] (2e-7), keeps the relative accuracy of small results. e = exp(-|x|).
+INLINE vf softplus_log2(vf x, vf e) {
     vf q = fma(e, set1(-0.012319466099143028f), set1(0.06360787153244019f));
     q = fma(q, e, set1(-0.15535186231136322f));
     q = fma(q, e, set1(0.2560097277164459f));
@@ -186,6 +207,14 @@ INLINE vf softplus_log2(vf x) {
     q = fma(q, e, set1(-0.7213100790977478f));
     q = fma(q, e, set1(1.4426947832107544f));
     return fma(e, q, vmax(set1(0.f), x) * LOG2E);
+}
+
+INLINE vf softplus_log2(vf x) { return softplus_log2(x, exp_minus(vabs(x))); }
+
+// The derivative of softplus(x), a sigmoid, from e = exp(-|x|).
+INLINE vf softplus_slope(vf x, vf e) {
+    vf s = reciprocal(1.f + e);
+    return x < 0.f ? e * s : s;
 }
 
 // Sixteen-by-sixteen (VL by VL) transposition in registers: VL rows in, VL columns out.

@@ -19,7 +19,7 @@ from torch import Tensor
 ISA_VARIABLE = "MAMBA_SSM_CPU_ISA"
 ISAS = ("avx512", "avx2", "portable")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-MAX_WIDTH, MAX_STATES = 8, 256
+MAX_WIDTH, MAX_STATES = 4, 256
 _LIBRARY_STEM = "_cpu_kernels"
 
 
