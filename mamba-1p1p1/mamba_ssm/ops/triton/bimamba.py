@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ssm.ops.triton.common import ceil_div, dot_precision, int64, options, sigmoid
+from mamba_ssm.ops.triton.common import ceil_div, dot_precision, int64, interpreted, options, sigmoid
 from mamba_ssm.ops.triton.selective_scan import ScanInputs, _either, scan_backward, scan_forward, states_shape
 
-TOKENS = 64  # of a program of the convolution with projection
+TOKENS = 32  # of a program of the convolution with projection
 BACKWARD_TOKENS = 16  # of the convolution's backward
 CHANNELS = 64
 ROWS = 8  # of the element-wise kernels
@@ -24,7 +24,7 @@ def conv_project_kernel(
     xz, weight, weight_b, bias, bias_b, x_proj, x_proj_b, u, projected,
     length, channels, stride_b, stride_l, columns_stride,
     R: tl.constexpr, COLUMNS: tl.constexpr, COLUMNS_PADDED: tl.constexpr, W: tl.constexpr,
-    PRECISION: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """u = silu(conv(x)) of both directions, and its projection to B, C and the R columns of the time step.
 
@@ -62,7 +62,10 @@ def conv_project_kernel(
             x_proj + source[None, :] * channels + d[:, None],
             mask=(column < COLUMNS)[None, :] & live[:, None], other=0.0,
         )  # fmt: skip
-        total = tl.dot(value, part.to(value.dtype), total, input_precision=PRECISION)
+        part = part.to(value.dtype)
+        if WIDEN:  # the interpreter would multiply the bit patterns of bfloat16
+            value, part = value.to(tl.float32), part.to(tl.float32)
+        total = tl.dot(value, part, total, input_precision=PRECISION)
     tl.store(
         projected + row[:, None] * columns_stride + column[None, :], total,
         mask=(token < length)[:, None] & (column < COLUMNS)[None, :],
@@ -199,8 +202,8 @@ def _conv_project(xz: Tensor, parameters) -> tuple[Tensor, Tensor]:
         xz, *conv_weight, *conv_bias, *x_proj, u, projected,
         length, channels, xz.stride(0), xz.stride(1), stride,
         R=dt_weight[0].shape[1], COLUMNS=columns, COLUMNS_PADDED=max(16, triton.next_power_of_2(columns)),
-        W=conv_weight[0].shape[1], PRECISION=dot_precision(xz.dtype), TOKENS=TOKENS, CHANNELS=CHANNELS,
-        **options(num_warps=4),
+        W=conv_weight[0].shape[1], PRECISION=dot_precision(xz.dtype), WIDEN=interpreted(),
+        TOKENS=TOKENS, CHANNELS=CHANNELS, **options(num_warps=4),
     )  # fmt: skip
     return u, projected
 

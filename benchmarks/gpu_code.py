@@ -1,0 +1,275 @@
+"""Machine code of the Triton kernels, without a GPU: registers, spills, instructions per state update.
+
+    python benchmarks/gpu_code.py                      print the table
+    python benchmarks/gpu_code.py --output FOLDER      and write gpu_code.json and gpu_code.md there
+
+The launchers run on tensors without memory ("meta"); every launch is compiled for the target, never started, so
+what is examined is exactly what a GPU would get. A state update is one token, channel, state and direction. For
+`scan_forward` and `scan_backward` the loops of the machine code are counted with their numbers of iterations.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "mamba-1p1p1"), str(ROOT / "causal_conv1d")]
+
+from causal_conv1d import triton_kernels as conv  # noqa: E402
+from mamba_ssm.ops.triton import bimamba, norm_kernels, selective_scan  # noqa: E402
+from mamba_ssm.ops.triton import common as triton_common  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SIZES = {"tiny": 192, "small": 384, "base": 768}  # width E; D = 2 E, R = E / 16
+STATES, WIDTH, BATCH, LENGTH = 16, 4, 4, 197
+
+
+class Loop(NamedTuple):
+    """A loop of the machine code: its instructions outside inner loops, and those."""
+
+    own: int
+    inner: tuple["Loop", ...]
+
+    def cost(self, trips: tuple) -> float:
+        """Instructions of one iteration; `trips`: (iterations, trips of its inner loops) of every inner loop."""
+        if len(trips) != len(self.inner):
+            raise ValueError(f"expected {len(trips)} inner loops, found {len(self.inner)}: {self}")
+        return self.own + sum(count * loop.cost(deeper) for loop, (count, deeper) in zip(self.inner, trips))
+
+
+class FakeDriver:
+    """What Triton asks of a driver when it only compiles."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+def compile_launches(target: GPUTarget, work) -> dict:
+    """Run `work`, compiling its launches for the target instead of starting them: {kernel name: compiled}."""
+    compiled, run = {}, JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled[self.fn.__name__] = run(self, *args, grid=grid, warmup=True, **kwargs)
+        return compiled[self.fn.__name__]
+
+    JITFunction.run = compile_only
+    amd = triton_common.is_amd
+    triton_common.is_amd = selective_scan.is_amd = lambda: target.backend == "hip"
+    triton.runtime.driver.set_active(FakeDriver(target))
+    try:
+        work()
+    finally:
+        JITFunction.run = run
+        triton_common.is_amd = selective_scan.is_amd = amd
+    return compiled
+
+
+def launch_everything(embed_dim: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """One block's mixer and norm, forward and backward, and the single convolution."""
+    channels, rank = 2 * embed_dim, embed_dim // 16
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    parameters = (
+        empty(channels, WIDTH), empty(channels), empty(rank + 2 * STATES, channels), empty(channels, rank),
+        empty(channels), empty(channels, STATES), empty(channels),
+    )  # fmt: skip
+    xz = empty(BATCH, LENGTH, 2 * channels, dtype=dtype)
+    y, saved = bimamba.bimamba_forward(xz, parameters, parameters, 0.5, True, segments=1)
+    bimamba.bimamba_backward(y, xz, parameters, parameters, 0.5, saved, segments=1)
+    rows, residual = empty(BATCH * LENGTH, embed_dim, dtype=dtype), empty(BATCH * LENGTH, embed_dim)
+    weight, rstd = empty(embed_dim), empty(BATCH * LENGTH)
+    norm_kernels.add_norm_forward(rows, residual, weight, None, 1e-5, "rms", torch.float32)
+    norm_kernels._programs = lambda rows, device: rows
+    norm_kernels.add_norm_backward(
+        rows, residual, residual, weight, None, None, rstd, "rms", dtype, torch.float32
+    )
+
+
+def launch_convolution(embed_dim: int) -> None:
+    """The convolution of the other package, whose kernels bear the same names as the mixer's."""
+    channels = 2 * embed_dim
+    x = torch.empty(BATCH, LENGTH, channels, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    weight, bias = torch.empty(channels, WIDTH, device="meta"), torch.empty(channels, device="meta")
+    conv.conv_forward(x, weight, bias, None, True)
+    conv.conv_backward(x, x, weight, bias, None, True)
+
+
+# ---- reading the code ----------------------------------------------------------------------------------------
+
+
+def disassemble(cubin: bytes) -> list[tuple[int, str]]:
+    """(address, instruction) of a CUDA binary, by the cuobjdump that Triton's wheel carries."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?);", text, re.M)
+    return [(int(address, 16), code) for address, code in found]
+
+
+def resources(cubin: bytes) -> dict:
+    """Registers, bytes of stack and of local memory (spills)."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text).groups()
+    return {"registers": int(registers), "spill_bytes": int(stack) + int(local)}
+
+
+def loops(instructions: list[tuple[int, str]]) -> tuple[Loop, ...]:
+    """The outermost loops: spans that a backward branch closes; two branches to one target are one loop."""
+    spans = {}
+    for address, code in instructions:
+        branch = re.search(r"\bBRA(?:\.\w+)*\s+.*?0x([0-9a-f]+)", code)
+        if branch and int(branch.group(1), 16) < address:
+            spans[int(branch.group(1), 16)] = address
+    return _nest(sorted((start, -end) for start, end in spans.items()), instructions)
+
+
+def _nest(spans, instructions) -> tuple[Loop, ...]:
+    found, i = [], 0
+    while i < len(spans):
+        start, end = spans[i][0], -spans[i][1]
+        inside = [span for span in spans[i + 1 :] if -span[1] <= end]
+        inner = _nest(inside, instructions)
+        size = sum(start <= address <= end for address, _ in instructions)
+        found.append(Loop(size - sum(map(_size, inner)), inner))
+        i += 1 + len(inside)
+    return tuple(found)
+
+
+def _size(loop: Loop) -> int:
+    return loop.own + sum(map(_size, loop.inner))
+
+
+def forward_counts(code) -> dict:
+    """Instructions per state update of the recurrence's loop, and of everything a tile of tokens takes."""
+    tile = max(loops(code), key=_size)
+    group = max(tile.inner, key=_size)
+    lane_states = 2 * STATES  # two channels a thread
+    groups = selective_scan.TILE // selective_scan.GROUP
+    return {
+        "recurrence": _size(group) / (selective_scan.GROUP * lane_states),
+        "all": tile.cost(((groups, ()),)) / (selective_scan.TILE * lane_states),
+    }
+
+
+def backward_counts(code) -> dict:
+    """Instructions per state update: the pass that marks states, the pass back, and everything a chunk takes."""
+    chunk = max(loops(code), key=_size)
+    tiles, groups = selective_scan.CHUNK // selective_scan.TILE, selective_scan.CHUNK // selective_scan.GROUP
+    pairs = (STATES // 2, ())
+    lane_states = 4 * STATES  # four channels a thread
+    marking, back = chunk.inner[-2:]
+    staging = chunk.inner[:-2]
+    trips = (*((tiles, tuple((2, ()) for _ in loop.inner)) for loop in staging), (groups - 1, (pairs,)), (groups, (pairs,)))
+    updates = selective_scan.CHUNK * lane_states
+    return {
+        "marking": (groups - 1) * marking.cost((pairs,)) / updates,
+        "back": groups * back.cost((pairs,)) / updates,
+        "all": chunk.cost(trips) / updates,
+    }
+
+
+COUNTS = {"scan_forward_kernel": forward_counts, "scan_backward_kernel": backward_counts}
+
+
+def examine_nvidia(name: str, compiled) -> dict:
+    code = disassemble(compiled.asm["cubin"])
+    row = resources(compiled.asm["cubin"]) | {"instructions": len(code)}
+    if name in COUNTS:
+        row["per_state_update"] = {key: round(value, 2) for key, value in COUNTS[name](code).items()}
+    return row
+
+
+def examine_amd(name: str, compiled) -> dict:
+    text = compiled.asm["amdgcn"]
+
+    def number(key):
+        return int(re.search(rf"\.{key}:\s*(\d+)", text).group(1))
+
+    return {
+        "registers": number("vgpr_count"),
+        "spill_bytes": 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
+        + number("private_segment_fixed_size"),
+        "instructions": len(re.findall(r"^\t[sv]_|^\t(?:global|buffer|ds|flat|scratch)_", text, re.M)),
+    }
+
+
+def examine(target_name: str, size: str) -> dict:
+    """{kernel: row} for one target and one model size."""
+    target = TARGETS[target_name]
+    reader = examine_amd if target.backend == "hip" else examine_nvidia
+    compiled = compile_launches(target, lambda: launch_everything(SIZES[size]))
+    single = compile_launches(target, lambda: launch_convolution(SIZES[size]))
+    compiled |= {"causal_conv1d." + name: kernel for name, kernel in single.items()}
+    return {name: reader(name, kernel) for name, kernel in sorted(compiled.items())}
+
+
+def table(results: dict) -> str:
+    lines = [
+        "| kernel | target | size | registers | spilled bytes | instructions | per state update |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for target, sizes in results.items():
+        for size, kernels in sizes.items():
+            for name, row in kernels.items():
+                counts = ", ".join(f"{key} {value}" for key, value in row.get("per_state_update", {}).items())
+                lines.append(
+                    f"| `{name}` | {target} | {size} | {row['registers']} | {row['spill_bytes']} "
+                    f"| {row['instructions']} | {counts} |"
+                )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--output", type=Path, help="folder for gpu_code.json and gpu_code.md")
+    args = parser.parse_args(argv)
+    results = {target: {size: examine(target, size) for size in args.sizes} for target in args.targets}
+    text = table(results)
+    print(text)
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        record = {"triton": triton.__version__, "results": results}
+        (args.output / "gpu_code.json").write_text(json.dumps(record, indent=1) + "\n")
+        header = f"# Machine code of the Triton kernels\n\nTriton {triton.__version__}, bf16, N 16, L 197, compiled "
+        header += "without a GPU by `python benchmarks/gpu_code.py`. Speed on a GPU: not yet measured.\n\n"
+        (args.output / "gpu_code.md").write_text(header + text + "\n")
+
+
+if __name__ == "__main__":
+    main()
