@@ -12,20 +12,23 @@ all before it (`residual`, the float32 stream).
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, lecun_normal_, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pretrained import TAG, opening_weights, published_weights
+
 try:
     from mamba_ssm.modules.mamba_simple import BIMAMBA_TYPES, Mamba
-    from mamba_ssm.ops.triton.layer_norm import layer_norm_fn
+    from mamba_ssm.ops.triton.layer_norm import layer_norm_fn, layer_norm_ref, rms_norm_ref
 except ImportError as error:
     raise ImportError(
         "mamba_ssm is missing, or it is the registry's package and not this repository's: "
@@ -39,7 +42,7 @@ CLS_TOKENS = {
     "double": ("cls_token_head", "cls_token_tail"),
     "none": (),
 }
-GLOBAL_POOLS = ("token", "mean", "max", "last")
+GLOBAL_POOLS = ("token", "mean", "max", "last", "")
 NORMS = ("rms", "layer")
 BIDIRECTIONALS = (*BIMAMBA_TYPES, "layer")
 
@@ -155,10 +158,14 @@ class AddNorm(nn.Module):
     def __init__(self, dim: int, kind: str, eps: float):
         super().__init__()
         self.kind, self.eps = _choose("norm", kind, NORMS), eps
+        self.use_fast_path = True
         self.weight = nn.Parameter(torch.ones(dim))
         self.register_parameter("bias", nn.Parameter(torch.zeros(dim)) if kind == "layer" else None)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if not self.use_fast_path:
+            norm = rms_norm_ref if self.kind == "rms" else layer_norm_ref
+            return norm(x, self.weight, self.bias, residual, self.eps, prenorm=True, upcast=True)
         return layer_norm_fn(
             x, self.weight, self.bias, residual, self.eps,
             prenorm=True, residual_in_fp32=True, is_rms_norm=self.kind == "rms",
@@ -191,7 +198,7 @@ class VisionMamba(nn.Module):
         img_size, patch_size: int or (height, width). stride: step between patches, default the patch size.
         in_chans, num_classes: channels of the image; classes of the head, 0 for features.
         global_pool: "token" exactly when there is a class token; otherwise "mean", "max" (the head on every
-            token, then the maximum of each logit) or "last".
+            token, then the maximum of each logit) or "last". "" pools nothing: the head on every token.
         embed_dim, depth: E, and the number of blocks.
         bidirectional: "v2" two full directions (all released weights), "v1" a second scan with its own A only,
             "none" forward only, "layer" blocks in pairs of which the second reads the sequence backwards.
@@ -268,7 +275,7 @@ class VisionMamba(nn.Module):
 
     def _check_pool(self, global_pool: str) -> None:
         _choose("global_pool", global_pool, GLOBAL_POOLS)
-        if (global_pool == "token") != bool(CLS_TOKENS[self.cls_token_design]):
+        if global_pool and (global_pool == "token") != bool(CLS_TOKENS[self.cls_token_design]):
             raise ValueError(
                 f"global_pool={global_pool!r} does not go with cls_token={self.cls_token_design!r}: use 'token' "
                 "exactly when there is a class token, and 'mean', 'max' or 'last' with cls_token='none'"
@@ -324,6 +331,12 @@ class VisionMamba(nn.Module):
         """Recompute the blocks in backward instead of keeping their activations."""
         self.grad_checkpointing = enable
 
+    def set_fast_path(self, enable: bool = True) -> None:
+        """Registered, fused operations, or the same function in plain torch operations, as exports want it."""
+        for module in self.modules():
+            if isinstance(module, AddNorm | Mamba):
+                module.use_fast_path = enable
+
     def get_classifier(self) -> nn.Module:
         return self.head
 
@@ -363,7 +376,7 @@ class VisionMamba(nn.Module):
         x = self.patch_embed(x)  # (B, M, E)
         if CLS_TOKENS[self.cls_token_design]:
             cls = torch.cat([getattr(self, name) for name in CLS_TOKENS[self.cls_token_design]], dim=1)
-            x = insert_cls_tokens(x, cls.expand(len(x), -1, -1).to(x.dtype), self.cls_token_design)
+            x = insert_cls_tokens(x, cls.expand(x.shape[0], -1, -1).to(x.dtype), self.cls_token_design)
         if self.pos_embed is not None:
             pos_embed = self.pos_embed
             if grid != self.patch_embed.grid_size:
@@ -398,7 +411,9 @@ class VisionMamba(nn.Module):
         return self.norm_f(self.drop_path(hidden), residual)[0]
 
     def _pool(self, x: Tensor) -> Tensor:
-        """(B, L, E) -> (B, E)."""
+        """(B, L, E) -> (B, E), or as it is with global_pool=""."""
+        if not self.global_pool:
+            return x
         if self.global_pool == "token":
             positions = self.cls_token_position(x.shape[1] - len(CLS_TOKENS[self.cls_token_design]))
             return x[:, positions[0]] if len(positions) == 1 else x[:, list(positions)].mean(1)
@@ -492,24 +507,56 @@ VARIANTS = {
 }
 
 
-def _default_cfg(img_size: int) -> dict:
-    """What timm's tools read off a model: input and preprocessing, names of the first and last layer."""
-    return {
-        "url": "", "num_classes": 1000, "input_size": (3, img_size, img_size), "fixed_input_size": True,
+def _default_cfg(name: str, img_size: int) -> dict:
+    """What timm's tools read off a model: weights, input and preprocessing, names of the first and last layer."""
+    cfg = {
+        "num_classes": 1000, "input_size": (3, img_size, img_size), "fixed_input_size": True,
         "crop_pct": 0.875, "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.proj", "classifier": "head", "license": "apache-2.0",
+        "origin_url": "https://github.com/hustvl/Vim", "paper_ids": "arXiv:2401.09417",
     }  # fmt: skip
+    weights = published_weights(name)
+    return cfg | ({"hf_hub_id": weights.repo, "hf_hub_filename": weights.file} if weights else {})
 
 
-default_cfgs = {name: _default_cfg(img_size) for name, (_, img_size) in VARIANTS.items()}
+default_cfgs = generate_default_cfgs(
+    {
+        f"{name}.{TAG}" if published_weights(name) else name: _default_cfg(name, img_size)
+        for name, (_, img_size) in VARIANTS.items()
+    }
+)
+
+
+def checkpoint_filter_fn(state_dict: dict, model: VisionMamba, entry: str = "model") -> dict[str, Tensor]:
+    """A file's weights as `model` takes them: unwrapped, the position embeddings resampled to its grid.
+
+    Args:
+        state_dict: a state dict, or a training checkpoint that holds one under `entry` ("model", "model_ema").
+    """
+    state_dict = dict(state_dict.get(entry, state_dict.get("model", state_dict)))
+    if model.pos_embed is None or "pos_embed" not in state_dict:
+        return state_dict
+    pos_embed = state_dict["pos_embed"]
+    size = getattr(model, "pretrained_model_args", {}).get("img_size") or model.pretrained_cfg["input_size"][1:]
+    slots = len(CLS_TOKENS[model.cls_token_design])
+    old_grid = model.patch_embed.grid_of(*to_2tuple(size))
+    if math.prod(old_grid) + slots != pos_embed.shape[1]:
+        old_grid = None  # another stride: a square
+    new_grid = model.patch_embed.grid_size
+    state_dict["pos_embed"] = resample_pos_embed(pos_embed, new_grid, model.cls_token_design, old_grid)
+    return state_dict
 
 
 def _register(name: str, arguments: dict) -> None:
+    weights = published_weights(name)
+    take = partial(checkpoint_filter_fn, entry=weights.entry) if weights else checkpoint_filter_fn
+
     def entrypoint(pretrained: bool = False, **kwargs) -> VisionMamba:
-        return build_model_with_cfg(
-            VisionMamba, name, pretrained,
-            feature_cfg={"out_indices": 3, "feature_cls": "getter"}, **(arguments | kwargs),
-        )  # fmt: skip
+        with opening_weights(name):
+            return build_model_with_cfg(
+                VisionMamba, name, pretrained, pretrained_filter_fn=take,
+                feature_cfg={"out_indices": 3, "feature_cls": "getter"}, **(arguments | kwargs),
+            )  # fmt: skip
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__doc__ = f"`VisionMamba` with {arguments}, and whatever else its constructor takes."

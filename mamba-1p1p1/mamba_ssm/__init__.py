@@ -1,5 +1,6 @@
 """Selective state spaces for vision: the Mamba block, one- and bidirectional, and the operations it is made of."""
 
+from mamba_ssm.modules.bimamba import BiMamba
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.selective_scan_interface import (
     bimamba_inner_fn,
@@ -10,4 +11,4 @@ from mamba_ssm.ops.selective_scan_interface import (
 
 __version__ = "1.1.1+vim"
 
-__all__ = ["Mamba", "bimamba_inner_fn", "mamba_inner_fn", "mamba_inner_fn_no_out_proj", "selective_scan_fn"]
+__all__ = ["BiMamba", "Mamba", "bimamba_inner_fn", "mamba_inner_fn", "mamba_inner_fn_no_out_proj", "selective_scan_fn"]

@@ -1,0 +1,60 @@
+"""The published weights: where each registered name finds its own, and what to do where there is no network.
+
+`timm.create_model(NAME, pretrained=True)` goes through here. The files are training checkpoints: timm opens
+them with torch's safe loader, for which the one class they hold, `argparse.Namespace`, is allow-listed.
+"""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+TAG = "hustvl_in1k"
+
+
+class PublishedWeights(NamedTuple):
+    """A file on the Hugging Face Hub, and which of its state dicts has the published accuracy."""
+
+    repo: str
+    file: str
+    entry: str = "model"
+
+
+PUBLISHED = {
+    "vim_tiny_patch16_224": PublishedWeights("hustvl/Vim-tiny-midclstok", "vim_t_midclstok_76p1acc.pth"),
+    "vim_tiny_patch16_stride8_224": PublishedWeights(
+        "hustvl/Vim-tiny-midclstok", "vim_t_midclstok_ft_78p3acc.pth"
+    ),
+    "vim_small_patch16_224": PublishedWeights("hustvl/Vim-small-midclstok", "vim_s_midclstok_80p5acc.pth"),
+    "vim_small_patch16_stride8_224": PublishedWeights(
+        "hustvl/Vim-small-midclstok", "vim_s_midclstok_ft_81p6acc.pth"
+    ),
+    "vim_base_patch16_224": PublishedWeights(
+        "hustvl/Vim-base-midclstok", "vim_b_midclstok_81p9acc.pth", entry="model_ema"
+    ),
+}
+
+
+def published_weights(name: str) -> PublishedWeights | None:
+    """The weights of a registered name, long or short; None where none were published."""
+    return PUBLISHED.get(name.split("_bimambav2")[0])
+
+
+@contextmanager
+def opening_weights(name: str) -> Iterator[None]:
+    """Let timm open a published checkpoint, and say what to do where the Hub cannot be reached."""
+    try:
+        with torch.serialization.safe_globals([Namespace]):
+            yield
+    except (LocalEntryNotFoundError, EntryNotFoundError, RepositoryNotFoundError) as error:
+        weights = published_weights(name)
+        where = f"{weights.repo} {weights.file}" if weights else "REPO FILE"
+        unreachable = isinstance(error, LocalEntryNotFoundError)
+        why = "not in the local cache, and the Hub cannot be reached" if unreachable else "not on the Hub"
+        raise FileNotFoundError(
+            f"the weights of {name} are {why}: where there is a network run `hf download {where}`, copy the file, "
+            f'and pass pretrained_cfg_overlay={{"file": "PATH"}} beside pretrained=True'
+        ) from error
