@@ -317,6 +317,20 @@ def test_any_timm_model_trains(model, tmp_path, capsys):
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("precision", ["--if_amp", "--if_amp --amp-dtype float16", "--no_amp"])
+def test_training_evaluation_and_resume_on_a_gpu(precision, tmp_path, capsys):
+    flags = f"{VIM.replace('--device cpu', '--device cuda')} {precision} --model-ema-decay 0.9"
+    assert run(f"{flags} --epochs 2", "--output_dir", tmp_path) == 0
+    assert run(f"{flags} --epochs 3", "--output_dir", tmp_path, "--resume", "auto") == 0
+    row = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])
+    assert row["epoch"] == 2 and row["test_acc1"] > 20
+    capsys.readouterr()
+    assert run(flags, "--eval", "--resume", tmp_path / "checkpoint.pth") == 0
+    assert f"raw weights: top-1 {row['test_acc1']:.2f} %" in capsys.readouterr().out
+
+
 # --- mistakes are one line
 
 
