@@ -114,7 +114,7 @@ def test_no_file_names_a_place_of_one_machine():
 
 def test_no_large_file():
     large = {str(path.relative_to(ROOT)): path.stat().st_size for path in tracked_files()}
-    assert {name: size for name, size in large.items() if size > 1_000_000} == {}
+    assert {name: size for name, size in large.items() if size > 2**20} == {}
 
 
 def test_the_licence_and_the_credits_are_there():
