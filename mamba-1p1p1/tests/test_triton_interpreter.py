@@ -1,0 +1,53 @@
+"""Runs `test_triton_kernels.py` where Triton interprets the kernels on CPU tensors, and checks the backend's door.
+
+A process of its own: the variable must be set before Triton is imported.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from mamba_ssm.ops.triton import kernels
+
+KERNEL_TESTS = Path(__file__).with_name("test_triton_kernels.py")
+
+
+def run_interpreted(*arguments):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(KERNEL_TESTS), *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+def test_kernels_in_the_interpreter():
+    run_interpreted("-m", "not slow")
+
+
+@pytest.mark.slow
+def test_long_sequences_in_the_interpreter():
+    run_interpreted("-m", "slow")
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (("selective_scan", torch.complex64, 16, None), "complex64"),
+        (("bimamba", torch.float64, 16, 4), "float64"),
+        (("selective_scan", torch.float32, 64, None), "d_state = 64"),
+        (("bimamba", torch.bfloat16, 16, 5), "d_conv = 5"),
+    ],
+)
+def test_what_is_not_served_is_named(arguments, named):
+    assert named in kernels.unsupported(*arguments)
+
+
+def test_what_vim_needs_is_served():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert kernels.unsupported("bimamba", dtype, 16, 4) is None
+        assert kernels.unsupported("add_norm", dtype, None, None) is None

@@ -1,0 +1,309 @@
+"""The Triton kernels against the float64 reference: outputs, states and every gradient.
+
+Without a GPU `test_triton_interpreter.py` runs this file in a process of its own, where Triton interprets the
+kernels on CPU tensors. On a GPU the same cases run there: `-m gpu`. Tolerances: `docs`' rule for every kernel,
+max|x - r| / max|r| <= 2e-5 with float32 tensors, 6e-3 for 16-bit activations.
+"""
+
+import os
+
+import pytest
+import torch
+
+from mamba_ssm.ops import reference
+
+pytest.importorskip("triton")
+from mamba_ssm.ops.triton import kernels, selective_scan
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = [
+    *([] if INTERPRETED else [pytest.mark.gpu]),
+    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no GPU here"),
+]
+slow = pytest.mark.slow
+SUMS = ("A", "D", "delta_bias")  # float32 whatever the activations
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory from torch.empty holds NaN, so that what a kernel does not write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def tolerance(dtype):
+    """The interpreter cuts bfloat16 off instead of rounding it: up to 2^-7 of a value."""
+    if dtype == torch.bfloat16 and INTERPRETED:
+        return 1e-2
+    return 2e-5 if dtype == torch.float32 else 6e-3
+
+
+def relative_error(actual, expected):
+    assert actual.shape == expected.shape
+    scale = expected.abs().max().clamp_min(1e-30)
+    return ((actual.double().cpu() - expected).abs().max() / scale).nan_to_num(float("inf")).item()
+
+
+def in_float64(tensors):
+    return [None if t is None else t.cpu().double() for t in tensors]
+
+
+class Draw:
+    """Seeded tensors on the device."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape, dtype=torch.float32):
+        return torch.randn(shape, generator=self.generator).to(DEVICE, dtype)
+
+
+# ---- selective scan ------------------------------------------------------------------------------------------
+
+ARGUMENTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+
+
+def scan_case(
+    batch=1, channels=3, length=33, states=2, matrices="token", groups=1, z=True, D=True, bias=True, softplus=True,
+    last=True, channels_last=True, dtype=torch.float32, segments=1,
+):  # fmt: skip
+    return locals()
+
+
+SCANS = {
+    "one-token": scan_case(length=1, batch=2),
+    "two-tokens": scan_case(length=2, states=3),
+    "three-tokens": scan_case(length=3, z=False),
+    "chunk-less-one": scan_case(length=63),
+    "chunk": scan_case(length=64, batch=2),
+    "chunk-and-one": scan_case(length=65, D=False),
+    "vim-length": scan_case(length=197, z=False, channels=2),
+    "vim-states": scan_case(length=37, states=16, z=False),
+    "many-states": scan_case(length=9, states=32, z=False, channels=2),
+    "odd-states": scan_case(length=21, states=5),
+    "two-channel-blocks": scan_case(channels=130, length=18),
+    "groups": scan_case(matrices="group", groups=2, channels=6),
+    "grouped-blocks": scan_case(matrices="group", groups=2, channels=140, length=5),
+    "constant": scan_case(matrices="constant", batch=2),
+    "constant-B": scan_case(matrices="constant B", batch=2, states=3),
+    "plain": scan_case(z=False, D=False, bias=False, softplus=False, last=False),
+    "channels-first": scan_case(channels_last=False, batch=3),
+    "bf16": scan_case(dtype=torch.bfloat16, length=40, batch=2),
+    "fp16": scan_case(dtype=torch.float16, length=40, channels_last=False),
+    "segments": scan_case(length=100, segments=2),
+    "segments-constant": scan_case(length=130, segments=3, matrices="constant", z=False, channels=2),
+    "segments-groups": scan_case(length=70, segments=3, matrices="group", groups=3, channels=3),
+    "stride-8": scan_case(length=730, states=1, channels=2, z=False),
+    "long": scan_case(length=1000, states=1, channels=2, segments=4),
+}
+SLOW = {"stride-8", "long"}
+
+
+def scan_arguments(case):
+    draw, (batch, channels, length, states) = Draw(), (case[k] for k in ("batch", "channels", "length", "states"))
+
+    def sequence():
+        tensor = draw(batch, length, channels, dtype=case["dtype"]).transpose(1, 2)
+        return tensor if case["channels_last"] else tensor.contiguous()
+
+    def matrix(name):
+        if case["matrices"] in ("constant", f"constant {name}"):
+            return draw(channels, states)
+        if case["matrices"] == "group":
+            return draw(batch, case["groups"], states, length, dtype=case["dtype"])
+        return draw(batch, states, length, dtype=case["dtype"])
+
+    u, delta = sequence(), sequence()
+    return (
+        u, delta if case["softplus"] else 0.3 * delta.abs(), -torch.exp(0.3 * draw(channels, states)), matrix("B"),
+        matrix("C"), draw(channels) if case["D"] else None, sequence() if case["z"] else None,
+        0.3 * draw(channels) - 1 if case["bias"] else None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=name, marks=[slow] * (name in SLOW)) for name, case in SCANS.items()]
+)
+def test_scan(case):
+    arguments, dtype = scan_arguments(case), case["dtype"]
+    out, last_state, saved = kernels.selective_scan_forward(
+        *arguments, case["softplus"], True, segments=case["segments"]
+    )
+    sizes = (case[k] for k in ("batch", "channels", "length", "states"))
+    assert saved.numel() == kernels.selective_scan_saved_bytes(*sizes, dtype)
+    right, right_state, _ = reference.selective_scan_forward(*in_float64(arguments), case["softplus"], True)
+    assert relative_error(out, right) <= tolerance(dtype)
+    assert relative_error(last_state, right_state) <= 2e-5
+
+    dout, dlast = torch.randn_like(out), torch.randn_like(last_state) if case["last"] else None
+    grads = kernels.selective_scan_backward(
+        dout, dlast, *arguments, case["softplus"], saved, segments=case["segments"]
+    )
+    expected = reference.selective_scan_backward(
+        *in_float64((dout, dlast)), *in_float64(arguments), case["softplus"], None
+    )
+    for name, grad, right, argument in zip(ARGUMENTS, grads, expected, arguments):
+        assert (grad is None) == (argument is None), name
+        if grad is not None:
+            assert grad.dtype == argument.dtype
+            assert relative_error(grad, right) <= (2e-5 if name in SUMS else tolerance(argument.dtype)), name
+
+
+def test_small_steps_keep_their_digits():
+    """delta = softplus(-7): about 1e-3, where log2(1 + e^v) computed from a rounded sum would err by 6e-5."""
+    draw = Draw()
+    u, delta = draw(1, 3, 8), -7 + 0.1 * draw(1, 3, 8)
+    arguments = (u, delta, -torch.exp(draw(3, 2)), draw(1, 2, 8), draw(1, 2, 8), None, None, None)
+    out, _, saved = kernels.selective_scan_forward(*arguments, True, True)
+    right, _, _ = reference.selective_scan_forward(*in_float64(arguments), True, True)
+    assert relative_error(out, right) <= 2e-6
+    grads = kernels.selective_scan_backward(torch.ones_like(out), None, *arguments, True, saved)
+    expected = reference.selective_scan_backward(
+        torch.ones(1, 3, 8, dtype=torch.float64), None, *in_float64(arguments), True, None
+    )
+    assert relative_error(grads[1], expected[1]) <= 2e-6
+
+
+def test_scan_backward_gives_the_same_bits_twice():
+    arguments = scan_arguments(scan_case(length=40, batch=2))
+    out, _, saved = kernels.selective_scan_forward(*arguments, True, True)
+    dout = torch.randn_like(out)
+    first, second = (kernels.selective_scan_backward(dout, None, *arguments, True, saved) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_segments_are_chosen_by_size():
+    choose = selective_scan.choose_segments
+    assert choose(programs=1536, chunks=7, wanted=1056) == 1  # enough sequences: none
+    assert choose(programs=12, chunks=191, wanted=1056) == 47  # one long sequence: as many as its chunks allow
+    assert choose(programs=1000, chunks=191, wanted=1056) == 1  # a split that would not pay
+
+
+# ---- bidirectional mixer -------------------------------------------------------------------------------------
+
+NAMES = ("conv_weight", "conv_bias", "x_proj_weight", "dt_weight", "dt_bias", "A", "D")
+
+
+def mixer_case(batch=1, length=11, channels=5, states=2, rank=3, width=4, bias=True, dtype=torch.float32, segments=1):
+    return locals()
+
+
+MIXERS = {
+    "one-token": mixer_case(length=1),
+    "small": mixer_case(batch=3),
+    "width-2": mixer_case(length=2, width=2, bias=False),
+    "width-3": mixer_case(length=33, width=3, rank=1),
+    "odd-states": mixer_case(length=18, states=3, rank=2),
+    "two-channel-blocks": mixer_case(length=6, channels=130, rank=17),
+    "vim-length": mixer_case(length=197, channels=2, rank=1),
+    "vim-states": mixer_case(length=20, channels=24, states=16, rank=12),
+    "segments": mixer_case(length=70, segments=2, channels=2),
+    "bf16": mixer_case(length=37, dtype=torch.bfloat16),
+    "fp16": mixer_case(length=37, dtype=torch.float16),
+    "stride-8": mixer_case(length=730, states=1, channels=2, rank=1),
+}
+
+
+def mixer_arguments(case):
+    draw = Draw()
+    D, N, R, W = (case[k] for k in ("channels", "states", "rank", "width"))
+
+    def direction():
+        return (
+            0.5 * draw(D, W), 0.2 * draw(D) if case["bias"] else None, draw(R + 2 * N, D) / D**0.5,
+            draw(D, R) / R**0.5, draw(D) - 2, -torch.exp(0.3 * draw(D, N)), draw(D),
+        )  # fmt: skip
+
+    return draw(case["batch"], case["length"], 2 * D, dtype=case["dtype"]), direction(), direction()
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=name, marks=[slow] * (name in SLOW)) for name, case in MIXERS.items()]
+)
+def test_bidirectional_mixer(case):
+    """In 16 bits the convolution's output and both projections are rounded as under autocast, hence the limits."""
+    xz, ahead, behind = mixer_arguments(case)
+    output_limit, gradient_limit = {
+        torch.float32: (2e-5, 2e-5), torch.bfloat16: (2e-2, 5e-2), torch.float16: (2.5e-3, 6e-3)
+    }[case["dtype"]]  # fmt: skip
+    y, saved = kernels.bimamba_forward(xz, ahead, behind, 0.5, True, segments=case["segments"])
+    sizes = (case[k] for k in ("batch", "length", "channels", "states", "rank", "width", "dtype"))
+    assert saved.numel() == kernels.bimamba_saved_bytes(*sizes)
+    wide = (xz.cpu().double(), in_float64(ahead), in_float64(behind))
+    right, _ = reference.bimamba_forward(*wide, 0.5, True)
+    assert y.dtype == xz.dtype and relative_error(y, right) <= output_limit
+
+    dy = torch.randn_like(y)
+    dxz, *grads = kernels.bimamba_backward(dy, xz, ahead, behind, 0.5, saved, segments=case["segments"])
+    right_dxz, *expected = reference.bimamba_backward(dy.cpu().double(), *wide, 0.5, None)
+    assert dxz.dtype == xz.dtype and relative_error(dxz, right_dxz) <= gradient_limit
+    for side, side_grads, side_expected in zip(("forward", "backward"), grads, expected):
+        for name, grad, right in zip(NAMES, side_grads, side_expected):
+            assert (grad is None) == (right is None), (side, name)
+            if grad is not None:
+                assert relative_error(grad, right) <= gradient_limit, (side, name)
+
+
+def test_mixer_reads_a_strided_xz_and_saves_nothing_unasked():
+    xz, ahead, behind = mixer_arguments(mixer_case(batch=2))
+    strided = torch.cat([xz, xz], dim=-1)[..., : xz.shape[-1]]
+    y, saved = kernels.bimamba_forward(strided, ahead, behind, 1.0, False)
+    assert saved.numel() == 0
+    assert torch.equal(y, kernels.bimamba_forward(xz, ahead, behind, 1.0, True)[0])
+
+
+# ---- norms ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("rows, width", [(1, 1), (5, 12), (3, 130)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("full", [True, False], ids=["residual-bias", "plain"])
+def test_add_norm(kind, rows, width, dtype, full):
+    draw = Draw()
+    x, weight = draw(rows, width, dtype=dtype), 1 + 0.1 * draw(width)
+    residual, bias = (draw(rows, width), draw(width)) if full else (None, None)
+    forward = kernels.add_norm_forward(x, residual, weight, bias, 1e-5, kind, torch.float32)
+    wide = in_float64((x, residual, weight, bias))
+    right = reference.add_norm_forward(*wide, 1e-5, kind, torch.float64)
+    for name, actual, expected in zip(("out", "residual_out", "mean", "rstd"), forward, right):
+        assert (actual is None) == (expected is None), name
+        if actual is not None and (kind, width, name) != ("layer", 1, "out"):  # x - mean(x) of one number is 0
+            assert relative_error(actual, expected) <= tolerance(actual.dtype), name
+    if width == 1:
+        return
+    dout, dresidual_out = draw(rows, width, dtype=dtype), draw(rows, width) if full else None
+    dtypes = (dtype, torch.float32 if full else None)
+    grads = kernels.add_norm_backward(
+        dout, dresidual_out, forward[1], weight, bias, forward[2], forward[3], kind, *dtypes
+    )
+    expected = reference.add_norm_backward(
+        *in_float64((dout, dresidual_out)), right[1], wide[2], wide[3], right[2], right[3], kind,
+        torch.float64, torch.float64 if full else None,
+    )  # fmt: skip
+    for name, grad, right_grad in zip(("x", "residual", "weight", "bias"), grads, expected):
+        assert (grad is None) == (right_grad is None), name
+        if grad is not None:
+            assert relative_error(grad, right_grad) <= tolerance(grad.dtype), name
+
+
+# ---- sizes only a GPU holds ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU's memory")
+def test_scan_of_more_than_2_to_the_31_elements():
+    """The last row of a batch whose tensor passes 2^31 elements equals that row alone."""
+    torch.use_deterministic_algorithms(False)
+    batch, channels, length = 3, 768, 2**20
+    u = torch.randn(batch, length, channels, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    assert u.numel() > 2**31
+    A, B = -torch.ones(channels, 2, device="cuda"), torch.randn(batch, 2, length, device="cuda")
+    out, _, _ = kernels.selective_scan_forward(u, u, A, B, B, None, None, None, True, False, segments=64)
+    alone, _, _ = kernels.selective_scan_forward(
+        u[2:], u[2:], A, B[2:], B[2:], None, None, None, True, False, segments=64
+    )
+    assert torch.equal(out[2:], alone)
