@@ -10,16 +10,15 @@ import platform
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-FLAGS = (
-    "-O3 -std=gnu++17 -fopenmp -fno-exceptions -fno-rtti -fvisibility=hidden "
-    "-g0 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wno-maybe-uninitialized -Wno-unknown-pragmas"
-).split()
+FLAGS = [
+    "-O3", "-g0", "-std=gnu++17", "-fopenmp", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden",
+    "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+    "-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas",
+]  # fmt: skip
 ISA_FLAGS = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    ISA_FLAGS |= {
-        "avx2": ["-mavx2", "-mfma"],
-        "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"],
-    }
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
+    ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
 
 
 class BuildKernels(build_ext):

@@ -29,7 +29,8 @@ class _Arguments(ctypes.Structure):
     """Mirrors Arguments of csrc/kernels.cpp."""
 
     _fields_ = [
-        *((n, ctypes.c_int64) for n in "batch channels length width dtype silu channels_last threads".split()),
+        *((name, ctypes.c_int64) for name in ("batch", "channels", "length", "width")),
+        *((name, ctypes.c_int64) for name in ("dtype", "silu", "channels_last", "threads")),
         *((name, _Sequence) for name in ("x", "out")),
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "initial")),
         *((name, _Sequence) for name in ("dout", "dx")),

@@ -269,6 +269,7 @@ def selective_scan_backward(dout, dlast_state, u, delta, A, B, C, D, z, delta_bi
 
 # ---- bidirectional mixer -----------------------------------------------------------------------------------
 
+
 def bimamba_saved_bytes(
     batch: int, length: int, channels: int, d_state: int, dt_rank: int, d_conv: int, dtype: torch.dtype
 ) -> int:
@@ -323,9 +324,7 @@ def bimamba_backward(dy, xz, forward_params, backward_params, scale, saved):
     arguments.dy, arguments.dxz = dy.data_ptr(), dxz.data_ptr()
     arguments.gradients = (_Direction * 2)(*(_direction(g) for g in grads))
     _call("bimamba_backward", arguments)
-    return dxz, *(
-        tuple(None if g is None else g.to(p.dtype) for g, p in zip(*pair)) for pair in zip(grads, originals)
-    )
+    return dxz, *(tuple(None if g is None else g.to(p.dtype) for g, p in zip(*pair)) for pair in zip(grads, originals))
 
 
 # ---- add and norm ------------------------------------------------------------------------------------------

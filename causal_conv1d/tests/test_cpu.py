@@ -1,0 +1,113 @@
+"""The C++ convolution against the reference in float64: output and every gradient, for each instruction set that
+this processor has, in every memory layout.
+"""
+
+import pytest
+import torch
+
+from causal_conv1d import cpu, reference
+
+pytestmark = pytest.mark.skipif(bool(cpu.unavailable_reason()), reason=str(cpu.unavailable_reason()))
+
+ISAS = cpu.available_isas() if not cpu.unavailable_reason() else ()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    monkeypatch.setenv(cpu.ISA_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan():
+    """torch.empty is filled with NaN, so that an element never written fails."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check(name, actual, expected, tolerance):
+    """Largest error relative to the largest expected value."""
+    assert (actual is None) == (expected is None), name
+    if expected is None:
+        return
+    assert actual.shape == expected.shape, name
+    error = ((actual.double() - expected).abs().max() / expected.abs().max()).item()
+    assert error <= tolerance, f"{name}: {error:.2e} > {tolerance:.0e}"
+
+
+def widened(tensors):
+    return [None if t is None else t.double() for t in tensors]
+
+
+LAYOUTS = {
+    "tokens": lambda B, D, L, dtype: torch.randn(B, D, L).to(dtype),
+    "channels": lambda B, D, L, dtype: torch.randn(B, L, D).to(dtype).transpose(1, 2),
+    "half of the channels": lambda B, D, L, dtype: torch.randn(B, L, 2 * D).to(dtype)[..., D:].transpose(1, 2),
+    "neither": lambda B, D, L, dtype: torch.randn(B, 2 * D, 3 * L).to(dtype)[:, ::2, ::3],
+}
+
+
+def check_conv(shape, width, layout="tokens", dtype=torch.float32, silu=True, has_bias=True, has_initial=True):
+    torch.manual_seed(0)
+    B, D, _ = shape
+    x, dout = LAYOUTS[layout](*shape, dtype), torch.randn(shape).to(dtype)
+    weight, bias = torch.randn(D, width), torch.randn(D) if has_bias else None
+    initial = torch.randn(B, D, width - 1).to(dtype) if has_initial else None
+    inputs = [x, weight, bias, initial]
+    out = cpu.conv_forward(*inputs, silu)
+    activations = 6e-3 if dtype == torch.bfloat16 else 2e-5
+    assert out.dtype == dtype and out.stride() == torch.empty_like(x).stride()
+    check("out", out, reference.conv_forward(*widened(inputs), silu), activations)
+    expected = reference.conv_backward(dout.double(), *widened(inputs), silu)
+    actual = cpu.conv_backward(dout, *inputs, silu)
+    tolerances = {"dx": activations, "dweight": 2e-5, "dbias": 2e-5, "dinitial_states": activations}
+    for (name, tolerance), got, want in zip(tolerances.items(), actual, expected):
+        check(name, got, want, tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("L", [1, 2, 63, 64, 65, 197])
+def test_lengths(isa, L, layout, dtype):
+    check_conv((3, 20, L), 4, layout, dtype)
+
+
+@pytest.mark.parametrize("layout", ["tokens", "channels"])
+@pytest.mark.parametrize("L", [730, 1000, 1025])
+def test_long(isa, L, layout):
+    check_conv((1, 70, L), 4, layout)
+
+
+@pytest.mark.parametrize("layout", ["tokens", "channels"])
+@pytest.mark.parametrize("has_initial", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("width", [2, 3, 4])
+def test_arguments(isa, width, silu, has_bias, has_initial, layout):
+    check_conv((2, 5, 40), width, layout, silu=silu, has_bias=has_bias, has_initial=has_initial)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    check_conv((2, 130, 50), 4, "channels")
+    torch.set_num_threads(before)
+
+
+def test_unknown_instruction_set_raises(monkeypatch):
+    monkeypatch.setenv(cpu.ISA_VARIABLE, "sse9")
+    with pytest.raises(ValueError, match="'sse9' is unknown: use avx512, avx2, portable"):
+        cpu.conv_forward(torch.randn(1, 2, 3), torch.randn(2, 4), None, None, True)
+
+
+def test_without_a_compiled_library_the_reason_says_how_to_mend_it(monkeypatch):
+    monkeypatch.setattr(cpu, "_library_path", lambda: None)
+    assert "g++" in cpu.unavailable_reason()
+
+
+@pytest.mark.parametrize("arguments, word", [((torch.float64, 4), "float64"), ((torch.float32, 5), "width 5")], ids=str)
+def test_what_the_kernels_do_not_serve_is_named(arguments, word):
+    assert word in cpu.unsupported(*arguments)
+    assert cpu.unsupported(torch.bfloat16, 2) is None

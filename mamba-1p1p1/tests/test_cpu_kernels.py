@@ -1,0 +1,326 @@
+"""The C++ kernels against the reference in float64: outputs and every gradient, over the sizes that hurt, for each
+instruction set that this processor has. Tolerances: shared rule for all kernels, see `limit`.
+"""
+
+import pytest
+import torch
+
+from mamba_ssm.ops import cpu, reference
+
+pytestmark = pytest.mark.skipif(bool(cpu.unavailable_reason()), reason=str(cpu.unavailable_reason()))
+
+ISAS = cpu.available_isas() if not cpu.unavailable_reason() else ()
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    monkeypatch.setenv(cpu.ISA_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan():
+    """torch.empty is filled with NaN, so that an element never written fails."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def limit(io_dtype, is_activation=True):
+    """Largest max|x - r| / max|r| against float64: above every right candidate, far below any wrong one."""
+    return 6e-3 if is_activation and io_dtype == torch.bfloat16 else 2e-5
+
+
+def check(name, actual, expected, tolerance):
+    assert (actual is None) == (expected is None), name
+    if expected is None:
+        return
+    assert actual.shape == expected.shape, name
+    scale = expected.abs().max().item() or 1.0
+    error = (actual.double() - expected.double()).abs().max().item() / scale
+    assert error <= tolerance, f"{name}: {error:.2e} > {tolerance:.0e}"
+
+
+def widened(tensors):
+    return [None if t is None else t.double() for t in tensors]
+
+
+# ---- bidirectional mixer -----------------------------------------------------------------------------------
+
+
+def direction(D, N, R, W, seed, conv_bias):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return scale * torch.randn(*shape, generator=generator)
+
+    A = -torch.arange(1.0, N + 1).repeat(D, 1) * torch.exp(normal(D, N, scale=0.1))
+    return [
+        normal(D, W, scale=0.5), normal(D) if conv_bias else None, normal(R + 2 * N, D, scale=D**-0.5),
+        normal(D, R, scale=R**-0.5), normal(D) - 2, A, normal(D),
+    ]  # fmt: skip
+
+
+def check_mixer(B, L, D, N, R, W, dtype, conv_bias=True, scale=0.5):
+    torch.manual_seed(0)
+    wide = torch.randn(B, L + 1, 2 * D + 3).to(dtype)
+    xz, dy = wide[:, 1:, 3:], torch.randn(B, L, D).to(dtype)  # rows neither dense nor aligned
+    params = [direction(D, N, R, W, seed, conv_bias) for seed in (1, 2)]
+    wide_params = [widened(p) for p in params]
+    y, _ = reference.bimamba_forward(xz.double(), *wide_params, scale, False)
+    dxz, *grads = reference.bimamba_backward(dy.double(), xz.double(), *wide_params, scale, None)
+    for save in (False, True):
+        mine, saved = cpu.bimamba_forward(xz, *params, scale, save)
+        check(f"y, save={save}", mine, y, limit(dtype))
+    assert saved.numel() == cpu.bimamba_saved_bytes(B, L, D, N, R, W, dtype)
+    mine = cpu.bimamba_backward(dy, xz, *params, scale, saved)
+    check("dxz", mine[0], dxz, limit(dtype))
+    names = ("conv_weight", "conv_bias", "x_proj_weight", "dt_weight", "dt_bias", "A", "D")
+    for side, actual, expected in zip(("forward", "backward"), mine[1:], grads):
+        for name, got, want in zip(names, actual, expected):
+            check(f"{side} d{name}", got, want, limit(dtype, is_activation=False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("L", [1, 2, 63, 64, 65, 197])
+def test_mixer_lengths(isa, L, dtype):
+    check_mixer(B=3, L=L, D=40, N=16, R=12, W=4, dtype=dtype)
+
+
+@pytest.mark.parametrize("L", [730, 1000])
+def test_mixer_long(isa, L):
+    check_mixer(B=1, L=L, D=48, N=16, R=12, W=4, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"D": 16, "N": 8, "R": 1, "W": 2},
+        {"D": 37, "N": 5, "R": 2, "W": 3, "conv_bias": False},
+        {"D": 20, "N": 33, "R": 70, "W": 4, "scale": 1.0},
+        {"D": 1, "N": 1, "R": 1, "W": 4},
+    ],
+    ids=str,
+)
+def test_mixer_shapes(isa, case):
+    check_mixer(B=2, L=70, dtype=torch.float32, **case)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("B", [1, 2, 3])
+def test_mixer_threads(B, threads):
+    """Whole items, directions that meet in the middle, and channel groups: however the work is dealt out."""
+    torch.set_num_threads(threads)
+    check_mixer(B=B, L=131, D=72, N=16, R=5, W=4, dtype=torch.float32)
+
+
+def test_mixer_backward_repeats_bit_for_bit():
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    xz, dy = torch.randn(3, 100, 64), torch.randn(3, 100, 32)
+    params = [direction(32, 16, 4, 4, seed, True) for seed in (1, 2)]
+    saved = cpu.bimamba_forward(xz, *params, 0.5, True)[1]
+    first, second = (cpu.bimamba_backward(dy, xz, *params, 0.5, saved) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(a, b) for side in (1, 2) for a, b in zip(first[side], second[side]))
+
+
+def test_workspace_left_by_another_call_does_not_matter():
+    params = [direction(24, 16, 4, 4, seed, True) for seed in (1, 2)]
+    poison = torch.full((2, 300, 48), float("nan"))
+    cpu.bimamba_backward(poison[..., :24], poison, *params, 0.5, cpu.bimamba_forward(poison, *params, 0.5, True)[1])
+    check_mixer(B=2, L=100, D=24, N=16, R=4, W=4, dtype=torch.float32)
+
+
+# ---- selective scan ----------------------------------------------------------------------------------------
+
+
+def sequence(B, D, L, dtype, layout):
+    if layout == "tokens":
+        return torch.randn(B, D, L).to(dtype)
+    if layout == "channels":
+        return torch.randn(B, L, D).to(dtype).transpose(1, 2)
+    return torch.randn(B, 2 * D, 3 * L).to(dtype)[:, ::2, ::3]
+
+
+def matrix(form, B, D, L, N, dtype):
+    """B or C: "constant", "token", or the number of groups."""
+    if form == "constant":
+        return torch.randn(D, N)
+    if form == "token":
+        return torch.randn(B, N, L).to(dtype)
+    return torch.randn(B, form, N, L).to(dtype)
+
+
+def check_scan(
+    B=2,
+    D=40,
+    L=65,
+    N=16,
+    B_form="token",
+    C_form="token",
+    layout="tokens",
+    dtype=torch.float32,
+    softplus=True,
+    optional=True,
+):
+    torch.manual_seed(0)
+    u, z, dout = (sequence(B, D, L, dtype, layout) for _ in range(3))
+    delta = sequence(B, D, L, dtype, layout)
+    delta = delta if softplus else (0.5 * delta.abs()).to(dtype)
+    inputs = [u, delta, -0.1 - torch.rand(D, N), matrix(B_form, B, D, L, N, dtype), matrix(C_form, B, D, L, N, dtype)]
+    inputs += [torch.randn(D), z, 0.3 * torch.randn(D)] if optional else [None, None, None]
+    out, last_state, _ = reference.selective_scan_forward(*widened(inputs), softplus, False)
+    for save in (False, True):
+        mine = cpu.selective_scan_forward(*inputs, softplus, save)
+        check("out", mine[0], out, limit(dtype))
+        check("last_state", mine[1], last_state, limit(dtype, is_activation=False))
+    assert mine[2].numel() == cpu.selective_scan_saved_bytes(B, D, L, N, dtype)
+    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+    for dlast in (None, torch.randn(B, D, N)):
+        expected = reference.selective_scan_backward(
+            *widened([dout, dlast, *inputs]), softplus, torch.empty(0, dtype=torch.uint8)
+        )
+        actual = cpu.selective_scan_backward(dout, dlast, *inputs, softplus, mine[2])
+        for name, got, want in zip(names, actual, expected):
+            check(f"d{name}", got, want, limit(dtype, name not in ("A", "D", "delta_bias")))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("layout", ["tokens", "channels", "neither"])
+@pytest.mark.parametrize("L", [1, 2, 63, 64, 65, 197])
+def test_scan_lengths(isa, L, layout, dtype):
+    check_scan(D=20, L=L, layout=layout, dtype=dtype)
+
+
+@pytest.mark.parametrize("L", [730, 1000])
+def test_scan_long(isa, L):
+    check_scan(B=1, L=L)
+
+
+@pytest.mark.parametrize("B_form", ["constant", "token", 1, 4])
+@pytest.mark.parametrize("C_form", ["constant", "token", 2])
+def test_scan_forms_of_B_and_C(isa, B_form, C_form):
+    check_scan(D=36, B_form=B_form, C_form=C_form)
+
+
+@pytest.mark.parametrize("N", [1, 4, 8, 24, 33])
+def test_scan_state_sizes(isa, N):
+    check_scan(B=1, D=18, L=40, N=N)
+
+
+@pytest.mark.parametrize("softplus", [False, True])
+@pytest.mark.parametrize("layout", ["tokens", "channels"])
+def test_scan_without_optional_inputs(isa, softplus, layout):
+    check_scan(B=3, D=17, optional=False, softplus=softplus, layout=layout)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_scan_threads(threads):
+    torch.set_num_threads(threads)
+    check_scan(B=1, D=100, B_form=2)
+
+
+def test_scan_mixed_dtypes_keep_each_inputs_dtype():
+    torch.manual_seed(0)
+    u, delta = torch.randn(1, 8, 9).bfloat16(), torch.rand(1, 8, 9)
+    A, B = -torch.rand(8, 4), torch.randn(1, 4, 9).half()
+    inputs = (u, delta, A, B, B, None, None, None)
+    out, _, saved = cpu.selective_scan_forward(*inputs, True, True)
+    grads = cpu.selective_scan_backward(torch.ones_like(out), None, *inputs, True, saved)
+    assert out.dtype == torch.bfloat16
+    assert [g.dtype for g in grads if g is not None] == [t.dtype for t in inputs if t is not None]
+
+
+def test_slow_and_fast_states(isa):
+    """Decay rates from 1e-6 to 1e3 a token over 4000 tokens: a biased exponential would drift, an overflow break."""
+    torch.manual_seed(0)
+    D, N, L = 4, 16, 4000
+    A = -torch.logspace(-6, 3, N).repeat(D, 1)
+    u, B, C = torch.rand(1, D, L), torch.rand(1, N, L), torch.rand(1, N, L)
+    inputs = (u, torch.rand(1, D, L), A, B, C, None, None, None)
+    out, state, _ = cpu.selective_scan_forward(*inputs, False, False)
+    want, want_state = reference.selective_scan(*widened(inputs), False)
+    check("out", out, want, 2e-5)
+    relative = ((state - want_state) / want_state).abs().max().item()
+    assert relative <= 2e-5
+
+
+# ---- add and norm ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("residual_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("rows, width", [(50, 192), (7, 37), (1, 5)])
+def test_add_norm(isa, rows, width, dtype, residual_dtype, kind):
+    torch.manual_seed(0)
+    x = torch.randn(rows, width).to(dtype)
+    residual = None if residual_dtype is None else torch.randn(rows, width).to(residual_dtype)
+    weight, bias = 1 + 0.1 * torch.randn(width), torch.randn(width) if kind == "layer" else None
+    out_dtype = residual_dtype or torch.float32
+    expected = reference.add_norm_forward(*widened([x, residual, weight, bias]), 1e-5, kind, torch.float64)
+    actual = cpu.add_norm_forward(x, residual, weight, bias, 1e-5, kind, out_dtype)
+    assert actual[0].dtype == dtype and actual[1].dtype == out_dtype
+    tolerance = limit(torch.bfloat16 if torch.bfloat16 in (dtype, residual_dtype) else torch.float32)
+    for name, got, want in zip(("out", "sum", "mean", "rstd"), actual, expected):
+        check(name, got, want, tolerance)
+    total, mean, rstd = actual[1:]
+    dout = torch.randn(rows, width).to(dtype)
+    for dsum in (None, torch.randn(rows, width).to(out_dtype)):
+        tensors = [dout, dsum, total, weight, bias, mean, rstd]
+        wide_residual = None if residual is None else torch.float64
+        expected = reference.add_norm_backward(*widened(tensors), kind, torch.float64, wide_residual)
+        actual = cpu.add_norm_backward(*tensors, kind, dtype, residual_dtype)
+        for name, got, want in zip(("dx", "dresidual", "dweight", "dbias"), actual, expected):
+            check(name, got, want, tolerance)
+
+
+# ---- choice of code ----------------------------------------------------------------------------------------
+
+
+def test_unknown_instruction_set_raises(monkeypatch):
+    monkeypatch.setenv(cpu.ISA_VARIABLE, "sse9")
+    with pytest.raises(ValueError, match="'sse9' is unknown: use avx512, avx2, portable"):
+        cpu.bimamba_saved_bytes(1, 1, 1, 1, 1, 1, torch.float32)
+
+
+def test_instruction_set_that_the_processor_lacks_raises(monkeypatch):
+    monkeypatch.setattr(cpu, "available_isas", lambda: ("portable",))
+    monkeypatch.setenv(cpu.ISA_VARIABLE, "avx512")
+    with pytest.raises(ValueError, match="cannot run here"):
+        cpu.bimamba_saved_bytes(1, 1, 1, 1, 1, 1, torch.float32)
+
+
+def test_the_best_instruction_set_is_the_default(monkeypatch):
+    monkeypatch.delenv(cpu.ISA_VARIABLE, raising=False)
+    monkeypatch.setattr(cpu, "available_isas", lambda: ("avx2", "portable"))
+    assert cpu._isa() == "avx2"
+
+
+def test_without_a_compiled_library_the_reason_says_how_to_mend_it(monkeypatch):
+    monkeypatch.setattr(cpu, "_library_path", lambda: None)
+    assert "g++" in cpu.unavailable_reason()
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (("bimamba", torch.float16, 16, 4), "float16"),
+        (("selective_scan", torch.complex64, 16, None), "complex64"),
+        (("selective_scan", torch.float32, 257, None), "257"),
+        (("bimamba", torch.float32, 16, 5), "d_conv=5"),
+    ],
+    ids=str,
+)
+def test_what_the_kernels_do_not_serve_is_named(arguments, word):
+    assert word in cpu.unsupported(*arguments)
+    assert cpu.unsupported("bimamba", torch.bfloat16, 16, 4) is None
