@@ -19,11 +19,9 @@ from engine import NonFiniteError
 
 def explain(error: Exception, args=None) -> tuple[int, str] | None:
     """(exit code, one line) for an error that is not the program's fault, else None."""
-    if isinstance(error, PeerError):
-        return error.code, str(error)
     if isinstance(error, NonFiniteError):
         return EXIT_NONFINITE, str(error)
-    if isinstance(error, ConfigError | DataError | CheckpointError):
+    if isinstance(error, ConfigError | DataError | CheckpointError | PeerError):
         return EXIT_USAGE, str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return EXIT_USAGE, out_of_memory(error, args)

@@ -1,0 +1,301 @@
+"""R2, R4, R6, R8, R11, R13, R14: what goes wrong ends soon, on all ranks, with one line and the right exit code.
+
+Promises and their numbers: docs/RELIABILITY.md.
+"""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+import distributed
+import faults
+from checkpoint import CheckpointError, CheckpointWriter, latest_checkpoint, read_checkpoint
+from datasets import ImageDataset
+from helpers import write_image_folder
+from main import main
+from processes import QUICK, STEPS, end, fault, pieces, start_ranks
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(flags: str, folder: Path) -> int:
+    return main([*flags.split(), "--output_dir", str(folder)])
+
+
+def one_line(capsys) -> str:
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and text.count("\n") == 1, text
+    return text
+
+
+# --- the switch
+
+
+@pytest.mark.parametrize("text", ["fire@1", "nan", "nan@", "nan@-1", "nan@1:x"])
+def test_a_fault_that_does_not_exist_is_refused(text):
+    with fault(text), pytest.raises(ValueError, match="expected KIND@STEP or KIND@STEP:RANK, KIND one of raise-before"):
+        faults.planned()
+
+
+def test_a_fault_strikes_at_its_step_on_its_rank_and_not_after_a_restart(monkeypatch):
+    loss = torch.ones(())
+    with fault("nan@3:1"):
+        for step, rank in ((2, 1), (3, 0), (4, 1)):
+            assert faults.before_exchange(step, rank, loss) is loss
+        assert faults.before_exchange(3, 1, loss).isnan()
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        assert faults.before_exchange(3, 1, loss) is loss
+
+
+# --- R11: no hang
+
+
+RAISES = {
+    "before the exchange": ("raise-before@3:1", "InjectedError"),
+    "inside the exchange": ("raise-inside@3:1", "InjectedError"),
+    "after the exchange": ("raise-after@3:1", "InjectedError"),
+    "out of memory": ("oom@3:1", "error: out of memory with --batch-size 64"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", RAISES)
+def test_an_error_on_one_rank_ends_the_other_soon(moment, tmp_path):
+    text, said = RAISES[moment]
+    flags = f"{QUICK} --batch-size 64 --output_dir {tmp_path}"
+    codes = end(start_ranks(flags, tmp_path / "out", VIM_FAULT=text), 60)
+    assert codes == [distributed.EXIT_FAILED, distributed.EXIT_USAGE if "oom" in text else 1]
+    assert said in (tmp_path / "out.1").read_text()
+    assert "error: another rank is gone or waited for in vain" in (tmp_path / "out.0").read_text()
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_waited_for_as_long_as_said(tmp_path):
+    flags = f"{QUICK} --batch-size 64 --dist-timeout 10"
+    alive, hanging = start_ranks(flags, tmp_path / "out", VIM_FAULT="hang@3:1")
+    try:
+        assert end([alive], 60) == [distributed.EXIT_FAILED]
+    finally:
+        hanging.kill()
+    assert "error: another rank is gone or waited for in vain" in (tmp_path / "out.0").read_text()
+
+
+@pytest.mark.slow
+def test_an_error_that_only_rank_0_can_have_is_every_ranks(tmp_path):
+    """A folder that cannot be made, known before the first exchange."""
+    (tmp_path / "file").write_text("")
+    flags = f"{QUICK} --batch-size 64 --output_dir {tmp_path / 'file' / 'run'}"
+    assert end(start_ranks(flags, tmp_path / "out"), 60) == [4, 4]
+    assert "error: --output_dir" in (tmp_path / "out.0").read_text()
+    assert "error: rank 0 failed: --output_dir" in (tmp_path / "out.1").read_text()
+
+
+def broken_reading(monkeypatch, breakage) -> None:
+    """Have reading image 700 do something in a loader's worker."""
+    true_get = ImageDataset.__getitem__
+
+    def get(self, key):
+        if key[1] == 700 and torch.utils.data.get_worker_info() is not None:
+            breakage()
+        return true_get(self, key)
+
+    monkeypatch.setattr(ImageDataset, "__getitem__", get)
+
+
+def test_a_loader_that_gives_no_batch_is_one_line(tmp_path, monkeypatch, capsys):
+    broken_reading(monkeypatch, lambda: time.sleep(30))
+    assert run(f"{QUICK} --no-repeated-aug --num_workers 1 --loader-timeout 2", tmp_path) == distributed.EXIT_FAILED
+    assert "no batch came for --loader-timeout 2 seconds" in one_line(capsys)
+
+
+def test_a_loader_process_that_dies_is_one_line(tmp_path, monkeypatch, capsys):
+    broken_reading(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    assert run(f"{QUICK} --no-repeated-aug --num_workers 1", tmp_path) == distributed.EXIT_FAILED
+    assert "a loader process died" in one_line(capsys)
+
+
+def test_a_signal_to_the_process_group_spares_the_loader(tmp_path):
+    """As torchrun and a terminal send them: the run must be able to finish its step and save."""
+    code = (
+        "import os, signal, sys; os.setpgid(0, 0); sys.path[:0] = ['tests', 'vim']\n"
+        "import processes, engine; from main import main\n"
+        "true_step = engine.training_step\n"
+        "def step(run, *batches):\n"
+        "    if run.progress.step == 3: os.killpg(0, signal.SIGTERM)\n"
+        "    return true_step(run, *batches)\n"
+        "engine.training_step = step\n"
+        f"sys.exit(main({QUICK.split()!r} + ['--num_workers', '2', '--output_dir', {str(tmp_path)!r}]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == distributed.EXIT_REQUEUE, done.stderr
+    assert read_checkpoint(tmp_path / "checkpoint.pth").step == 4
+
+
+# --- R6: one decision
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path):
+    flags = f"{QUICK} --batch-size 64 --checkpoint-steps 2 --output_dir {tmp_path}"
+    assert end(start_ranks(flags, tmp_path / "out", VIM_FAULT="nan@4:1"), 60) == [distributed.EXIT_NONFINITE] * 2
+    assert all("error: step 4 of epoch 0: loss nan" in (tmp_path / f"out.{rank}").read_text() for rank in (0, 1))
+    assert read_checkpoint(latest_checkpoint(tmp_path)).step == 4, "what was saved before stays"
+
+
+@pytest.mark.slow
+def test_a_skipped_step_is_counted_in_every_row_and_at_the_end(tmp_path, capsys):
+    with fault("nan@4"):
+        assert run(f"{QUICK} --nonfinite skip", tmp_path) == 0
+    assert [json.loads(line)["skipped_steps"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [1, 1]
+    text = capsys.readouterr().out
+    assert "step 5 left out: loss nan" in text and "1 left out" in text
+
+
+# --- R8: replaced images
+
+
+def test_replaced_images_are_counted_over_a_resume(tmp_path):
+    """The file is met before the stop; the row written after it must still count it."""
+    data = write_image_folder(tmp_path / "data", per_class=8)
+    (data / "train" / "ant" / "3.jpg").write_text("no image")
+    flags = f"{QUICK} --data-path {data} --batch-size 8 --bad-image replace --bad-image-share 0.1 --resume auto"
+    flags += " --no-repeated-aug --aa none"
+    assert run(flags, tmp_path / "whole") == 0
+    with fault("sigterm@2"):
+        assert run(flags, tmp_path / "parts") == distributed.EXIT_REQUEUE
+    assert run(flags, tmp_path / "parts") == 0
+    assert pieces(tmp_path / "whole") == pieces(tmp_path / "parts")
+    assert json.loads((tmp_path / "whole" / "log.txt").read_text().splitlines()[-1])["replaced_images"] == 1
+
+
+# --- R13: out of memory
+
+
+def test_out_of_memory_says_what_to_do(tmp_path, capsys):
+    with fault("oom@2"):
+        assert run(QUICK, tmp_path) == distributed.EXIT_USAGE
+    text = one_line(capsys)
+    assert "out of memory with --batch-size 128" in text
+    assert "--batch-size 64 --accum-steps 2 keeps the whole batch" in text and "--grad-checkpointing" in text
+
+
+# --- R14 and R2: the disk
+
+
+def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(tmp_path, capsys):
+    with fault("disk-full@8"):
+        assert run(f"{QUICK} --checkpoint-steps 4", tmp_path) == distributed.EXIT_USAGE
+    assert "No space left on device; the last checkpoint is untouched" in one_line(capsys)
+    assert read_checkpoint(latest_checkpoint(tmp_path, on_rejected=pytest.fail)).step == 4
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_rank_0_ends_all_ranks(tmp_path):
+    flags = f"{QUICK} --batch-size 64 --checkpoint-steps 4 --output_dir {tmp_path}"
+    assert end(start_ranks(flags, tmp_path / "out", VIM_FAULT="disk-full@8"), 60) == [4, 4]
+    assert "No space left on device" in (tmp_path / "out.0").read_text()
+    assert "error: rank 0 failed: " in (tmp_path / "out.1").read_text()
+
+
+FILL = """
+import resource, sys
+sys.path.insert(0, "vim")
+import torch
+from checkpoint import CheckpointError, latest_checkpoint, read_checkpoint, store_checkpoint
+folder, limit = sys.argv[1], int(sys.argv[2])
+if limit:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+def state(step, size):
+    return {"model": {"weight": torch.full((size,), float(step))}, "step": step}
+store_checkpoint(folder, state(1, 100_000))
+for size in (450_000, 2_000_000):
+    try:
+        store_checkpoint(folder, state(2, size))
+    except CheckpointError as error:
+        print(error)
+print("left", read_checkpoint(latest_checkpoint(folder, on_rejected=print)).step)
+"""
+
+
+def small_disk(folder: Path) -> list[str]:
+    """A command prefix that runs a command with a 2 MB tmpfs at `folder`, [] where mounting is not allowed."""
+    mount = f'mount -t tmpfs -o size=2m tmpfs "{folder}" && exec "$@"'
+    for unshare in (["unshare", "--mount"], ["unshare", "--map-root-user", "--mount"]):
+        prefix = [*unshare, "sh", "-c", mount, "sh"]
+        if shutil.which("unshare") and subprocess.run([*prefix, "true"], capture_output=True).returncode == 0:
+            return prefix
+    return []
+
+
+@pytest.mark.slow
+def test_a_disk_of_two_megabytes_keeps_the_first_checkpoint(tmp_path):
+    """The second one does not fit beside it. Where no small disk can be mounted, a limit on files' sizes stands in."""
+    disk = small_disk(tmp_path)
+    command = [*disk, sys.executable, "-c", FILL, str(tmp_path), "0" if disk else str(1 << 20)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.count("was not written: ") for line in lines] == [1, 1, 0]
+    assert all("the last checkpoint is untouched" in line for line in lines[:2])
+    assert lines[2] == "left 1"
+    if disk:
+        assert "MiB are free" in lines[1] and "Free some space" in lines[1]
+
+
+# --- background writing
+
+
+def test_the_state_that_is_written_is_that_of_the_call(tmp_path, monkeypatch):
+    """Training changes the tensors while the thread writes."""
+    import threading
+
+    import checkpoint
+
+    gate, true_store = threading.Event(), checkpoint.store_checkpoint
+    monkeypatch.setattr(checkpoint, "store_checkpoint", lambda *a, **k: (gate.wait(), true_store(*a, **k)))
+    weight, args = torch.ones(5), Namespace(lr=1.0)
+    writer = CheckpointWriter()
+    writer.store(tmp_path, {"model": {"weight": weight}, "step": 1, "args": args, "list": [weight]}, 2, False)
+    weight.zero_()
+    args.lr = 2.0
+    assert not list(tmp_path.iterdir()), "nothing is written before `store` has returned"
+    gate.set()
+    writer.wait()
+    found = read_checkpoint(tmp_path / "checkpoint.pth")
+    assert found.model["weight"].eq(1).all() and found.extra["list"][0].eq(1).all() and found.args.lr == 1.0
+
+
+def test_an_error_of_the_writer_is_kept_and_nothing_is_written_after_it(tmp_path):
+    writer = CheckpointWriter()
+    with fault("disk-full@1"):
+        writer.store(tmp_path, {"model": {"weight": torch.ones(5)}, "step": 1}, 2, False)
+        writer.join()
+    assert writer.failed
+    writer.store(tmp_path, {"model": {"weight": torch.ones(5)}, "step": 2}, 2, False)
+    with pytest.raises(CheckpointError, match=os.strerror(errno.ENOSPC)):
+        writer.wait()
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_a_fallback_is_said_and_counted(tmp_path, capsys):
+    assert run(f"{QUICK} --epochs 1 --checkpoint-steps 4", tmp_path) == 0
+    newest = latest_checkpoint(tmp_path)
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    assert run(f"{QUICK} --resume auto", tmp_path) == 0
+    text = capsys.readouterr().out
+    assert f"checkpoint passed over: {newest} is damaged" in text
+    assert "on the way: 1 x resumed, 1 x damaged checkpoints passed over" in text
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "incidents.txt").read_text().splitlines()]
+    assert kinds == ["fallback", "resumed"]
+    assert read_checkpoint(tmp_path / "checkpoint.pth").step == 2 * STEPS

@@ -1,0 +1,197 @@
+"""R1, R5, R12, R15: a run that was stopped, killed or moved to other processes is the run that never was.
+
+Promises and their numbers: docs/RELIABILITY.md.
+"""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import engine
+from checkpoint import latest_checkpoint, read_checkpoint
+from distributed import EXIT_REQUEUE
+from main import main
+from processes import QUICK, STEPS, end, fault, pieces, start, start_ranks
+
+
+def run(flags: str, folder: Path) -> int:
+    return main([*flags.split(), "--output_dir", str(folder), "--resume", "auto"])
+
+
+def differing(a: Path, b: Path) -> list[str]:
+    """Names of the pieces of two runs that are not bit for bit the same."""
+    first, second = pieces(a), pieces(b)
+    return [piece for piece in first if first[piece] != second[piece]]
+
+
+# --- R1: stopped by a signal
+
+
+STOPS = {
+    "in mid-epoch": ("", 3),
+    "in the last step of an epoch": ("", STEPS - 1),
+    "in the first step of an epoch": ("", STEPS),
+    "without an average": ("--no-model-ema", 4),
+    "accumulation": ("--accum-steps 2", 2),
+    "accumulation, its short last group": ("--accum-steps 2", 5),
+    "bfloat16": ("--if_amp", 14),
+    "float16": ("--if_amp --amp-dtype float16", 14),
+    "workers": ("--num_workers 2", 3),
+    "3x repeated augmentation off, dropout": ("--no-repeated-aug --drop 0.1", 3),
+    "rate by step, clipped": ("--sched-on-updates --clip-grad 1", 15),
+    "momentum": ("--opt momentum --lr 0.1", 3),
+    "lamb": ("--opt lamb", 3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", STOPS)
+def test_a_stopped_run_resumes_bit_for_bit(setting, tmp_path):
+    flags, step = STOPS[setting]
+    flags = f"{QUICK} --seed 3 {flags}"
+    assert run(flags, tmp_path / "whole") == 0
+    with fault(f"sigusr1@{step}"):
+        assert run(flags, tmp_path / "parts") == EXIT_REQUEUE
+    assert read_checkpoint(tmp_path / "parts" / "checkpoint.pth").step == step + 1
+    assert run(flags, tmp_path / "parts") == 0
+    assert differing(tmp_path / "whole", tmp_path / "parts") == []
+
+
+def test_a_run_stopped_during_an_evaluation_finishes_it_first(tmp_path, monkeypatch, capsys):
+    true_assess = engine.assess
+
+    def assess(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return true_assess(*arguments)
+
+    assert run(QUICK, tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "assess", assess)
+        assert run(QUICK, tmp_path / "parts") == EXIT_REQUEUE
+    assert read_checkpoint(tmp_path / "parts" / "checkpoint.pth").step == STEPS
+    assert run(QUICK, tmp_path / "parts") == 0
+    assert differing(tmp_path / "whole", tmp_path / "parts") == []
+    assert "on the way: 1 x stopped, 1 x resumed; see incidents.txt" in capsys.readouterr().out
+
+
+DROPPED = {
+    "the optimiser's moments": ("load_optimizer", lambda run, checkpoint: None, "model"),
+    "the place in the epoch": ("restore_progress", lambda run, checkpoint: None, "progress"),
+}
+
+
+@pytest.mark.parametrize("piece", DROPPED)
+def test_the_comparison_sees_a_lost_piece_of_state(piece, tmp_path, monkeypatch):
+    """The control: a resume that forgets something must not pass for the run that never stopped."""
+    function, forget, seen_in = DROPPED[piece]
+    flags = f"{QUICK} --epochs 1"
+    assert run(flags, tmp_path / "whole") == 0
+    with fault("sigterm@4"):
+        assert run(flags, tmp_path / "parts") == EXIT_REQUEUE
+    monkeypatch.setattr(engine, function, forget)
+    assert run(flags, tmp_path / "parts") == 0
+    assert seen_in in differing(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_the_comparison_sees_a_lost_average(tmp_path, monkeypatch):
+    flags = f"{QUICK} --epochs 1"
+    assert run(flags, tmp_path / "whole") == 0
+    with fault("sigterm@4"):
+        assert run(flags, tmp_path / "parts") == EXIT_REQUEUE
+    monkeypatch.setattr(engine.WeightsEma, "load_state_dict", lambda self, state: None)
+    assert run(flags, tmp_path / "parts") == 0
+    seen_in = set(differing(tmp_path / "whole", tmp_path / "parts"))
+    assert "model_ema" in seen_in and "model" not in seen_in
+
+
+# --- R1 and R2: killed without warning
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_is_the_run_that_never_was(tmp_path):
+    """SIGKILL at twenty moments, wherever they fall: in steps, evaluations, while writing, in the start-up."""
+    flags = f"{QUICK} --checkpoint-steps 2 --resume auto"
+    began = time.monotonic()
+    assert end([start(f"{flags} --output_dir {tmp_path / 'whole'}", tmp_path / "out")]) == [0]
+    length = time.monotonic() - began
+    kills = 0
+    for number in range(20):
+        process = start(f"{flags} --output_dir {tmp_path / 'parts'}", tmp_path / "out")
+        process.join(length * (0.3 + 0.035 * number))
+        kills += process.is_alive()
+        process.kill()
+        process.join()
+        if (tmp_path / "parts").is_dir():
+            latest_checkpoint(tmp_path / "parts", on_rejected=pytest.fail)  # raises if none is whole
+    assert end([start(f"{flags} --output_dir {tmp_path / 'parts'}", tmp_path / "out")]) == [0]
+    assert kills >= 5, "the kills must meet a run that is alive"
+    assert differing(tmp_path / "whole", tmp_path / "parts") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [4, STEPS])
+def test_a_kill_while_a_checkpoint_is_written_loses_nothing(step, tmp_path):
+    flags = f"{QUICK} --checkpoint-steps 4 --output_dir"
+    assert end([start(f"{flags} {tmp_path / 'whole'}", tmp_path / "out")]) == [0]
+    killed = start(f"{flags} {tmp_path / 'parts'}", tmp_path / "out", VIM_FAULT=f"kill-writing@{step}")
+    assert end([killed]) == [-signal.SIGKILL]
+    assert end([start(f"{flags} {tmp_path / 'parts'} --resume auto", tmp_path / "out")]) == [0]
+    assert differing(tmp_path / "whole", tmp_path / "parts") == []
+
+
+# --- several ranks
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """A run of two ranks that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("ranks")
+    assert end(start_ranks(f"{QUICK} --batch-size 64 --output_dir {folder / 'run'}", folder / "out")) == [0, 0]
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_two_ranks_stopped_by_a_signal_to_one_resume_bit_for_bit(two_ranks, tmp_path):
+    """Rank 1 alone is told; both finish the same step."""
+    flags = f"{QUICK} --batch-size 64 --resume auto --output_dir {tmp_path}"
+    assert end(start_ranks(flags, tmp_path / "out", VIM_FAULT="sigterm@5:1")) == [EXIT_REQUEUE] * 2
+    assert read_checkpoint(tmp_path / "checkpoint.pth").step == 6
+    assert "stopped by another rank" in (tmp_path / "out.0").read_text()
+    assert end(start_ranks(flags, tmp_path / "out")) == [0, 0]
+    assert differing(two_ranks, tmp_path) == []
+
+
+@pytest.mark.slow
+def test_two_ranks_of_which_one_was_killed_resume_bit_for_bit(two_ranks, tmp_path):
+    """The other one is told by the broken connection and ends with one line, soon."""
+    flags = f"{QUICK} --batch-size 64 --checkpoint-steps 3 --resume auto --output_dir {tmp_path}"
+    assert end(start_ranks(flags, tmp_path / "out", VIM_FAULT="kill@14:1"), 60) == [1, -signal.SIGKILL]
+    assert "error: another rank is gone" in (tmp_path / "out.0").read_text()
+    assert read_checkpoint(latest_checkpoint(tmp_path)).step >= 9
+    assert end(start_ranks(flags, tmp_path / "out")) == [0, 0]
+    assert differing(two_ranks, tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_run_of_two_ranks_goes_on_with_one(two_ranks, tmp_path, monkeypatch):
+    """R15: with twice the accumulation each step has the same images, though not the same bits."""
+    flags = f"{QUICK} --batch-size 64 --resume auto --output_dir {tmp_path}"
+    assert end(start_ranks(flags, tmp_path / "out", VIM_FAULT="sigterm@5:0")) == [EXIT_REQUEUE] * 2
+    assert main([*flags.split(), "--accum-steps", "2"]) == 0
+    last, undisturbed = (read_checkpoint(folder / "checkpoint.pth") for folder in (tmp_path, two_ranks))
+    assert last.step == undisturbed.step == 2 * STEPS
+    rows = [json.loads((folder / "log.txt").read_text().splitlines()[-1]) for folder in (tmp_path, two_ranks)]
+    assert rows[0]["train_loss"] == pytest.approx(rows[1]["train_loss"], rel=0.1)
+
+
+# --- R12
+
+
+@pytest.mark.slow
+def test_deterministic_runs_are_the_same_whatever_the_loader(tmp_path):
+    for workers in (0, 2):
+        assert run(f"{QUICK} --epochs 1 --deterministic --num_workers {workers}", tmp_path / str(workers)) == 0
+    assert differing(tmp_path / "0", tmp_path / "2") == []
