@@ -1,0 +1,117 @@
+"""Predictions as users ask for them: what is printed, what it equals, and what a mistake reads like."""
+
+import csv
+import io
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import inference
+import predict
+from helpers import random_image
+from small_weights import CLASS_NAMES, small_model, write_checkpoint
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A checkpoint beside a folder of four photos, one of them in a folder below."""
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    for i, name in enumerate(("a.jpg", "b.png", "more/c.JPEG", "d.webp")):
+        random_image(i).save(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+def run(photos, *flags, checkpoint=None):
+    checkpoint = checkpoint or write_checkpoint(photos)
+    return predict.main([str(photos / "photos"), "--checkpoint", str(checkpoint), "--device", "cpu", *flags])
+
+
+def test_json_holds_every_image_with_names_and_probabilities(photos, capsys):
+    assert run(photos, "--format", "json", "--topk", "9") == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [result["file"].rsplit("/", 1)[1] for result in results] == ["a.jpg", "b.png", "d.webp", "c.JPEG"]
+    for result in results:
+        shares = [guess["probability"] for guess in result["predictions"]]
+        assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
+        assert {guess["name"] for guess in result["predictions"]} == set(CLASS_NAMES)
+
+
+def test_probabilities_are_the_models_whatever_the_batch(photos, capsys):
+    outputs = []
+    for size in ("1", "3"):
+        assert run(photos, "--format", "json", "--batch-size", size) == 0
+        outputs.append(json.loads(capsys.readouterr().out))
+    classifier = inference.load_classifier(arguments(write_checkpoint(photos)))
+    image = classifier.load_image(photos / "photos" / "b.png")
+    expected = small_model()(image[None]).softmax(1).max().item()
+    for results in outputs:
+        assert results[1]["predictions"][0]["probability"] == pytest.approx(expected, rel=1e-4)
+
+
+def arguments(checkpoint, *flags):
+    return predict.build_parser().parse_args(["x", "--checkpoint", str(checkpoint), "--device", "cpu", *flags])
+
+
+def test_table_and_csv(photos, capsys):
+    assert run(photos, "--topk", "2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and all("%" in line for line in lines)
+    assert run(photos, "--format", "csv", "--topk", "1", "--output", str(photos / "out.csv")) == 0
+    rows = list(csv.DictReader(io.StringIO((photos / "out.csv").read_text())))
+    assert len(rows) == 4 and rows[0]["rank"] == "1" and rows[0]["name"] in CLASS_NAMES
+    assert capsys.readouterr().out == ""
+
+
+def test_averaged_weights_on_demand(photos):
+    checkpoint = write_checkpoint(photos)
+    for flag, factor in (("auto", 1), ("raw", 1), ("ema", 2)):
+        model = inference.load_classifier(arguments(checkpoint, "--weights", flag)).model
+        assert torch.equal(model.head.weight, factor * small_model().head.weight)
+
+
+def test_class_names():
+    """ImageNet's own for 1000 classes, words for WordNet numbers, numbers where nothing is known."""
+    assert "goldfish" in inference.readable_names([], 1000)[1]
+    assert inference.readable_names(["n01443537", "my class"], 2) == ["goldfish, Carassius auratus", "my class"]
+    assert inference.readable_names([], 2) == ["class 0", "class 1"]
+
+
+def test_class_names_from_a_file(photos, capsys):
+    (photos / "names.txt").write_text("x\ny\nz\n")
+    (photos / "few.json").write_text('["x"]')
+    assert run(photos, "--class-names", str(photos / "names.txt"), "--format", "csv", "--topk", "3") == 0
+    assert {row["name"] for row in csv.DictReader(io.StringIO(capsys.readouterr().out))} == set("xyz")
+    assert run(photos, "--class-names", str(photos / "few.json")) == 4
+    assert "1 class names for a model of 3 classes" in capsys.readouterr().err
+
+
+def test_preprocessing_is_that_of_the_evaluation(photos):
+    """Resize to int(size / 0.875), crop the centre, normalise."""
+    classifier = inference.load_classifier(arguments(write_checkpoint(photos)))
+    flat = Image.new("RGB", (50, 30), (255, 255, 255))
+    flat.save(photos / "flat.png")
+    image = classifier.load_image(photos / "flat.png")
+    assert image.shape == (3, 16, 16)
+    torch.testing.assert_close(image[:, 3, 3], (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
+        [0.229, 0.224, 0.225]))  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", ["no such image", "empty folder", "broken image", "no checkpoint", "no GPU"])
+def test_mistakes_are_one_line(tmp_path, capsys, fault):
+    (tmp_path / "photos").mkdir()
+    if fault == "broken image":
+        (tmp_path / "photos" / "bad.jpg").write_bytes(b"no picture")
+    elif fault != "empty folder":
+        random_image(0).save(tmp_path / "photos" / "a.jpg")
+    checkpoint = tmp_path / "absent.pth" if fault == "no checkpoint" else write_checkpoint(tmp_path)
+    images = tmp_path / ("absent" if fault == "no such image" else "photos")
+    device = "tpu-v9" if fault == "no GPU" else "cpu"
+    assert predict.main([str(images), "--checkpoint", str(checkpoint), "--device", device]) == 4
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert {
+        "no such image": "does not exist", "empty folder": "holds no images", "broken image": "bad.jpg",
+        "no checkpoint": "absent.pth does not exist", "no GPU": "--device tpu-v9",
+    }[fault] in line  # fmt: skip

@@ -1,0 +1,88 @@
+"""Pictures of what a Vim looks at: the numbers in them, and the files that the program writes."""
+
+import pytest
+import torch
+from PIL import Image
+
+import visualize
+from helpers import random_image
+from models_mamba import VisionMamba
+from oracle_cases import fill
+from small_weights import write_checkpoint
+
+SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_classes": 3}
+
+
+@pytest.fixture
+def model():
+    return fill(VisionMamba(**SIZES)).double().eval()
+
+
+@pytest.mark.parametrize("direction", visualize.DIRECTIONS)
+def test_hidden_attention_gives_the_scans_output(model, direction):
+    """y[t] = sum_s alpha[t, s] x[s] + D x[t], gated and projected, is what the mixer computes."""
+    mixer = model.layers[0].mixer
+    hidden = torch.randn(1, 7, 16, dtype=torch.float64)
+    suffix = visualize.DIRECTIONS[direction]
+    other = "" if suffix else "_b"
+    with torch.no_grad():
+        terms = visualize.scan_terms(mixer, hidden, direction)
+        rows = torch.stack([visualize.attention_row(terms, t) for t in range(7)], dim=1)  # (1, t, D, s)
+        y = torch.einsum("btds,bsd->btd", rows, terms.x) + getattr(mixer, "D" + suffix) * terms.x
+        y = y.flip(1) if suffix else y
+        z = mixer.in_proj(hidden)[..., mixer.d_inner :]
+        found = mixer.out_proj(0.5 * torch.nn.functional.silu(z) * y)
+        getattr(mixer, "D" + other).zero_()
+        getattr(mixer, "x_proj" + other).weight.zero_()  # B = C = 0: the other direction is silent
+        torch.testing.assert_close(found, mixer(hidden))
+
+
+def test_each_direction_reads_its_own_side(model):
+    hidden = torch.randn(1, 9, 16, dtype=torch.float64)
+    for direction, sign in (("forward", 1), ("backward", -1)):
+        terms = visualize.scan_terms(model.layers[0].mixer, hidden, direction)
+        matrix = visualize.attention_map(terms, list(range(9)), direction)
+        reader, read = torch.meshgrid(torch.arange(9), torch.arange(9), indexing="ij")
+        assert (matrix[sign * (reader - read) >= 0] > 0).all() and not matrix[sign * (reader - read) < 0].any()
+
+
+def test_the_receptive_field_covers_the_image_and_peaks_at_its_patch(model):
+    fields = visualize.receptive_fields(model, torch.randn(2, 3, 16, 16, dtype=torch.float64))
+    field = fields["the middle patch"]
+    assert field.shape == (16, 16) and field.max() == 1 and (field > 0).all()
+    peak = divmod(int(field.argmax()), 16)
+    assert (peak[0] // 4, peak[1] // 4) == (2, 2), "patches are 4 x 4 pixels and the middle one is (2, 2)"
+
+
+def test_grad_cam_sees_only_what_the_class_depends_on(model):
+    """With a last block that gives nothing, the class token alone matters, and no patch."""
+    torch.nn.init.zeros_(model.layers[1].mixer.out_proj.weight)
+    images = torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    with visualize.LayerRecord(model, 1) as record:
+        model(images.requires_grad_())[0, 0].backward()
+    assert not visualize.grad_cam(model, record).any()
+
+
+def test_a_picture_for_every_image(tmp_path, capsys):
+    checkpoint = write_checkpoint(tmp_path)
+    for i in range(3):
+        random_image(i).save(tmp_path / f"photo{i}.jpg")
+    flags = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "pictures"), "--device", "cpu"]
+    assert visualize.main([str(tmp_path), "--limit", "2", "--layer", "0", *flags]) == 0
+    names = ["000-photo0.png", "001-photo1.png", "receptive_field.png"]
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == names
+    for name in names:
+        with Image.open(tmp_path / "pictures" / name) as picture:
+            assert picture.width > 600 and len(picture.convert("L").getcolors(1 << 20)) > 50, "not blank"
+
+
+@pytest.mark.parametrize(
+    "flags, expected", [(["--layer", "9"], "blocks are 0 to 1"), (["--class", "12"], "classes are 0 to 2")]
+)
+def test_mistakes_are_one_line(tmp_path, capsys, flags, expected):
+    random_image(0).save(tmp_path / "a.png")
+    checkpoint = write_checkpoint(tmp_path)
+    arguments = [str(tmp_path / "a.png"), "--checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "out")]
+    assert visualize.main([*arguments, "--device", "cpu", *flags]) == 4
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert expected in line

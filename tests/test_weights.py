@@ -1,0 +1,211 @@
+"""Weights by name, from the Hub's cache, and as folders for timm: what a file is, and what it becomes."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import hub
+import models_mamba
+from checkpoint import CheckpointError, load_weights, read_checkpoint
+from oracle_cases import fill
+from pretrained import PUBLISHED
+from small_weights import CLASS_NAMES, TWO_BLOCKS, small_model, write_checkpoint
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """An empty Hub cache and no network; returns a function that puts a file of a repository into it."""
+    import huggingface_hub.constants as constants
+    import timm.models._hub as timm_hub
+
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    assert timm_hub.hf_hub_download
+
+    def store(repo: str, file: str, state: dict) -> Path:
+        commit = "0" * 40
+        folder = cache / f"models--{repo.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / "main").write_text(commit)
+        (folder / "snapshots" / commit).mkdir(parents=True, exist_ok=True)
+        torch.save(state, folder / "snapshots" / commit / file)
+        return folder / "snapshots" / commit / file
+
+    return store
+
+
+def published_state(name: str, **arguments) -> dict:
+    """A small model's weights in the form of a published file."""
+    model = fill(timm.create_model(name, depth=1, embed_dim=32, **arguments))
+    ema = {key: value + 1 for key, value in model.state_dict().items()}
+    args = argparse.Namespace(model=name, input_size=224)
+    return {"model": model.state_dict(), "model_ema": ema, "epoch": 299, "args": args}
+
+
+SMALL = {"depth": 1, "embed_dim": 32}
+
+
+def test_every_published_file_has_its_name_and_tag():
+    names = set(timm.list_models("vim_*", pretrained=True))
+    assert {f"{name}.hustvl_in1k" for name in PUBLISHED} <= names
+    for name, weights in PUBLISHED.items():
+        cfg = timm.get_pretrained_cfg(name)
+        assert (cfg.hf_hub_id, cfg.hf_hub_filename) == (weights.repo, weights.file)
+    assert PUBLISHED["vim_base_patch16_224"].entry == "model_ema", "its 81.9 % are those of the average"
+    assert not timm.is_model_pretrained("vim_nano_patch4_32")
+
+
+@pytest.mark.parametrize("name", ["vim_tiny_patch16_224", "vim_base_patch16_224"])
+def test_pretrained_weights_from_the_hub(hub_cache, name):
+    state = published_state(name)
+    hub_cache(PUBLISHED[name].repo, PUBLISHED[name].file, state)
+    model = timm.create_model(name, pretrained=True, **SMALL)
+    expected = state[PUBLISHED[name].entry]
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    long = next(long for long in models_mamba.VARIANTS if long.startswith(f"{name}_bimambav2"))
+    tagged = timm.create_model(f"{long}.hustvl_in1k", pretrained=True, **SMALL)
+    assert torch.equal(tagged.head.weight, model.head.weight)
+
+
+def test_pretrained_weights_adapt_to_classes_channels_and_size(hub_cache):
+    name = "vim_tiny_patch16_224"
+    state = published_state(name)["model"]
+    hub_cache(PUBLISHED[name].repo, PUBLISHED[name].file, {"model": state})
+    model = timm.create_model(name, pretrained=True, num_classes=7, in_chans=1, img_size=(64, 96), **SMALL)
+    torch.testing.assert_close(model.patch_embed.proj.weight, state["patch_embed.proj.weight"].sum(1, keepdim=True))
+    expected = models_mamba.resample_pos_embed(state["pos_embed"], (4, 6))
+    assert torch.equal(model.pos_embed, expected) and torch.equal(model.norm_f.weight, state["norm_f.weight"])
+    assert model(torch.randn(2, 1, 64, 96)).shape == (2, 7)
+
+
+def test_offline_says_what_to_do(hub_cache):
+    with pytest.raises(FileNotFoundError, match=r"hf download hustvl/Vim-tiny-midclstok vim_t_"):
+        timm.create_model("vim_tiny_patch16_224", pretrained=True, **SMALL)
+
+
+def test_a_copied_file_serves_as_pretrained_weights(tmp_path):
+    torch.save(published_state("vim_tiny_patch16_224"), tmp_path / "copied.pth")
+    overlay = {"file": str(tmp_path / "copied.pth")}
+    model = timm.create_model("vim_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
+    # timm's own reader prefers the average where a file has both.
+    assert torch.equal(model.head.weight, published_state("vim_tiny_patch16_224")["model_ema"]["head.weight"])
+
+
+@pytest.mark.parametrize("address", ["hf-hub:hustvl/Vim-small-midclstok", "hf-hub:someone/else/weights.pth"])
+def test_the_program_reads_hub_addresses(hub_cache, address):
+    state = published_state("vim_small_patch16_224")
+    if "hustvl" in address:
+        hub_cache("hustvl/Vim-small-midclstok", "vim_s_midclstok_80p5acc.pth", state)
+    else:
+        hub_cache("someone/else", "weights.pth", state)
+    assert torch.equal(read_checkpoint(address).model["cls_token"], state["model"]["cls_token"])
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in models_mamba.VARIANTS if "_bimambav2" not in name and "base" not in name]
+)
+def test_a_state_dict_alone_tells_its_registered_name(tmp_path, name):
+    with torch.device("meta"):
+        shapes = timm.create_model(name, depth=2).state_dict()
+    state = {key: torch.empty(value.shape) for key, value in shapes.items()}
+    torch.save(state, tmp_path / "weights.pth")
+    identity = hub.identify(read_checkpoint(tmp_path / "weights.pth"))
+    assert (identity.name, identity.arguments) == (name, {"depth": 2})
+
+
+ODD = [
+    {"img_size": 24}, {"img_size": (16, 24)}, {"in_chans": 1, "num_classes": 0}, {"norm": "layer"},
+    {"cls_token": "none", "global_pool": "mean"}, {"cls_token": "double"}, {"bidirectional": "none"},
+    {"bidirectional": "v1"}, {"d_state": 8, "d_conv": 3, "expand": 1, "dt_rank": 5}, {"pos_embed": False},
+    {"layer_scale": 0.1, "bias": True, "conv_bias": False}, {"stride": 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD, ids=str)
+def test_an_unusual_model_is_rebuilt_from_its_file(tmp_path, odd):
+    model = small_model(**odd)
+    args = argparse.Namespace(input_size=odd.get("img_size", TWO_BLOCKS["img_size"]))
+    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "odd.pth")
+    checkpoint = read_checkpoint(tmp_path / "odd.pth")
+    rebuilt = hub.identify(checkpoint).create()
+    load_weights(rebuilt, checkpoint.weights())
+    assert rebuilt.patch_embed.img_size == model.patch_embed.img_size
+    images = torch.randn(1, model.in_chans, *model.patch_embed.img_size)
+    with torch.no_grad():
+        torch.testing.assert_close(rebuilt.eval()(images), model(images))
+
+
+def test_inspect_says_what_is_in_a_file(tmp_path, capsys):
+    path = write_checkpoint(tmp_path, best_metric=71.25)
+    assert hub.main(["inspect", str(path)]) == 0
+    text = capsys.readouterr().out
+    for fact in ("sha256", "model, model_ema, epoch, args, class_names", "best top-1 71.25 %",
+                 "vim_nano_patch4_32", "embed_dim=16", "img_size=16", "num_classes=3"):  # fmt: skip
+        assert fact in text
+    command = next(line for line in text.splitlines() if line.startswith("model      timm"))
+    model = eval(command.removeprefix("model      "), {"timm": timm})
+    load_weights(model, read_checkpoint(path).weights())
+
+
+def test_an_exported_folder_loads_in_timm(tmp_path, capsys):
+    path, out = write_checkpoint(tmp_path), tmp_path / "folder"
+    assert hub.main(["export", str(path), "--ema", str(out)]) == 0
+    assert sorted(file.name for file in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    expected = small_model()
+    expected.load_state_dict(read_checkpoint(path).model_ema)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), expected(images), rtol=0, atol=0)
+    assert model.pretrained_cfg["label_names"] == CLASS_NAMES
+    assert json.loads((out / "config.json").read_text())["model_args"]["embed_dim"] == 16
+    card = (out / "README.md").read_text()
+    assert read_checkpoint(path).sha256 in card and "local-dir:" in card
+    adapted = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=5, img_size=(16, 32))
+    assert adapted(torch.randn(1, 3, 16, 32)).shape == (1, 5)
+
+
+def test_push_uploads_the_same_folder(tmp_path, monkeypatch, capsys):
+    """Everything but the network: what would be uploaded loads back."""
+    from huggingface_hub import HfApi, RepoUrl
+
+    uploaded = {}
+
+    def upload_folder(self, repo_id, folder_path, **_):
+        uploaded[repo_id] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: RepoUrl("https://huggingface.co/me/my-vim"))
+    monkeypatch.setattr(HfApi, "file_exists", lambda *_, **__: False)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    path = write_checkpoint(tmp_path)
+    assert hub.main(["export", str(path), str(tmp_path / "out"), "--push", "me/my-vim"]) == 0
+    files = uploaded["me/my-vim"]
+    assert files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert json.loads(files["config.json"]) == json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "https://huggingface.co/me/my-vim" in capsys.readouterr().out
+
+
+def test_push_without_a_network_is_one_line(tmp_path, hub_cache, capsys):
+    path = write_checkpoint(tmp_path)
+    assert hub.main(["export", str(path), str(tmp_path / "out"), "--push", "me/my-vim"]) == 4
+    assert "needs a network" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ({"head.weight": torch.zeros(2, 3)}, "holds no Vim"),
+        ({"model": {"a": torch.zeros(1)}, "args": argparse.Namespace(model="vit_of_mine")}, "vit_of_mine is not reg"),
+    ],
+)
+def test_a_file_of_something_else_is_one_line(tmp_path, capsys, content, expected):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=expected):
+        hub.identify(read_checkpoint(tmp_path / "other.pth"))
+    assert hub.main(["inspect", str(tmp_path / "other.pth")]) == 4
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,317 @@
+"""Weight files as other tools take them: which model a file fits, and folders for timm and the Hugging Face Hub.
+
+python checkpoint.py inspect FILE
+python checkpoint.py export FILE --ema OUT [--push OWNER/REPO]
+"""
+
+import argparse
+import math
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import timm
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from timm.layers import to_2tuple
+from timm.models import push_to_hf_hub, save_for_hf
+from timm.models._hub import generate_readme
+from torch import Tensor, nn
+
+import models_baseline  # noqa: F401  (registers its models with timm)
+from arguments import OneLineParser
+from checkpoint import Checkpoint, CheckpointError, load_weights, read_checkpoint
+from models_mamba import CLS_TOKENS, VARIANTS
+from pretrained import published_weights
+
+SHORT_NAMES = [name for name in VARIANTS if "_bimambav2" not in name]
+
+
+@dataclass
+class Identity:
+    """The model that a file fits: a registered name, and what its constructor takes beside the defaults."""
+
+    name: str
+    arguments: dict = field(default_factory=dict)
+
+    def create(self) -> nn.Module:
+        return timm.create_model(self.name, **self.arguments)
+
+
+def identify(checkpoint: Checkpoint, name: str | None = None) -> Identity:
+    """Which registered name `checkpoint` fits, from its arguments if it has them and from its shapes if not.
+
+    Raises CheckpointError where neither tells; `name` decides then, or where the file is of another model.
+    """
+    state_dict = checkpoint.model if checkpoint.model is not None else checkpoint.model_ema
+    name = name or getattr(checkpoint.args, "model", None)
+    if name is not None and name not in VARIANTS and timm.is_model(name):
+        return Identity(name, _arguments_of_any(checkpoint, state_dict))
+    if name is not None and name not in VARIANTS:
+        raise CheckpointError(f"{checkpoint.path}: its model {name} is not registered with timm; give --model NAME")
+    if "patch_embed.proj.weight" not in state_dict or "layers.0.mixer.in_proj.weight" not in state_dict:
+        raise CheckpointError(f"{checkpoint.path} holds no Vim ({len(state_dict)} tensors); give --model NAME")
+    facts = _shape_facts(state_dict)
+    name = name or _nearest_name(facts, _tokens(state_dict))
+    defaults, side = VARIANTS[name]
+    size = getattr(checkpoint.args, "input_size", None) or _image_size(state_dict, defaults, side, checkpoint)
+    facts |= {"img_size": size, "stride": _stride(state_dict, defaults, size, facts)}
+    return Identity(name, _differing(facts, defaults, side))
+
+
+def _arguments_of_any(checkpoint: Checkpoint, state_dict: dict[str, Tensor]) -> dict:
+    """Constructor arguments of a model that is no Vim, as far as its run's arguments tell."""
+    arguments = {"in_chans": getattr(checkpoint.args, "in_chans", 3)}
+    if getattr(checkpoint.args, "num_classes", None):
+        arguments["num_classes"] = checkpoint.args.num_classes
+    elif "head.weight" in state_dict:
+        arguments["num_classes"] = len(state_dict["head.weight"])
+    if "pos_embed" in state_dict and getattr(checkpoint.args, "input_size", None):
+        arguments["img_size"] = checkpoint.args.input_size
+    return arguments
+
+
+def _shape_facts(state_dict: dict[str, Tensor]) -> dict:
+    """Constructor arguments of `VisionMamba` that the names and shapes of its weights tell."""
+    embed_dim, in_chans, *patch_size = state_dict["patch_embed.proj.weight"].shape
+    mixer = {
+        name.removeprefix("layers.0.mixer."): tensor
+        for name, tensor in state_dict.items()
+        if name.startswith("layers.0.mixer.")
+    }
+    inner, d_state = mixer["A_log"].shape
+    cls_token = "double" if "cls_token_head" in state_dict else "middle" if "cls_token" in state_dict else "none"
+    return {
+        "embed_dim": embed_dim,
+        "in_chans": in_chans,
+        "patch_size": patch_size[0] if len(set(patch_size)) == 1 else tuple(patch_size),
+        "depth": 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("layers.")),
+        "num_classes": len(state_dict["head.weight"]) if "head.weight" in state_dict else 0,
+        "cls_token": cls_token,
+        "global_pool": "mean" if cls_token == "none" else "token",
+        "pos_embed": "pos_embed" in state_dict,
+        "norm": "layer" if "norm_f.bias" in state_dict else "rms",
+        "bidirectional": "v2" if "D_b" in mixer else "v1" if "A_b_log" in mixer else "none",
+        "d_state": d_state,
+        "d_conv": mixer["conv1d.weight"].shape[-1],
+        "expand": inner // embed_dim,
+        "dt_rank": mixer["dt_proj.weight"].shape[1],
+        "conv_bias": "conv1d.bias" in mixer,
+        "bias": "in_proj.bias" in mixer,
+        "layer_scale": 1.0 if "gamma" in mixer else None,
+    }
+
+
+# What a Vim has unless its variant or an argument says otherwise; dt_rank's depends on the width.
+USUAL = {
+    "in_chans": 3, "patch_size": 16, "num_classes": 1000, "cls_token": "middle", "global_pool": "token",
+    "pos_embed": True, "norm": "rms", "bidirectional": "v2", "d_state": 16, "d_conv": 4, "expand": 2,
+    "conv_bias": True, "bias": False, "layer_scale": None,
+}  # fmt: skip
+
+
+def _differing(facts: dict, defaults: dict, side: int) -> dict:
+    usual = USUAL | defaults | {"img_size": side}
+    usual.setdefault("stride", facts["patch_size"])
+    usual["dt_rank"] = math.ceil(facts["embed_dim"] / 16)
+    size = facts["img_size"]
+    facts = facts | {"img_size": size if isinstance(size, int) else tuple(size)}
+    if facts["img_size"] == (side, side):
+        facts["img_size"] = side
+    return {name: value for name, value in facts.items() if value != usual[name]}
+
+
+def _tokens(state_dict: dict[str, Tensor]) -> int | None:
+    return state_dict["pos_embed"].shape[1] if "pos_embed" in state_dict else None
+
+
+def _patches_of(defaults: dict, side: int) -> int:
+    """Patches of a variant at its usual image size."""
+    patch = defaults.get("patch_size", 16)
+    return ((side - patch) // defaults.get("stride", patch) + 1) ** 2
+
+
+def _nearest_name(facts: dict, tokens: int | None) -> str:
+    """The short name of this width; where several share it, the one of this depth, patch and grid."""
+
+    def likeness(name: str) -> tuple[bool, ...]:
+        defaults, side = VARIANTS[name]
+        return (
+            defaults["embed_dim"] == facts["embed_dim"],
+            defaults.get("patch_size", 16) == facts["patch_size"],
+            defaults["depth"] == facts["depth"],
+            tokens == _patches_of(defaults, side) + len(CLS_TOKENS[facts["cls_token"]]),
+        )
+
+    return max(SHORT_NAMES, key=likeness)
+
+
+def _image_size(state_dict: dict, defaults: dict, side: int, checkpoint: Checkpoint) -> int:
+    """The side of the square image whose patches have `pos_embed`'s number."""
+    facts = _shape_facts(state_dict)
+    patches = _num_patches(state_dict, facts)
+    if patches is None or patches == _patches_of(defaults, side):
+        return side
+    patch = facts["patch_size"] if isinstance(facts["patch_size"], int) else facts["patch_size"][0]
+    grid = math.isqrt(patches)
+    if grid * grid != patches:
+        raise CheckpointError(
+            f"{checkpoint.path}: its pos_embed has {patches} patches, no square, and the file does not tell the "
+            "image size"
+        )
+    return (grid - 1) * defaults.get("stride", patch) + patch
+
+
+def _num_patches(state_dict: dict, facts: dict) -> int | None:
+    tokens = _tokens(state_dict)
+    return None if tokens is None else tokens - len(CLS_TOKENS[facts["cls_token"]])
+
+
+def _stride(state_dict: dict, defaults: dict, size, facts: dict) -> int:
+    """The step between patches: the variant's, unless another one gives `pos_embed`'s number of patches."""
+    patch = to_2tuple(facts["patch_size"])
+    usual, patches = defaults.get("stride", facts["patch_size"]), _num_patches(state_dict, facts)
+
+    def fits(stride) -> bool:
+        steps = zip(to_2tuple(size), patch, to_2tuple(stride))
+        return patches is None or patches == math.prod((side - p) // step + 1 for side, p, step in steps)
+
+    return next((stride for stride in (usual, *range(max(patch), 0, -1)) if fits(stride)), usual)
+
+
+def choose_entry(checkpoint: Checkpoint, identity: Identity, weights: str = "auto") -> str:
+    """The state dict to use: "model" for `weights` "raw", "model_ema" for "ema".
+
+    "auto" takes the average where the published accuracy is the average's (base) or the file has no other.
+    """
+    if weights != "auto":
+        return {"raw": "model", "ema": "model_ema"}[weights]
+    published = published_weights(identity.name)
+    if published and checkpoint.model_ema is not None and checkpoint.path.name == published.file:
+        return published.entry
+    return "model" if checkpoint.model is not None else "model_ema"
+
+
+def inspect(checkpoint: Checkpoint) -> str:
+    """What a file holds and which model it fits, for people."""
+    identity = identify(checkpoint)
+    lines = [f"file       {checkpoint.path}", f"sha256     {checkpoint.sha256}"]
+    lines.append(f"holds      {', '.join(checkpoint.keys) or 'a state dict alone'}")
+    for entry in ("model", "model_ema"):
+        state_dict = getattr(checkpoint, entry)
+        if state_dict is not None:
+            dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values())
+            count = sum(tensor.numel() for tensor in state_dict.values())
+            lines.append(f"{entry:<10} {len(state_dict)} tensors, {count / 1e6:.2f} M numbers, {', '.join(dtypes)}")
+    if checkpoint.epoch is not None:
+        lines.append(f"epoch      {checkpoint.epoch}")
+    if checkpoint.best_metric is not None:
+        lines.append(f"best top-1 {checkpoint.best_metric:.2f} %")
+    lines.append(f"fits       {identity.name}")
+    options = "".join(f", {name}={value!r}" for name, value in identity.arguments.items())
+    lines.append(f'model      timm.create_model("{identity.name}"{options})')
+    return "\n".join(lines)
+
+
+def export_folder(model: nn.Module, folder: Path, identity: Identity, source: Checkpoint, names: list[str]) -> None:
+    """Write `folder` as `timm.create_model("local-dir:FOLDER", pretrained=True)` and the Hub take it.
+
+    model.safetensors, config.json (name, arguments, preprocessing, class names) and README.md, the model card.
+    """
+    config = {"label_names": names} if names else {}
+    save_for_hf(model, str(folder), model_config=config, model_args=_json_arguments(identity), safe_serialization=True)
+    card = model_card(identity, source)
+    (folder / "README.md").write_text(generate_readme(card, identity.name), encoding="utf-8")
+
+
+def _json_arguments(identity: Identity) -> dict:
+    return {name: value for name, value in identity.arguments.items() if value is not None}
+
+
+def model_card(identity: Identity, source: Checkpoint) -> dict:
+    """What the model card says, in timm's form."""
+    top1 = {} if source.best_metric is None else {"Top-1 on held-out images": f"{source.best_metric:.2f} %"}
+    return {
+        "tags": ["image-classification", "timm", "vision-mamba"],
+        "license": "apache-2.0",
+        "description": "A Vision Mamba (Vim) image model. Its names are registered by this project's "
+        "`models_mamba` module, which has to be imported first.",
+        "details": {
+            "Model": identity.name,
+            "Arguments": identity.arguments or "the name's own",
+            "Made from": f"{source.path.name}, SHA-256 {source.sha256}",
+            **top1,
+            "Paper": "https://arxiv.org/abs/2401.09417",
+        },
+        "usage": "```python\nimport timm, models_mamba\n"
+        'model = timm.create_model("local-dir:FOLDER", pretrained=True)  # or "hf-hub:OWNER/REPO"\n```',
+        "citation": "@article{zhu2024vision,\n  title={Vision Mamba: Efficient Visual Representation Learning "
+        "with Bidirectional State Space Model},\n  author={Zhu, Lianghui and Liao, Bencheng and Zhang, Qian and "
+        "Wang, Xinlong and Liu, Wenyu and Wang, Xinggang},\n  journal={arXiv preprint arXiv:2401.09417},\n"
+        "  year={2024}\n}",
+    }
+
+
+def push_to_hub(model: nn.Module, repo: str, identity: Identity, source: Checkpoint, names: list[str]) -> str:
+    """Upload what `export_folder` writes to the Hub's OWNER/REPO; returns its address.
+
+    Needs a network and a token (`hf auth login`). Raises CheckpointError without.
+    """
+    config = {"label_names": names} if names else {}
+    try:
+        push_to_hf_hub(
+            model, repo, model_config=config, model_card=model_card(identity, source),
+            model_args=_json_arguments(identity), safe_serialization=True,
+        )  # fmt: skip
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"--push {repo}: {' '.join(str(error).split())[:200]}; it needs a network and `hf auth login`"
+        ) from error
+    return f"https://huggingface.co/{repo}"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="checkpoint.py", description="Look into weight files and pass them on.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="inspect|export")
+    for name, text in (("inspect", "what a file holds and which model it fits"),
+                       ("export", "write a folder for timm and the Hugging Face Hub")):  # fmt: skip
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("file", metavar="FILE", help="a path, https://..., hf-hub:REPO or hf-hub:REPO/FILE")
+        command.add_argument("--model", metavar="NAME", help="the model, where the file does not tell")
+        command.add_argument("--trust-checkpoint", action="store_true", help="unpickle although it may run code")
+    command.add_argument("out", metavar="OUT", help="the folder to write")
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--ema", dest="weights", action="store_const", const="ema", help="the averaged weights")
+    which.add_argument("--raw", dest="weights", action="store_const", const="raw", help="the raw weights")
+    command.add_argument("--push", metavar="OWNER/REPO", help="upload the same to the Hub")
+    command.set_defaults(weights="auto")
+    return parser
+
+
+def export(args, checkpoint: Checkpoint) -> None:
+    """`checkpoint.py export`."""
+    identity = identify(checkpoint, args.model)
+    entry = choose_entry(checkpoint, identity, args.weights)
+    model = identity.create().eval()
+    load_weights(model, checkpoint.weights(entry))
+    names = list(checkpoint.extra.get("class_names", []))
+    export_folder(model, Path(args.out), identity, checkpoint, names)
+    print(f"{args.out}: {identity.name}, entry {entry!r} of {checkpoint.path} (SHA-256 {checkpoint.sha256})")
+    print(f'load it with: timm.create_model("local-dir:{args.out}", pretrained=True)')
+    if args.push:
+        print(f"pushed to {push_to_hub(model, args.push, identity, checkpoint, names)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python checkpoint.py ...`; returns the exit code, 4 for what a user can mend."""
+    args = build_parser().parse_args(argv)
+    try:
+        checkpoint = read_checkpoint(args.file, args.trust_checkpoint)
+        if args.command == "inspect":
+            print(inspect(checkpoint))
+        else:
+            export(args, checkpoint)
+    except (CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 4
+    return 0

@@ -1,0 +1,176 @@
+"""A trained model with its preprocessing and class names, from a weight file: what predictions and pictures need."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from timm.data import ImageNetInfo
+from torch import Tensor, nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from arguments import ConfigError
+from augment import build_transform
+from checkpoint import CheckpointError, load_weights, read_checkpoint
+from datasets import BrokenImage, DataError, read_image
+from hub import choose_entry, identify
+
+IMAGENET_CLASSES = 1000
+
+
+@dataclass
+class Classifier:
+    """A model in evaluation mode on its device, and how to feed and read it."""
+
+    model: nn.Module
+    transform: Callable
+    class_names: list[str]
+    description: str
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def load_image(self, path: str | Path) -> Tensor:
+        """(C, H, W) float32, preprocessed as in evaluation. Raises DataError."""
+        try:
+            return self.transform(read_image(path))
+        except BrokenImage as error:
+            raise DataError(f"{error}; mend or remove the file") from error
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that `load_classifier` reads."""
+    add = parser.add_argument_group("model").add_argument
+    add("--checkpoint", required=True, metavar="CKPT",
+        help="a file, https://..., hf-hub:REPO[/FILE], or a folder that `checkpoint.py export` wrote")  # fmt: skip
+    add("--model", metavar="NAME", help="the model, where the file does not tell")
+    add("--weights", default="auto", choices=("auto", "raw", "ema"),
+        help="auto: raw, or the average where the published accuracy is the average's")  # fmt: skip
+    add("--class-names", metavar="FILE", help="one name a line, or a JSON list; default: the checkpoint's own")
+    add("--trust-checkpoint", action="store_true", help="unpickle although that may run code it contains")
+    add("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
+
+
+def load_classifier(args: argparse.Namespace) -> Classifier:
+    """Model, preprocessing and class names of `--checkpoint`. Raises CheckpointError, ConfigError, DataError."""
+    device = choose_device(args.device)
+    if Path(args.checkpoint).is_dir():
+        model, names = _load_folder(Path(args.checkpoint)), None
+        names = list(model.pretrained_cfg.get("label_names") or [])
+        settings, description = argparse.Namespace(), args.checkpoint
+    else:
+        checkpoint = read_checkpoint(args.checkpoint, args.trust_checkpoint)
+        identity = identify(checkpoint, args.model)
+        entry = choose_entry(checkpoint, identity, args.weights)
+        model = identity.create()
+        load_weights(model, checkpoint.weights(entry))
+        names = list(checkpoint.extra.get("class_names", []))
+        settings = checkpoint.args or argparse.Namespace()
+        description = f"{checkpoint.path} (SHA-256 {checkpoint.sha256[:12]}...): {identity.name}, {entry}"
+    if not model.num_classes:
+        raise CheckpointError(f"{args.checkpoint} has no classification head; fine-tune it first")
+    if args.class_names:
+        names = read_class_names(args.class_names)
+    names = readable_names(names, model.num_classes)
+    return Classifier(model.eval().to(device), evaluation_transform(model, settings), names, description)
+
+
+def _load_folder(folder: Path) -> nn.Module:
+    try:
+        return timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} is no folder that `checkpoint.py export` wrote: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the accelerator if there is one. Raises ConfigError."""
+    if name == "auto":
+        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name}: expected cpu, cuda, mps or auto") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: this torch sees no GPU; use --device cpu or --device auto")
+    return device
+
+
+def evaluation_transform(model: nn.Module, settings: argparse.Namespace) -> Callable:
+    """PIL image -> tensor as `main.py --eval` makes it for this model; `settings` are its run's arguments."""
+    height, width = (
+        getattr(getattr(model, "patch_embed", None), "img_size", None) or (model.pretrained_cfg["input_size"][1:])
+    )
+    args = argparse.Namespace(
+        input_size=(height, width),
+        data_set=getattr(settings, "data_set", "IMNET"),
+        eval_crop_ratio=getattr(settings, "eval_crop_ratio", 0.875),
+    )
+    return build_transform(args, train=False, num_channels=getattr(model, "in_chans", 3))
+
+
+def read_class_names(path: str) -> list[str]:
+    """Names by class number, from a JSON list or from lines. Raises DataError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        names = json.loads(text) if path.endswith(".json") else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(f"--class-names {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"--class-names {path}: expected a JSON list of names, or one name a line")
+    return names
+
+
+def readable_names(names: list[str], num_classes: int) -> list[str]:
+    """A name for each class: the given ones, ImageNet-1k's for 1000 unnamed classes, else numbers.
+
+    WordNet numbers (n01440764), which ImageNet's folders are called, become words. Raises DataError for
+    another number of names than classes.
+    """
+    if not names:
+        if num_classes == IMAGENET_CLASSES:
+            return ImageNetInfo().label_descriptions()
+        return [f"class {number}" for number in range(num_classes)]
+    if len(names) != num_classes:
+        raise DataError(f"{len(names)} class names for a model of {num_classes} classes")
+    synsets = set(ImageNetInfo().label_names())
+    info = ImageNetInfo()
+    return [info.label_name_to_description(name) if name in synsets else name for name in names]
+
+
+def find_images(paths: list[str]) -> list[Path]:
+    """Image files: each path itself, or all images below a folder, sorted. Raises DataError."""
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            images = sorted(file for file in path.rglob("*") if file.name.lower().endswith(IMG_EXTENSIONS))
+            if not images:
+                raise DataError(f"{path} holds no images (their names end in {' '.join(IMG_EXTENSIONS)})")
+            found += images
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise DataError(f"{path} does not exist; give images or folders of images")
+    return found
+
+
+def batches(items: list, size: int) -> Iterator[list]:
+    """Consecutive parts of a list, `size` items each but the last."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def run_cli(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Run a command; what a user can mend becomes one line on stderr and exit code 4."""
+    try:
+        command(args)
+    except (ConfigError, DataError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 4
+    return 0
