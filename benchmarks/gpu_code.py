@@ -5,7 +5,9 @@
 
 The launchers run on tensors without memory ("meta"); every launch is compiled for the target, never started, so
 what is examined is exactly what a GPU would get. A state update is one token, channel, state and direction. For
-`scan_forward` and `scan_backward` the loops of the machine code are counted with their numbers of iterations.
+`scan_forward` and `scan_backward` the loops of the machine code are counted with their numbers of iterations:
+"recurrence" is forward's loop over tokens, "marking" and "back" are backward's two passes, "all" adds the staging
+of the time step with its projection and softplus.
 """
 
 import argparse
@@ -27,7 +29,7 @@ sys.path[:0] = [str(ROOT / "mamba-1p1p1"), str(ROOT / "causal_conv1d")]
 
 from causal_conv1d import triton_kernels as conv  # noqa: E402
 from mamba_ssm.ops.triton import bimamba, norm_kernels, selective_scan  # noqa: E402
-from mamba_ssm.ops.triton import common as triton_common  # noqa: E402
+from mamba_ssm.ops.triton.common import backward_block  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -61,7 +63,7 @@ class FakeDriver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return list(TARGETS.values()).index(self.target)  # Triton keeps what it compiled for a device number
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -79,14 +81,11 @@ def compile_launches(target: GPUTarget, work) -> dict:
         return compiled[self.fn.__name__]
 
     JITFunction.run = compile_only
-    amd = triton_common.is_amd
-    triton_common.is_amd = selective_scan.is_amd = lambda: target.backend == "hip"
     triton.runtime.driver.set_active(FakeDriver(target))
     try:
         work()
     finally:
         JITFunction.run = run
-        triton_common.is_amd = selective_scan.is_amd = amd
     return compiled
 
 
@@ -190,10 +189,12 @@ def backward_counts(code) -> dict:
     chunk = max(loops(code), key=_size)
     tiles, groups = selective_scan.CHUNK // selective_scan.TILE, selective_scan.CHUNK // selective_scan.GROUP
     pairs = (STATES // 2, ())
-    lane_states = 4 * STATES  # four channels a thread
+    block, per_thread = backward_block()
+    lane_states = per_thread * STATES
     marking, back = chunk.inner[-2:]
     staging = chunk.inner[:-2]
-    trips = (*((tiles, tuple((2, ()) for _ in loop.inner)) for loop in staging), (groups - 1, (pairs,)), (groups, (pairs,)))
+    stages = tuple((tiles, tuple((block // 64, ()) for _ in loop.inner)) for loop in staging)
+    trips = (*stages, (groups - 1, (pairs,)), (groups, (pairs,)))
     updates = selective_scan.CHUNK * lane_states
     return {
         "marking": (groups - 1) * marking.cost((pairs,)) / updates,
@@ -221,8 +222,8 @@ def examine_amd(name: str, compiled) -> dict:
 
     return {
         "registers": number("vgpr_count"),
-        "spill_bytes": 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
-        + number("private_segment_fixed_size"),
+        "spill_bytes": 4 * number("vgpr_spill_count") + number("private_segment_fixed_size"),
+        "scalars_in_lanes": number("sgpr_spill_count"),  # kept in lanes of vector registers, not in memory
         "instructions": len(re.findall(r"^\t[sv]_|^\t(?:global|buffer|ds|flat|scratch)_", text, re.M)),
     }
 
@@ -239,8 +240,8 @@ def examine(target_name: str, size: str) -> dict:
 
 def table(results: dict) -> str:
     lines = [
-        "| kernel | target | size | registers | spilled bytes | instructions | per state update |",
-        "|---|---|---|---|---|---|---|",
+        "| kernel | target | size | registers | spilled bytes | scalars in lanes | instructions | per state update |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for target, sizes in results.items():
         for size, kernels in sizes.items():
@@ -248,7 +249,7 @@ def table(results: dict) -> str:
                 counts = ", ".join(f"{key} {value}" for key, value in row.get("per_state_update", {}).items())
                 lines.append(
                     f"| `{name}` | {target} | {size} | {row['registers']} | {row['spill_bytes']} "
-                    f"| {row['instructions']} | {counts} |"
+                    f"| {row.get('scalars_in_lanes', '')} | {row['instructions']} | {counts} |"
                 )
     return "\n".join(lines)
 

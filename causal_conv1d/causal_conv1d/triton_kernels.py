@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 - Triton's compiler adds tuples but does not unpack them
 """The GPU backend: the convolution in Triton, one source for NVIDIA and AMD, nothing compiled at install.
 
 Importing this module raises ImportError where Triton is not installed; `backend.py` reports that reason. A program

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 - Triton's compiler adds tuples but does not unpack them
 """The bidirectional mixer between its two projections, in Triton (Vision Mamba, arXiv 2401.09417, algorithm 1).
 
 Forward is three launches: both convolutions with both x projections; both scans, the time step's projection inside;
@@ -13,7 +14,7 @@ from torch import Tensor
 from mamba_ssm.ops.triton.common import ceil_div, dot_precision, int64, interpreted, options, sigmoid
 from mamba_ssm.ops.triton.selective_scan import ScanInputs, _either, scan_backward, scan_forward, states_shape
 
-TOKENS = 32  # of a program of the convolution with projection
+TOKENS, PROJECTED_CHANNELS = 32, 32  # of a program of the convolution with projection, and of its inner step
 BACKWARD_TOKENS = 16  # of the convolution's backward
 CHANNELS = 64
 ROWS = 8  # of the element-wise kernels
@@ -203,13 +204,13 @@ def _conv_project(xz: Tensor, parameters) -> tuple[Tensor, Tensor]:
         length, channels, xz.stride(0), xz.stride(1), stride,
         R=dt_weight[0].shape[1], COLUMNS=columns, COLUMNS_PADDED=max(16, triton.next_power_of_2(columns)),
         W=conv_weight[0].shape[1], PRECISION=dot_precision(xz.dtype), WIDEN=interpreted(),
-        TOKENS=TOKENS, CHANNELS=CHANNELS, **options(num_warps=4),
+        TOKENS=TOKENS, CHANNELS=PROJECTED_CHANNELS, **options(num_warps=4),
     )  # fmt: skip
     return u, projected
 
 
 def _scan_inputs(u: Tensor, projected: Tensor, parameters) -> ScanInputs:
-    _, _, x_proj, dt_weight, dt_bias, A, D = parameters
+    dt_weight, dt_bias, A, D = parameters[3:]
     states, rank = A[0].shape[1], dt_weight[0].shape[1]
     B, C, dt, _ = projected.split([states, states, rank, projected.shape[-1] - 2 * states - rank], dim=-1)
     B, C = (m.unsqueeze(2).transpose(3, 4) for m in (B, C))  # (2, B, 1, N, L)

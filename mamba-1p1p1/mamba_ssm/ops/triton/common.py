@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 - Triton's compiler adds tuples but does not unpack them
 """What the Triton kernels of this package share: availability, launch options, small device functions.
 
 Importing this module raises ImportError where Triton is not installed; `ops/backend.py` reports that reason.
@@ -42,7 +43,17 @@ def interpreted() -> bool:
 
 
 def is_amd() -> bool:
-    return torch.version.hip is not None
+    """Whether kernels are compiled for an AMD GPU, with 64 lanes a warp."""
+    return not interpreted() and triton.runtime.driver.active.get_current_target().backend == "hip"
+
+
+def backward_block() -> tuple[int, int]:
+    """Channels of a program of the scan's backward, and of each of its threads: as many as registers allow."""
+    if is_amd():
+        return 64, 1
+    if interpreted() or triton.runtime.driver.active.get_current_target().arch >= 90:
+        return 128, 4
+    return 64, 2
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 - Triton's compiler adds tuples but does not unpack them
 """Selective scan in Triton, forward and backward, one or both directions in one launch (arXiv 2312.00752, sec. 3).
 
 A program is one warp. It owns BLOCK adjacent channels of one sequence, one direction and one segment of tokens,
@@ -26,11 +27,11 @@ from torch import Tensor
 from mamba_ssm.ops.triton.common import (
     LN_2,
     LOG2_E,
+    backward_block,
     ceil_div,
     columns,
     dot_precision,
     int64,
-    is_amd,
     load_pair,
     options,
     parallel_programs,
@@ -43,6 +44,7 @@ from mamba_ssm.ops.triton.common import (
 CHUNK = 32  # tokens between saved states
 TILE = 16  # tokens of one staged piece of the time step; divides CHUNK
 GROUP = 4  # tokens unrolled together; divides TILE
+FORWARD_BLOCK = 64  # channels a program of forward: two a thread on NVIDIA, one on AMD
 MAX_STATES = 32
 
 
@@ -93,7 +95,8 @@ def _sequence(base, strides, direction, b, d, length):
 
 @triton.jit
 def _stage_piece(
-    scratch, delta, dt_weight, bias, lane, first_channel, count, first, length, backward, delta_stride_d, delta_stride_l,
+    scratch, delta, dt_weight, bias, lane, first_channel, count, first, length, backward,
+    delta_stride_d, delta_stride_l,
     R: tl.constexpr, R_PADDED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -376,13 +379,13 @@ def scan_forward_kernel(
     else:
         h = _zeros(N, BLOCK)
     for tile in range(first, end, TILE):
-        if states is not None:
+        if states is not None:  # noqa: SIM102 - known when compiled, unlike the next condition
             if tile % CHUNK == 0:
                 chunk = row * tl.cdiv(length, CHUNK) + tile // CHUNK
                 _store_states(states + chunk * N * channels + d, channels, h, mask, N)
         _stage(
-            scratch, delta, weight, bias, first_channel, count, tile, length, backward, delta_strides[2], delta_strides[3],
-            R, R_PADDED, TILE, BLOCK, SOFTPLUS, PRECISION,
+            scratch, delta, weight, bias, first_channel, count, tile, length, backward,
+            delta_strides[2], delta_strides[3], R, R_PADDED, TILE, BLOCK, SOFTPLUS, PRECISION,
         )  # fmt: skip
         for i in range(0, tl.minimum(TILE, length - tile), GROUP):
             at, repeated = _place_group(tile + i, length, GROUP)
@@ -408,7 +411,7 @@ def scan_forward_kernel(
                 if z is not None:
                     value = value * gate[k] * sigmoid(gate[k])
                 tl.store(rows[k], value.to(out.dtype.element_ty), mask=tl.where(k >= repeated, mask, False))
-    if last_state is not None:
+    if last_state is not None:  # noqa: SIM102
         if end == length:
             _store_states(last_state + (row * channels + d) * N, 1, h, mask, N)
 
@@ -466,7 +469,7 @@ def _store_matrix_gradient(
     pointer, total, first, repeated, length, backward,
     N: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Row r of `total` holds states WIDTH r and following of dB and dC at GROUP positions: columns (state, B or C, k)."""
+    """Row r of `total`: states WIDTH r and following of dB and dC; columns (state, B or C, position k)."""
     column = tl.arange(0, COLUMNS)
     n = WIDTH * tl.arange(0, ROWS)[:, None] + (column // (2 * GROUP))[None, :]
     k = column % GROUP
@@ -680,7 +683,7 @@ def segment_kernel(
     M_VARIABLE: tl.constexpr, M_PACKED: tl.constexpr, ADJOINT: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """What a segment adds to a zero state, and the logarithm of its decay per unit of A: the sum of its time steps.
+    """What a segment adds to a zero state, and the log of its decay per unit of A: the sum of its time steps.
 
     Forward: h = a h + M (delta v) with v = u, M = B. ADJOINT: g = a (g + M v) from the last token to the first
     with v = dout, times scale and silu(z) if there is a z, and M = C. ends: (directions, batch, segments, N,
@@ -707,8 +710,8 @@ def segment_kernel(
     for t in range(0, tiles):
         tile = first + (tiles - 1 - t if ADJOINT else t) * TILE
         _stage(
-            scratch, delta, weight, bias, first_channel, count, tile, length, backward, delta_strides[2], delta_strides[3],
-            R, R_PADDED, TILE, BLOCK, SOFTPLUS, PRECISION,
+            scratch, delta, weight, bias, first_channel, count, tile, length, backward,
+            delta_strides[2], delta_strides[3], R, R_PADDED, TILE, BLOCK, SOFTPLUS, PRECISION,
         )  # fmt: skip
         groups = tl.cdiv(tl.minimum(TILE, length - tile), GROUP)
         for j in range(0, groups):
@@ -807,10 +810,9 @@ class Grid(NamedTuple):
         return self.batch * self.blocks * self.segments * self.directions
 
 
-def _grid(inputs: ScanInputs, per_thread: int, segments: int | None) -> Grid:
+def _grid(inputs: ScanInputs, block: int, segments: int | None) -> Grid:
     """Blocks of one warp's channels; `segments` None lets the size decide."""
     directions, batch, channels, length = inputs.u.shape
-    block = per_thread * 32
     blocks = inputs.groups * ceil_div(channels // inputs.groups, block)
     chunks = ceil_div(length, CHUNK)
     if segments is None:
@@ -922,7 +924,7 @@ def scan_forward(
     inputs: ScanInputs, out: Tensor, states: Tensor | None, last_state: Tensor | None, segments: int | None = None
 ) -> None:
     """Run the scan. Writes out (directions, B, D, L), states (`states_shape`), last_state (directions, B, D, N)."""
-    grid = _grid(inputs, per_thread=2, segments=segments)
+    grid = _grid(inputs, FORWARD_BLOCK, segments)
     carry = _carry(inputs, grid, inputs.u, inputs.B, None, 1.0, adjoint=False)
     B_strides, B_variable, B_packed = _matrix_arguments(inputs.B, grid.batch)
     C_strides, C_variable, C_packed = _matrix_arguments(inputs.C, grid.batch)
@@ -955,8 +957,8 @@ def scan_backward(
     carry: (directions, B, 1, N, D), the gradient of the last state, or None. Writes du, ddelta (of the time step
     before bias and softplus, D channels wide) and dz, if they are wanted, all (directions, B, D, L).
     """
-    per_thread = 4
-    grid = _grid(inputs, per_thread, segments)
+    block, per_thread = backward_block()
+    grid = _grid(inputs, block, segments)
     states_count = inputs.A[0].shape[1]
     carry = _carry(inputs, grid, dout, inputs.C, carry, scale, adjoint=True)
     B_strides, B_variable, B_packed = _matrix_arguments(inputs.B, grid.batch)
@@ -981,7 +983,7 @@ def scan_backward(
         states=states, carry=carry, du=du, du_strides=du.stride(), ddelta=ddelta, ddelta_strides=ddelta.stride(),
         dz=dz, dz_strides=(0, 0, 0, 0) if dz is None else dz.stride(), dBC=dBC, dA=dA,
         dB_constant=dB_constant, dC_constant=dC_constant, dD=dD, dbias=dbias, scale=scale,
-        PER_THREAD=per_thread // 2 if is_amd() else per_thread, **_common(inputs, grid), **options(),
+        PER_THREAD=per_thread, **_common(inputs, grid), **options(),
     )  # fmt: skip
     dB, dC = _matrix_gradients(dBC, inputs.groups)
     return ScanGradients(
