@@ -23,7 +23,7 @@ from checkpoint import CheckpointError, CheckpointWriter, latest_checkpoint, rea
 from datasets import ImageDataset
 from helpers import write_image_folder
 from main import main
-from processes import QUICK, STEPS, end, fault, pieces, start_ranks
+from processes import QUICK, STEPS, end, fault, no_pictures, pieces, start_ranks  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -14,7 +14,7 @@ import engine
 from checkpoint import latest_checkpoint, read_checkpoint
 from distributed import EXIT_REQUEUE
 from main import main
-from processes import QUICK, STEPS, end, fault, pieces, start, start_ranks
+from processes import QUICK, STEPS, end, fault, no_pictures, pieces, start, start_ranks  # noqa: F401
 
 
 def run(flags: str, folder: Path) -> int:

@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# `make test-slurm`: the real SLURM stops a job at its time limit and requeues it; the run must not notice.
+#
+# On Debian or Ubuntu, as root: installs slurmctld, slurmd, slurm-client and munge, starts a one-node cluster with
+# accounting off in a temporary folder, and submits vim/scripts/train.sbatch with a run that is longer than the
+# job's time limit of two minutes. Then the run's tensors, counters and log rows must equal those of the same run
+# without SLURM. Takes about 10 minutes; the daemons and the folder are removed at the end. PYTHON names the
+# interpreter.
+set -euo pipefail
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+REPO=$(cd "$HERE/../.." && pwd)
+PYTHON=${PYTHON:-$REPO/.venv/bin/python}
+WORK=$(mktemp -d)
+PIDS=()
+
+say() { printf 'test-slurm: %s\n' "$1"; }
+
+stop_cluster() {
+    local pid
+    scancel --user=root 2> /dev/null && wait_for 90 no_job_left || true
+    for pid in "${PIDS[@]}"; do
+        kill "$pid" 2> /dev/null || true
+        tail --pid="$pid" --sleep-interval=0.2 -f /dev/null
+    done
+    [[ -n ${KEEP:-} ]] || rm -rf "$WORK"
+}
+trap stop_cluster EXIT
+
+install_slurm() {
+    if command -v slurmctld slurmd munged sbatch > /dev/null; then
+        return
+    fi
+    say "installing Debian's slurm"
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        slurmctld slurmd slurm-client munge > "$WORK/apt.log"
+}
+
+# wait_for SECONDS COMMAND...: until the command succeeds.
+wait_for() {
+    local seconds=$1
+    shift
+    until "$@" > /dev/null 2>&1; do
+        ((seconds-- > 0)) || { say "waited in vain for: $*"; return 1; }
+        sleep 1
+    done
+}
+
+no_job_left() { [[ -z $(squeue --noheader --states=RUNNING,COMPLETING) ]]; }
+
+start_cluster() {
+    local host cpus memory
+    host=$(hostname -s)
+    cpus=$(nproc --all)
+    memory=$(awk '/MemTotal/ { print int($2 / 1024 * 0.8) }' /proc/meminfo)
+    mkdir -p "$WORK"/{state,spool,munge}
+    chmod 755 "$WORK"
+    dd if=/dev/urandom of="$WORK/munge/key" bs=1024 count=1 status=none
+    chmod 700 "$WORK/munge"
+    chmod 600 "$WORK/munge/key"
+    sed -e "s|@WORK@|$WORK|g; s|@HOST@|$host|g; s|@CPUS@|$cpus|g; s|@MEMORY@|$memory|g" \
+        "$HERE/slurm.conf" > "$WORK/slurm.conf"
+    export SLURM_CONF=$WORK/slurm.conf
+    munged --foreground --key-file="$WORK/munge/key" --socket="$WORK/munge/socket" --force \
+        --pid-file="$WORK/munge/pid" --log-file="$WORK/munge/log" --seed-file="$WORK/munge/seed" 2> /dev/null &
+    PIDS=("$!" "${PIDS[@]}")
+    wait_for 10 test -S "$WORK/munge/socket"
+    slurmctld -D > "$WORK/slurmctld.out" 2>&1 &
+    PIDS=("$!" "${PIDS[@]}")
+    slurmd -D -N "$host" > "$WORK/slurmd.out" 2>&1 &
+    PIDS=("$!" "${PIDS[@]}")
+    wait_for 30 sh -c "sinfo --noheader --format=%T | grep -q idle" || {
+        tail -n 20 "$WORK"/slurm*.out
+        return 1
+    }
+    say "$(sinfo --version) with $cpus CPUs on one node, accounting off"
+}
+
+# What both runs are: two ranks, too long for two minutes. The recipe's flags come before these.
+export DATA_PATH=$WORK GPUS=2 BATCH=64 OMP_NUM_THREADS=1 PYTHON
+FLAGS=(--data-set DIGITS --device cpu --model vim_nano_patch4_32 --input-size 16 --num_workers 1
+    --warmup-epochs 0 --cooldown-epochs 0 --epochs "${EPOCHS:-150}" --accum-steps 1 --log-every 100)
+
+run_in_slurm() {
+    export OUTPUT_DIR=$WORK/slurm
+    local job
+    job=$(sbatch --parsable --time=2 --signal=USR1@45 --output="$WORK/job.out" \
+        vim/scripts/train.sbatch vim/scripts/pt-vim-t.sh "${FLAGS[@]}")
+    say "submitted job $job with a time limit of two minutes, a signal 45 seconds before it"
+    local waited=0 state=PENDING
+    until [[ $state == COMPLETED ]]; do
+        state=$(squeue --noheader --states=all --jobs="$job" --format=%T)
+        if [[ $state =~ FAIL|CANCELLED|TIMEOUT ]] || ((waited++ > 900)); then
+            scontrol show job "$job"
+            return 1
+        fi
+        # A requeued job would wait for two minutes more.
+        scontrol update JobId="$job" StartTime=now > /dev/null 2>&1 || true
+        sleep 1
+    done
+    say "$(scontrol show job "$job" | grep -o 'JobState=[A-Z]*\|Restarts=[0-9]*' | xargs)"
+    if scontrol show job "$job" | grep -q Restarts=0; then
+        say "the run fitted into the time limit; take more EPOCHS"
+        return 1
+    fi
+    grep -h 'stopped by\|resuming\|queueing\|on the way' "$WORK/job.out" | sed "s|$WORK/||g"
+}
+
+run_without_slurm() {
+    say "the same run without SLURM"
+    OUTPUT_DIR=$WORK/plain bash vim/scripts/pt-vim-t.sh "${FLAGS[@]}" > "$WORK/plain.out" 2>&1
+}
+
+cd "$REPO"
+install_slurm
+start_cluster
+run_in_slurm || { tail -n 30 "$WORK/job.out"; exit 1; }
+run_without_slurm || { tail -n 30 "$WORK/plain.out"; exit 1; }
+"$PYTHON" "$HERE/compare.py" "$WORK/slurm" "$WORK/plain"

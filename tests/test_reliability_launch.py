@@ -1,0 +1,179 @@
+"""R4 and R5 with the launcher itself: signals reach the ranks, dead ranks come back, exit codes pass through.
+
+Promises and their numbers: docs/RELIABILITY.md.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import distributed
+import run_with_submitit
+from checkpoint import read_checkpoint
+from processes import QUICK, end, pieces, start_ranks
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = [sys.executable, str(ROOT / "vim" / "launch.py"), "--standalone", "--nproc_per_node=2"]
+WITH_TINY = "import sys; sys.path[:0] = ['tests', 'vim']; import tiny, main, distributed; "
+
+
+def program(tmp_path: Path, body: str) -> str:
+    """A file for the launcher to run."""
+    path = tmp_path / "program.py"
+    path.write_text(body)
+    return str(path)
+
+
+def main_program(tmp_path: Path) -> str:
+    """main.py, which also knows the tests' model."""
+    return program(tmp_path, f"{WITH_TINY}sys.exit(distributed.leave(main.main()))")
+
+
+def launch(command: list[str], **environment: str) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen([*LAUNCH, *command], cwd=ROOT, env=environment, text=True, **pipes)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The run of two ranks that the others must equal."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert end(start_ranks(f"{QUICK} --batch-size 64 --output_dir {folder / 'run'}", folder / "out")) == [0, 0]
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_a_rank_killed_in_mid_step_is_started_again_and_the_run_is_the_same(undisturbed, tmp_path):
+    flags = f"{QUICK} --batch-size 64 --checkpoint-steps 5 --resume auto --output_dir {tmp_path / 'run'}"
+    process = launch([main_program(tmp_path), *flags.split()], VIM_FAULT="kill@13:1")
+    text, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, text
+    assert "resuming (restart 1)" in text and "on the way: 1 x resumed" in text
+    assert pieces(tmp_path / "run") == pieces(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_saves_and_asks_for_a_requeue(undisturbed, tmp_path):
+    """SIGUSR1, by which torchrun alone would die and leave its ranks behind; loader processes live on."""
+    flags = f"{QUICK} --batch-size 64 --num_workers 1 --resume auto --output_dir {tmp_path / 'run'}"
+    process = launch([main_program(tmp_path), *flags.split(), "--epochs", "500"])
+    try:
+        next(line for line in process.stdout if "step 3/11" in line)
+        process.send_signal(signal.SIGUSR1)
+        text, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == distributed.EXIT_REQUEUE, text
+    assert "stopped by SIGUSR1" in text
+    assert read_checkpoint(tmp_path / "run" / "checkpoint.pth").step >= 3
+
+
+END = "import os, sys; sys.path[:0] = ['vim']; import distributed; open(sys.argv[1], 'a').write('x')\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("last_line", "code", "starts"),
+    [
+        ("sys.exit(distributed.leave(0))", 0, 2),
+        ("sys.exit(distributed.leave(4))", 4, 2),
+        ("sys.exit(distributed.leave(1))", 1, 4),
+    ],
+)
+def test_exit_codes_pass_through_and_only_what_a_restart_may_mend_is_restarted(last_line, code, starts, tmp_path):
+    process = launch(["--max-restarts=1", program(tmp_path, END + last_line), str(tmp_path / "starts")])
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == code, text
+    assert len((tmp_path / "starts").read_text()) == starts
+
+
+def test_outside_the_launcher_exit_codes_are_the_programs_own(monkeypatch, tmp_path):
+    monkeypatch.delenv(distributed.EXIT_CODE_FILE, raising=False)
+    assert [distributed.leave(code) for code in (0, 1, 3, 4, 75)] == [0, 1, 3, 4, 75]
+    monkeypatch.setenv(distributed.EXIT_CODE_FILE, str(tmp_path / "code"))
+    assert [distributed.leave(code) for code in (0, 1)] == [0, 1] and not (tmp_path / "code").exists()
+    assert distributed.leave(75) == 0 and (tmp_path / "code").read_text() == "75"
+
+
+# --- run_with_submitit.py
+
+
+@pytest.fixture
+def submitit(monkeypatch):
+    """The part of submitit that is used; what it was asked for is in `asked`."""
+    asked = {}
+
+    class SlurmExecutor:
+        def __init__(self, folder):
+            asked["folder"] = folder
+
+        def update_parameters(self, **parameters):
+            asked["parameters"] = parameters
+
+        def submit(self, what):
+            asked["what"] = what
+            return types.SimpleNamespace(job_id="17")
+
+    monkeypatch.setitem(sys.modules, "submitit", types.SimpleNamespace(SlurmExecutor=SlurmExecutor))
+    return asked
+
+
+def test_a_submitted_job_resumes_by_itself_and_is_warned_in_time(submitit, tmp_path, capsys):
+    flags = ["--model", "vim_tiny_patch16_224", "--output_dir", str(tmp_path)]
+    assert run_with_submitit.submit(["--nodes", "2", "--ngpus", "4", "--", *flags]) == 0
+    assert submitit["what"].flags == [*flags, "--resume", "auto"]
+    wanted = {"nodes": 2, "ntasks_per_node": 4, "gpus_per_node": 4, "signal_delay_s": 300}
+    assert submitit["parameters"].items() >= wanted.items() and "partition" not in submitit["parameters"]
+    assert "submitted job 17" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--epochs", "3"], ["--eval", "--output_dir", "x"]])
+def test_flags_that_cannot_work_are_refused_before_the_queue(flags, submitit, capsys):
+    assert run_with_submitit.submit(["--", *flags]) == distributed.EXIT_USAGE
+    assert capsys.readouterr().err.startswith("error: --") and "what" not in submitit
+
+
+def test_without_submitit_the_package_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert run_with_submitit.submit(["--", "--output_dir", "x"]) == distributed.EXIT_USAGE
+    assert "pip install submitit" in capsys.readouterr().err
+
+
+SCONTROL = """#!/bin/sh
+echo "$@" >> "$SCONTROL_LOG"
+[ "$1" != show ] || printf 'node7\\nnode8\\n'
+"""
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False)])
+def test_a_stopped_task_queues_its_job_again(code, requeued, monkeypatch, tmp_path):
+    """The rank finds its peers in SLURM's variables, and submitit's signal reaches the run as one it knows."""
+    import main
+
+    def trained(flags):
+        with distributed.StopSignal() as stop:
+            signal.raise_signal(signal.SIGUSR2)
+        assert stop.received == "SIGUSR1"
+        assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"]) == ("0", "16", "node7")
+        return code
+
+    (tmp_path / "scontrol").write_text(SCONTROL)
+    (tmp_path / "scontrol").chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_LOCALID": "0"}
+    paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SCONTROL_LOG": str(tmp_path / "log")}
+    unset = dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), "")
+    for name, value in (slurm | paths | unset | {"SLURM_JOB_NODELIST": "node[7-8]"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(main, "main", trained)
+    before = signal.getsignal(signal.SIGUSR2)
+    try:
+        assert run_with_submitit.Training([])() == code
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert ("requeue 17" in (tmp_path / "log").read_text()) == requeued
