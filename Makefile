@@ -17,7 +17,7 @@ PACKAGE_SOURCES := $(foreach package,$(PACKAGES),\
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast test-gpu lint bench bench-quick bench-gpu
+.PHONY: help install demo test test-fast test-gpu test-slurm lint bench bench-quick bench-gpu
 
 help: ## list these commands
 	@echo "Vision Mamba. Commands (the first one makes $(VENV): about 2 minutes and 6 GB):"
@@ -44,9 +44,12 @@ test-fast: $(VENV)/.installed-dev ## the tests of the edit loop: no slow ones
 test-gpu: $(VENV)/.installed-dev ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
+test-slurm: $(VENV)/.installed-dev ## a run that SLURM stops and requeues; installs Debian's SLURM, as root
+	PYTHON=$(abspath $(BIN)/python) tests/slurm/run.sh
+
 lint: $(VENV)/.installed-dev ## ruff and shellcheck
 	$(BIN)/python -m ruff check .
-	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR vim/scripts/*.sh .ci/run
+	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR vim/scripts/*.sh vim/scripts/*.sbatch tests/slurm/*.sh .ci/run
 
 bench: $(VENV)/.installed-bench ## Vim against DeiT and the kernels against their peers, on the CPU (20 minutes)
 	$(BIN)/python benchmarks/run.py --device cpu
