@@ -150,42 +150,46 @@ template <class T> struct Bimamba {
         }
     }
 
-    // Convolution before its SiLU of one token and vector.
-    template <int WIDTH> INLINE vf convolve(const VectorParameters& p, const T* const* rows, int64_t v) const {
-        vf sum = load(p.conv_bias);
-        UNROLL for (int k = 0; k < WIDTH; ++k)
-            if (rows[k]) sum = fma(load(p.conv + k * VL), load(rows[k] + v * VL, s.lanes(v)), sum);
-        return sum;
-    }
-
-    // Convolved x of a tile's vectors [first, last) into tile_x (TILE, padded), and with `slope` the derivative of its
-    // SiLU. The gate z and the other arrays' rows that the scan will touch are brought closer on the way.
-    template <int WIDTH>
-    void convolve_tile(int64_t b, int dir, int64_t tile, int64_t first, int64_t last, float* tile_x, float* slope,
-                       const float* sum, int64_t sum_step) const {
-        const int n = s.tokens(tile);
+    // Convolved x of a tile's vectors [first, last) into tile_x (TILE, padded), and with SLOPE the derivative of its
+    // SiLU into slope.
+    template <int WIDTH, bool SLOPE>
+    void convolve_tile(int64_t b, int dir, int64_t tile, int64_t first, int64_t last, float* tile_x,
+                       float* slope) const {
+        const int64_t step = VectorParameters::floats(s);
         const T* rows[WIDTH];
-        for (int t = 0; t < n; ++t) {
+        for (int t = 0; t < s.tokens(tile); ++t) {
             taps(b, dir, tile * TILE + t, rows);
-            const T* z = z_rows(b, 0) + (tile * TILE + t) * a.xz_token;
-            const float* total = sum + (tile * TILE + t) * sum_step;
-            for (int64_t v = first; v < last; ++v) {
-                __builtin_prefetch(z + v * VL);
-                __builtin_prefetch(total + v * VL, 1);
-                vf raw = convolve<WIDTH>(VectorParameters(packed[dir].vectors, s, v), rows, v), sig = sigmoid(raw);
+            const float* p = packed[dir].vectors + first * step;  // [WIDTH] taps, then the bias
+            for (int64_t v = first; v < last; ++v, p += step) {
+                const int lanes = s.lanes(v);
+                vf raw = load(p + WIDTH * VL);
+                UNROLL for (int k = 0; k < WIDTH; ++k)
+                    if (rows[k]) raw = fma(load(p + k * VL), load(rows[k] + v * VL, lanes), raw);
+                vf sig = sigmoid(raw);
                 store(tile_x + t * s.padded + v * VL, raw * sig);
-                if (slope) store(slope + t * s.padded + v * VL, silu_slope(raw, sig));
+                if (SLOPE) store(slope + t * s.padded + v * VL, silu_slope(raw, sig));
             }
         }
     }
 
-    void convolve_any(int64_t b, int dir, int64_t tile, int64_t first, int64_t last, float* tile_x, float* slope,
-                      const float* sum, int64_t sum_step) const {
-        auto convolve = s.width == 4   ? &Bimamba::convolve_tile<4>
-                        : s.width == 3 ? &Bimamba::convolve_tile<3>
-                        : s.width == 2 ? &Bimamba::convolve_tile<2>
-                                       : &Bimamba::convolve_tile<1>;
-        (this->*convolve)(b, dir, tile, first, last, tile_x, slope, sum, sum_step);
+    void convolve_any(int64_t b, int dir, int64_t tile, int64_t first, int64_t last, float* tile_x,
+                      float* slope = nullptr) const {
+#define CONVOLVE(WIDTH) (slope ? &Bimamba::convolve_tile<WIDTH, true> : &Bimamba::convolve_tile<WIDTH, false>)
+        auto convolve = s.width == 4   ? CONVOLVE(4)
+                        : s.width == 3 ? CONVOLVE(3)
+                        : s.width == 2 ? CONVOLVE(2)
+                                       : CONVOLVE(1);
+#undef CONVOLVE
+        (this->*convolve)(b, dir, tile, first, last, tile_x, slope);
+    }
+
+    // Brings one vector's part of another tile's rows into the second-level cache: the hardware sees no pattern in
+    // one cache line a row.
+    template <class U> INLINE void prefetch(const U* row0, int64_t step, int64_t tile, bool write = false) const {
+        if (tile < 0 || tile >= s.tiles) return;
+        const char* p = (const char*)(row0 + tile * TILE * step);
+        for (int t = 0; t < s.tokens(tile); ++t, p += step * (int64_t)sizeof(U))
+            write ? __builtin_prefetch(p, 1, 2) : __builtin_prefetch(p, 0, 2);
     }
 
     // rows (tokens, row) <- x_proj of a tile's convolved x.
@@ -234,6 +238,9 @@ template <class T> struct Bimamba {
         const float* row = rows + start * s.row;
         Tile work;
         for (int64_t v = first; v < last; ++v) {
+            prefetch(x_rows(b, v), a.xz_token, tile + sign);
+            prefetch(sum + v * VL, sum_step, tile + sign, true);
+            if (second) prefetch(z_rows(b, v), a.xz_token, tile + sign);
             VectorParameters p(packed[dir].vectors, s, v);
             const float* x = tile_x + v * VL;
             float *h = state + v * per_vector, *total = sum + t0 * sum_step + v * VL;
@@ -243,26 +250,27 @@ template <class T> struct Bimamba {
             scan_tile<true>(s.padded_states, n, work.d + start * VL, work.dx + start * VL, sign * VL,
                             {row + s.B_at, sign * s.row, false}, {row + s.C_at, sign * s.row, false}, p.A, h,
                             work.y + start * VL);
-            const vf D = load(p.D);
-            for (int t = 0; t < n; ++t)
-                store(work.y + t * VL, fma(D, load(x + t * s.padded), load(work.y + t * VL)));
-            second ? put_output(b, v, t0, n, work.y, total, sum_step) : put_sum(v, n, work.y, total, sum_step);
+            second ? put_output(b, v, t0, n, load(p.D), x, work.y, total, sum_step)
+                   : put_sum(v, n, load(p.D), x, work.y, total, sum_step);
         }
     }
 
-    INLINE void put_sum(int64_t v, int n, const float* y, float* sum, int64_t sum_step) const {
+    // sum <- y + D x.
+    INLINE void put_sum(int64_t v, int n, vf D, const float* x, const float* y, float* sum, int64_t sum_step) const {
         const int lanes = sum_step == s.padded ? VL : s.lanes(v);
-        for (int t = 0; t < n; ++t) store(sum + t * sum_step, load(y + t * VL), lanes);
+        for (int t = 0; t < n; ++t)
+            store(sum + t * sum_step, fma(D, load(x + t * s.padded), load(y + t * VL)), lanes);
     }
 
-    INLINE void put_output(int64_t b, int64_t v, int64_t t0, int n, const float* y, float* sum,
+    // The gated output from both directions' y + D x.
+    INLINE void put_output(int64_t b, int64_t v, int64_t t0, int n, vf D, const float* x, const float* y, float* sum,
                            int64_t sum_step) const {
         const int lanes = s.lanes(v), sum_lanes = sum_step == s.padded ? VL : lanes;
         const vf scale = set1((float)a.scale);
         const T* z = z_rows(b, v) + t0 * a.xz_token;
         T* out = y_rows(b, v) + t0 * s.channels;
         for (int t = 0; t < n; ++t) {
-            vf total = load(y + t * VL) + load(sum + t * sum_step, sum_lanes);
+            vf total = fma(D, load(x + t * s.padded), load(y + t * VL)) + load(sum + t * sum_step, sum_lanes);
             if (a.saved) store(sum + t * sum_step, total, sum_lanes);
             store(out + t * s.channels, total * scale * silu(load(z + t * a.xz_token, lanes)), lanes);
         }
@@ -301,7 +309,7 @@ template <class T> struct BimambaForward : Bimamba<T> {
         for (int64_t i = from; i < to; ++i) {
             const int64_t tile = dir == 0 ? i : s.tiles - 1 - i;
             float* tile_rows = rows_of(b, dir) + tile * TILE * s.row;
-            this->convolve_any(b, dir, tile, 0, s.vectors, x, nullptr, sum_of(b), sum_step());
+            this->convolve_any(b, dir, tile, 0, s.vectors, x);
             this->project(dir, s.tokens(tile), x, tile_rows);
             this->scan(b, dir, tile, 0, s.vectors, tile_rows, x, state, sum_of(b), sum_step(), second);
         }
@@ -312,7 +320,7 @@ template <class T> struct BimambaForward : Bimamba<T> {
         memset(state, 0, s.state_floats() * sizeof(float));
         for (int64_t i = 0; i < s.tiles; ++i) {
             const int64_t tile = dir == 0 ? i : s.tiles - 1 - i;
-            this->convolve_any(b, dir, tile, first, last, x, nullptr, sum_of(b), sum_step());
+            this->convolve_any(b, dir, tile, first, last, x);
             this->scan(b, dir, tile, first, last, rows_of(b, dir) + tile * TILE * s.row, x, state, sum_of(b),
                        sum_step(), dir == 1);
         }
@@ -363,7 +371,7 @@ template <class T> int bimamba_forward(const BimambaArguments& a) {
             for (int64_t i = 0; i < 2 * s.batch * s.tiles; ++i) {
                 const int64_t b = i / (2 * s.tiles), tile = i % s.tiles;
                 const int dir = (int)(i / s.tiles % 2);
-                op.convolve_any(b, dir, tile, 0, s.vectors, x, nullptr, op.sum_of(b), op.sum_step());
+                op.convolve_any(b, dir, tile, 0, s.vectors, x);
                 op.project(dir, s.tokens(tile), x, op.rows_of(b, dir) + tile * TILE * s.row);
             }
 #pragma omp for schedule(static)

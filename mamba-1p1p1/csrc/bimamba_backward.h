@@ -65,14 +65,15 @@ template <class T> struct BimambaBackward : Bimamba<T> {
             store(out + t * VL, load(dy + t * s.channels, lanes) * scale * silu(load(z + t * a.xz_token, lanes)));
     }
 
-    // What a thread works in. tile_x, tile_slope: the convolved x and its SiLU's derivative, (TILE, padded).
+    // What a thread works in. tile_x, tile_slope: the convolved x and its SiLU's derivative; tile_dx: the gradient of
+    // the former; draw: of the raw time step. All (TILE, padded).
     struct Scratch {
         BackwardTile* tiles;  // [vectors]
-        float *carry, *dB, *dC, *draw, *tile_x, *tile_slope;
+        float *carry, *dB, *dC, *draw, *tile_x, *tile_slope, *tile_dx;
 
         static int64_t floats(const BimambaShape& s) {
             return round_up(s.vectors * (int64_t)(sizeof(BackwardTile) / sizeof(float)) + s.state_floats() +
-                                2 * TILE * BACK_GROUP * VL + 3 * TILE * s.padded,
+                                2 * TILE * BACK_GROUP * VL + 4 * TILE * s.padded,
                             16);
         }
         Scratch(float* base, const BimambaShape& s) {
@@ -83,11 +84,12 @@ template <class T> struct BimambaBackward : Bimamba<T> {
             draw = dC + TILE * BACK_GROUP * VL;
             tile_x = draw + TILE * s.padded;
             tile_slope = tile_x + TILE * s.padded;
+            tile_dx = tile_slope + TILE * s.padded;
         }
     };
 
     void convolve(int64_t b, int dir, int64_t tile, int64_t first, int64_t last, const Scratch& k) const {
-        this->convolve_any(b, dir, tile, first, last, k.tile_x, k.tile_slope, this->saved_sum(b), s.padded);
+        this->convolve_any(b, dir, tile, first, last, k.tile_x, k.tile_slope);
     }
 
     // The adjoint of the states of a tile: g_B and g_d of each vector, dA, and drows' parts for B and C.
@@ -119,14 +121,18 @@ template <class T> struct BimambaBackward : Bimamba<T> {
         }
     }
 
-    // Phase "scan" of a tile over vectors [first, last). dx_conv: row 0 of (L, padded); drows: row 0 of (L, row).
-    void scan_backward(int64_t b, int dir, int64_t tile, int64_t first, int64_t last, float* dx_conv, float* drows,
+    // Phase "scan" of a tile over vectors [first, last). dx: the tile's (TILE, padded); drows: row 0 of (L, row).
+    void scan_backward(int64_t b, int dir, int64_t tile, int64_t first, int64_t last, float* dx, float* drows,
                        GradientSums sums, const Scratch& k) const {
         const int n = s.tokens(tile);
         const int64_t t0 = tile * TILE, width = (last - first) * VL;
         const float* rows = this->saved_rows(b, dir) + t0 * s.row;
         float* drow = drows + t0 * s.row;
+        const int64_t next = tile + (dir == 0 ? -1 : 1);
         for (int64_t v = first; v < last; ++v) {
+            this->prefetch(this->x_rows(b, v), a.xz_token, next);
+            this->prefetch(this->z_rows(b, v), a.xz_token, next);
+            this->prefetch(dy_rows(b, v), s.channels, next);
             BackwardTile& t = k.tiles[v];
             this->template time_steps<true>(VectorParameters(packed[dir].vectors, s, v), n, rows, k.tile_x + v * VL,
                                             t.d, t.dx, t.slope);
@@ -137,7 +143,7 @@ template <class T> struct BimambaBackward : Bimamba<T> {
         memset(drow, 0, n * s.row * sizeof(float));
         adjoin_states(b, dir, tile, first, last, drow, sums, k);
         for (int64_t v = first; v < last; ++v)
-            finish_vector(v, n, dir, rows, k.tiles[v], k.tile_x + v * VL, dx_conv + t0 * s.padded + v * VL,
+            finish_vector(v, n, dir, rows, k.tiles[v], k.tile_x + v * VL, dx + v * VL,
                           k.draw + (v - first) * VL, width, sums);
         gemm_add(n, s.rank_row, width, k.draw, width, 1, packed[dir].dt_rows + first * VL * s.rank_row, s.rank_row, drow,
                  s.row);
@@ -145,7 +151,7 @@ template <class T> struct BimambaBackward : Bimamba<T> {
 
     // From the adjoint of a tile's states to the gradients of its x, raw time step, dt weights, dt bias and D.
     INLINE void finish_vector(int64_t v, int n, int dir, const float* rows, const BackwardTile& tile, const float* x,
-                              float* dx_conv, float* draw, int64_t draw_step, GradientSums sums) const {
+                              float* dx, float* draw, int64_t draw_step, GradientSums sums) const {
         const vf D = load(VectorParameters(packed[dir].vectors, s, v).D);
         VectorParameters grads(sums.vectors, s, v);
         vf dbias = load(grads.dt_bias);
@@ -153,7 +159,7 @@ template <class T> struct BimambaBackward : Bimamba<T> {
             vf dy = load(tile.dy + t * VL), g_B = load(tile.g_B + t * VL);
             vf raw = fma(g_B, load(x + t * s.padded), load(tile.g_d + t * VL)) * load(tile.slope + t * VL);
             store(draw + t * draw_step, raw);
-            store(dx_conv + t * s.padded, fma(g_B, load(tile.d + t * VL) * LN2, D * dy));
+            store(dx + t * s.padded, fma(g_B, load(tile.d + t * VL) * LN2, D * dy));
             dbias += raw;
         }
         store(grads.dt_bias, dbias);
@@ -176,15 +182,26 @@ template <class T> struct BimambaBackward : Bimamba<T> {
         UNROLL for (int r = 0; r < COUNT; ++r) store(out + r * VL, sum[r]);
     }
 
-    // Phase "project" of a tile: dx_conv becomes the gradient of the convolution's output before its SiLU.
-    void project_backward(int dir, int64_t tile, float* dx_conv, const float* drows, GradientSums sums,
+    // Phase "project" of a tile: from dx, the scan's part of the gradient of the convolved x, to that of the
+    // convolution's output before its SiLU, in dx_conv (row 0 of (L, padded)).
+    void project_backward(int dir, int64_t tile, float* dx, float* dx_conv, const float* drows, GradientSums sums,
                           const Scratch& k) const {
         const int n = s.tokens(tile);
-        float* out = dx_conv + tile * TILE * s.padded;
         const float* drow = drows + tile * TILE * s.row;
-        gemm_add(n, s.padded, s.columns, drow, s.row, 1, packed[dir].x_proj_out, s.padded, out, s.padded);
+        gemm_add(n, s.padded, s.columns, drow, s.row, 1, packed[dir].x_proj_out, s.padded, dx, s.padded);
         gemm_add(s.columns, s.padded, n, drow, 1, s.row, k.tile_x, s.padded, sums.x_proj, s.padded);
-        for (int64_t i = 0; i < n * s.padded; i += VL) store(out + i, load(out + i) * load(k.tile_slope + i));
+        float* out = dx_conv + tile * TILE * s.padded;
+        for (int64_t i = 0; i < n * s.padded; i += VL) store(out + i, load(dx + i) * load(k.tile_slope + i));
+    }
+
+    INLINE void prefetch_convolve(int64_t b, int64_t v, int64_t tile, float* const dx_conv[2]) const {
+        this->prefetch(this->x_rows(b, v), a.xz_token, tile);
+        this->prefetch(this->z_rows(b, v), a.xz_token, tile);
+        this->prefetch(dy_rows(b, v), s.channels, tile);
+        this->prefetch(this->saved_sum(b) + v * VL, s.padded, tile);
+        for (int dir = 0; dir < 2; ++dir) this->prefetch(dx_conv[dir] + v * VL, s.padded, tile);
+        this->prefetch(dxz_rows(b, v), 2 * s.channels, tile, true);
+        this->prefetch(dxz_rows(b, v) + s.channels, 2 * s.channels, tile, true);
     }
 
     // Phase "convolve" of a tile: dxz, filter and conv_bias gradients.
@@ -193,39 +210,44 @@ template <class T> struct BimambaBackward : Bimamba<T> {
         const int n = s.tokens(tile);
         alignas(64) float x[(TILE + 16) * VL], grad[2][(TILE + 8) * VL];
         for (int64_t v = 0; v < s.vectors; ++v) {
+            alignas(64) float dx[TILE * VL] = {};
             const int lanes = s.lanes(v);
+            prefetch_convolve(b, v, tile + 1, dx_conv);
             load_window(this->x_rows(b, v), a.xz_token, t0 - reach, t0 + n + reach, s.length, lanes, x);
             load_window(dx_conv[0] + v * VL, s.padded, t0, t0 + n + reach, s.length, VL, grad[0]);
             load_window(dx_conv[1] + v * VL, s.padded, t0 - reach, t0 + n, s.length, VL, grad[1]);
-            for (int dir = 0; dir < 2; ++dir)
-                filter_gradients(v, n, x + (dir == 0 ? 0 : reach) * VL, grad[dir] + (dir == 0 ? 0 : reach) * VL,
-                                 sums[dir]);
-            put_dx(b, v, t0, n, grad);
+            for (int dir = 0; dir < 2; ++dir) {
+                VectorParameters p(packed[dir].vectors, s, v), out(sums[dir].vectors, s, v);
+                auto adjoin = s.width == 4   ? adjoin_filter<4>
+                              : s.width == 3 ? adjoin_filter<3>
+                              : s.width == 2 ? adjoin_filter<2>
+                                             : adjoin_filter<1>;
+                adjoin(n, p.conv, x + dir * reach * VL, grad[dir], grad[dir] + dir * reach * VL, out, dx);
+            }
+            T* to = dxz_rows(b, v) + t0 * 2 * s.channels;
+            for (int t = 0; t < n; ++t) store(to + t * 2 * s.channels, load(dx + t * VL), lanes);
             put_dz(b, v, t0, n);
         }
     }
 
-    INLINE void filter_gradients(int64_t v, int n, const float* window, const float* grad, GradientSums sums) const {
-        VectorParameters out(sums.vectors, s, v);
-        vf bias = load(out.conv_bias);
-        for (int t = 0; t < n; ++t) bias += load(grad + t * VL);
-        store(out.conv_bias, bias);
-        for (int64_t k = 0; k < s.width; ++k)
-            store(out.conv + k * VL, load(out.conv + k * VL) + dot_rows(n, window + k * VL, VL, grad));
-    }
-
-    INLINE void put_dx(int64_t b, int64_t v, int64_t t0, int n, const float (*grad)[(TILE + 8) * VL]) const {
-        VectorParameters forward(packed[0].vectors, s, v), backward(packed[1].vectors, s, v);
-        T* dx = dxz_rows(b, v) + t0 * 2 * s.channels;
+    // Adds a direction's part to the gradients of a filter, its bias and the input. at: the gradient of the outputs
+    // of the tile's tokens; around: of all outputs that its inputs reach.
+    template <int WIDTH>
+    static void adjoin_filter(int n, const float* taps, const float* x, const float* around, const float* at,
+                              VectorParameters out, float* dx) {
+        vf w[WIDTH], dw[WIDTH], bias = load(out.conv_bias);
+        UNROLL for (int k = 0; k < WIDTH; ++k) w[k] = load(taps + k * VL), dw[k] = load(out.conv + k * VL);
         for (int t = 0; t < n; ++t) {
-            vf sum = {};
-            for (int64_t k = 0; k < s.width; ++k) {
-                const int64_t later = (t + s.width - 1 - k) * VL;
-                sum = fma(load(forward.conv + k * VL), load(grad[0] + later), sum);
-                sum = fma(load(backward.conv + k * VL), load(grad[1] + later), sum);
+            vf g = load(at + t * VL), sum = load(dx + t * VL);
+            bias += g;
+            UNROLL for (int k = 0; k < WIDTH; ++k) {
+                dw[k] = fma(g, load(x + (t + k) * VL), dw[k]);
+                sum = fma(w[k], load(around + (t + WIDTH - 1 - k) * VL), sum);
             }
-            store(dx + t * 2 * s.channels, sum, s.lanes(v));
+            store(dx + t * VL, sum);
         }
+        UNROLL for (int k = 0; k < WIDTH; ++k) store(out.conv + k * VL, dw[k]);
+        store(out.conv_bias, bias);
     }
 
     INLINE void put_dz(int64_t b, int64_t v, int64_t t0, int n) const {
@@ -281,10 +303,10 @@ template <class T> struct BackwardCall : BimambaBackward<T> {
         for (int64_t i = s.tiles - 1; i >= 0; --i) {
             const int64_t tile = dir == 0 ? i : s.tiles - 1 - i;
             this->convolve(b, dir, tile, first, last, k);
-            this->scan_backward(b, dir, tile, first, last, conv_of(at, dir), rows_of(at, group, dir),
-                                sums_of(slot, dir), k);
+            float* dx = fused ? k.tile_dx : conv_of(at, dir) + tile * TILE * s.padded;
+            this->scan_backward(b, dir, tile, first, last, dx, rows_of(at, group, dir), sums_of(slot, dir), k);
             if (fused)
-                this->project_backward(dir, tile, conv_of(at, dir), rows_of(at, 0, dir), sums_of(slot, dir), k);
+                this->project_backward(dir, tile, dx, conv_of(at, dir), rows_of(at, 0, dir), sums_of(slot, dir), k);
         }
     }
 
@@ -297,7 +319,8 @@ template <class T> struct BackwardCall : BimambaBackward<T> {
                 store(total + i, load(total + i) + load(rows_of(b, g, dir) + i));
         const Scratch k = scratch_of(slot);
         this->convolve(b, dir, tile, 0, s.vectors, k);
-        this->project_backward(dir, tile, conv_of(b, dir), total, sums_of(slot, dir), k);
+        float* dx = conv_of(b, dir) + tile * TILE * s.padded;
+        this->project_backward(dir, tile, dx, conv_of(b, dir), total, sums_of(slot, dir), k);
     }
 
     void convolve_unit(int64_t b, int64_t at, int64_t tile, int64_t slot) const {

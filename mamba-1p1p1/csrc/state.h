@@ -94,16 +94,18 @@ void states_backward(int tokens, const float* d, const float* x, const float* dy
                      int64_t B_step, const float* C, int64_t C_step, const float* A, const float* h0, float* y,
                      TileGradients out) {
     constexpr int NG = BACK_GROUP;
-    vf decay[TILE][NG], states[TILE + 1][NG];
-    vf h[NG];
-    UNROLL for (int n = 0; n < NG; ++n) states[0][n] = h[n] = load(h0 + n * VL);
+    vf decay[TILE][NG], states[TILE][NG];  // states[t]: before token t
+    vf h[NG], rate[NG];
+    UNROLL for (int n = 0; n < NG; ++n) h[n] = load(h0 + n * VL), rate[n] = load(A + n * VL);
     for (int t = 0; t < tokens; ++t) {
         const vf dt = load(d + t * step), xt = load(x + t * step);
         const float *Bt = B + t * B_step, *Ct = C + t * C_step;
         vf sum = {};
         UNROLL for (int n = 0; n < NG; ++n) {
-            decay[t][n] = exp2_of_product(dt, load(A + n * VL));
-            states[t + 1][n] = h[n] = fma(decay[t][n], h[n], coupling<CONST_B>(Bt, n) * xt);
+            vf a = exp2_of_product(dt, rate[n]);
+            states[t][n] = h[n];
+            decay[t][n] = a;
+            h[n] = fma(a, h[n], coupling<CONST_B>(Bt, n) * xt);
             if (OUTPUT) sum = fma(coupling<CONST_C>(Ct, n), h[n], sum);
         }
         if (OUTPUT) store(y + t * step, load(y + t * step) + sum);
@@ -117,19 +119,20 @@ void states_backward(int tokens, const float* d, const float* x, const float* dy
         vf g_B = load(out.g_B + t * step), g_d = load(out.g_d + t * step);
         UNROLL for (int n = 0; n < NG; ++n) {
             vf g = fma(coupling<CONST_C>(Ct, n), dyt, carry[n]);
+            if (CONST_C)
+                dC[n] = fma(dyt, h[n], dC[n]);
+            else
+                store(dCt + n * VL, fma(dyt, h[n], load(dCt + n * VL)));
+            h[n] = states[t][n];
             carry[n] = g * decay[t][n];
-            vf through_decay = carry[n] * states[t][n];
-            g_d = fma(through_decay, load(A + n * VL), g_d);
+            vf through_decay = carry[n] * h[n];
+            g_d = fma(through_decay, rate[n], g_d);
             g_B = fma(g, coupling<CONST_B>(Bt, n), g_B);
             dA[n] = fma(through_decay, dt, dA[n]);
             if (CONST_B)
                 dB[n] = fma(g, xt, dB[n]);
             else
                 store(dBt + n * VL, fma(g, xt, load(dBt + n * VL)));
-            if (CONST_C)
-                dC[n] = fma(dyt, states[t + 1][n], dC[n]);
-            else
-                store(dCt + n * VL, fma(dyt, states[t + 1][n], load(dCt + n * VL)));
         }
         store(out.g_B + t * step, g_B);
         store(out.g_d + t * step, g_d);

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Builds the CPU kernels of a package with AddressSanitizer and UndefinedBehaviorSanitizer beside a copy of its Python
+# files, and runs its kernel tests on that copy.
+#   mamba-1p1p1/csrc/sanitize.sh [package folder, default this one] [pytest arguments]
+set -euo pipefail
+package=$(realpath "${1:-$(dirname "$0")/..}")
+copy=$(mktemp -d)
+trap 'rm -rf "$copy"' EXIT
+cd "$package"
+export CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
+export LDFLAGS="-fsanitize=address,undefined"
+python setup.py -q build --build-base "$copy/build" --build-lib "$copy/lib"
+# OpenMP's own threads are never joined and CPython frees nothing at exit: leaks are not looked for.
+LD_PRELOAD=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so) \
+    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$copy/lib" OMP_WAIT_POLICY=passive \
+    python -m pytest -q -p no:cacheprovider tests/test_cpu*.py "${@:2}"
