@@ -177,3 +177,50 @@ def test_a_stopped_task_queues_its_job_again(code, requeued, monkeypatch, tmp_pa
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert ("requeue 17" in (tmp_path / "log").read_text()) == requeued
+
+
+# --- train.sbatch
+
+
+SRUN = """#!/bin/sh
+echo "$NNODES nodes, $GPUS GPUs, $MASTER_ADDR" >> "$SCONTROL_LOG"
+exit "$SRUN_CODE"
+"""
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (4, False)])
+def test_the_batch_script_queues_its_job_again_after_75_alone(code, requeued, tmp_path):
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[7-8]"}
+    fakes = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SCONTROL_LOG": str(tmp_path / "log"), "SRUN_CODE": str(code)}
+    command = ["bash", "vim/scripts/train.sbatch", "vim/scripts/pt-vim-t.sh", "--epochs", "3"]
+    environment = os.environ | slurm | fakes | {"SLURM_GPUS_ON_NODE": "8", "GPUS": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    log = (tmp_path / "log").read_text()
+    assert "2 nodes, 8 GPUs, node7" in log and ("requeue 17" in log) == requeued
+
+
+def test_the_batch_script_without_a_recipe_is_one_line():
+    command = ["bash", "vim/scripts/train.sbatch", "pt-vim-t"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 4
+    assert "'pt-vim-t' is not a script" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_recipes_go_through_the_launcher_and_resume(tmp_path):
+    environment = os.environ | {"DRY_RUN": "1", "GPUS": "2", "DATA_PATH": str(tmp_path), "PYTHON": sys.executable}
+    command = ["bash", "vim/scripts/pt-vim-t.sh"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert f"{ROOT / 'vim' / 'launch.py'} --standalone" in done.stdout and "--resume auto" in done.stdout
+
+
+def test_the_launcher_hands_torchrun_only_flags_that_it_has():
+    from torch.distributed.run import get_args_parser
+
+    from launch import defaults
+
+    parsed = get_args_parser().parse_args([*defaults(), "--standalone", "--max-restarts=0", "main.py"])
+    assert "SIGUSR1" in parsed.signals_to_handle and parsed.max_restarts == 0
