@@ -126,7 +126,8 @@ def processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = cpuinfo.read_text().splitlines()
-        fields = dict(line.split("\t: ", 1) for line in lines if "\t: " in line)
+        pairs = (line.partition(":") for line in lines if ":" in line)
+        fields = {key.strip(): value.strip() for key, _, value in pairs}
         widest = [name for name in ("avx512f", "avx2", "asimd") if name in fields.get("flags", "").split()]
         return ", ".join([fields.get("model name", platform.processor()), *widest[:1]])
     return platform.processor() or platform.machine()

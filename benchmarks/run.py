@@ -52,7 +52,7 @@ def settings_for(device: torch.device, quick: bool) -> Settings:
     if device.type == "cuda":
         attention = ("eager", "flash", "cudnn", "efficient")
         return Settings(device, "bfloat16", "none", attention, seconds=0.5 if quick else 2.0)
-    return Settings(device, "float32", "none", ("sdpa", "eager"), seconds=2.0 if quick else 10.0)
+    return Settings(device, "float32", "none", ("sdpa", "eager"), seconds=2.0 if quick else 8.0)
 
 
 def main() -> None:

@@ -208,13 +208,12 @@ def load(folder: Path, device: str) -> dict[str, Mapping]:
 
 
 def write(folder: Path) -> str:
-    """Rewrite targets.md in a folder of results; returns its text."""
+    """Rewrite targets.md in a folder of results; returns its text. Parts may stem from different commits."""
     sections = []
     for device, goals in GOALS.items():
         results = load(folder, device)
-        machines = {harness.describe(part["environment"]) for part in results.values()}
-        head = [f"## {device.upper()}", *sorted(machines), table(goals, results)]
-        sections.append("\n\n".join(head))
+        machines = [f"The {name} were measured on\n\n{harness.describe(part['environment'])}" for name, part in results.items()]
+        sections.append("\n\n".join([f"## {device.upper()}", table(goals, results), *machines]))
     text = "\n\n".join(sections) + "\n"
     (folder / "targets.md").write_text(text)
     return text
