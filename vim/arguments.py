@@ -17,6 +17,7 @@ import yaml
 
 INTERPOLATIONS = ("random", "bilinear", "bicubic")
 DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19", "DIGITS")
+READERS = ("wds/", "hfds/", "hfids/")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 NOT_SAVED = ("config",)
@@ -70,10 +71,15 @@ def image_size(text: str) -> int | tuple[int, int]:
     """`224` for squares, `192x256` for height x width."""
     sides = [positive_int(side) for side in text.split("x")]
     if len(sides) > 2:
-        raise argparse.ArgumentTypeError(
-            f"{text} has {len(sides)} sides; give 224, or 192x256 (height x width)"
-        )
+        raise argparse.ArgumentTypeError(f"{text} has {len(sides)} sides; give 224, or 192x256 (height x width)")
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def data_set(text: str) -> str:
+    if text not in DATA_SETS and not text.startswith(READERS):
+        known = ", ".join((*DATA_SETS, *(f"{reader}..." for reader in READERS)))
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {known})")
+    return text
 
 
 def tracker_list(text: str) -> str:
@@ -107,9 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train, fine-tune and evaluate Vision Mamba, or any timm model, on images.",
         epilog="Without --data-path it trains on scikit-learn's digits, which need no download.",
     )
-    parser.add_argument(
-        "--config", default="", metavar="FILE.yaml", help="flags from a file; the command line wins"
-    )
+    parser.add_argument("--config", default="", metavar="FILE.yaml", help="flags from a file; the command line wins")
     for add_group in (
         add_run_flags,
         add_data_flags,
@@ -174,10 +178,15 @@ def add_data_flags(parser) -> None:
     add(
         "--data-set",
         default=None,
-        choices=DATA_SETS,
-        help="IMNET is any image folder with train/ and val/; CIFAR has 100 classes; default IMNET, "
-        "or DIGITS if there is no --data-path",
+        type=data_set,
+        metavar="NAME",
+        help=f"{', '.join(DATA_SETS)}, wds/, hfds/NAME or hfids/NAME; IMNET is any image folder with train/ and "
+        "val/; CIFAR has 100 classes; default IMNET, or DIGITS if there is no --data-path",
     )
+    add("--train-split", default="train", metavar="NAME", help="of wds/, hfds/, hfids/")
+    add("--val-split", default="validation", metavar="NAME", help="of wds/, hfds/, hfids/")
+    add("--image-key", default="image", metavar="NAME", help="column of the images, of hfds/ and hfids/")
+    add("--label-key", default="", metavar="NAME", help="column or JSON field of the class number; the reader's own")
     add("--inat-category", default="name", choices=INAT_CATEGORIES, help="what INAT calls a class")
     add(
         "--input-size",
@@ -329,6 +338,14 @@ def add_evaluation_flags(parser) -> None:
         choices=("raw", "ema", "both"),
         help="which weights are evaluated, of those there are; the best checkpoint follows the first",
     )
+    add(
+        "--valid-labels",
+        default="",
+        metavar="NAME",
+        help="the data has some of the model's classes: imagenet-a, imagenet-r, imagenet-v2, or a file of numbers",
+    )
+    add("--real-labels", default="", metavar="NAME", help="ReaL accuracy too: `imagenet`, or ReaL's JSON file")
+    switch(add, "summary", False, "print the parameters and FLOPs of --model and leave")
     switch(add, "dist-eval", False, "share the evaluation among the ranks; the counts stay exact")
 
 
@@ -368,9 +385,7 @@ def add_reliability_flags(parser) -> None:
         help="a loss or gradient that is not finite: end the run (exit code 3, default) or skip its step",
     )
     add("--nonfinite-limit", default=10, type=positive_int, help="steps left out in a row before the end")
-    add(
-        "--if_continue_inf", "--no_continue_inf", action=Switch, help="the published name of --nonfinite skip"
-    )
+    add("--if_continue_inf", "--no_continue_inf", action=Switch, help="the published name of --nonfinite skip")
     add("--if_nan2num", "--no_nan2num", action=Switch, help="make the logits finite before the loss")
 
 
@@ -449,9 +464,7 @@ def read_mapping(path: str) -> dict:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(
-            f"--config {path} holds a {type(content).__name__}; it takes lines of `flag: value`"
-        )
+        raise ConfigError(f"--config {path} holds a {type(content).__name__}; it takes lines of `flag: value`")
     return content
 
 
@@ -461,9 +474,7 @@ def value_tokens(path: str, action: argparse.Action, value) -> list[str]:
     if value is None and action.default is None:
         return []
     if isinstance(value, bool) != isinstance(action, Switch) or value is None or isinstance(value, dict):
-        wanted = (
-            "true or false" if isinstance(action, Switch) else "a value, not true, false, null or a mapping"
-        )
+        wanted = "true or false" if isinstance(action, Switch) else "a value, not true, false, null or a mapping"
         raise ConfigError(f"--config {path}: {action.dest}: {value!r} cannot be; {flag} takes {wanted}")
     if isinstance(value, bool):
         return [action.option_strings[0 if value else 1]]
@@ -475,9 +486,7 @@ def value_tokens(path: str, action: argparse.Action, value) -> list[str]:
 def resolve_defaults(args: argparse.Namespace) -> None:
     """Give every open default its value, in place: device, mixed precision, data set, policy."""
     if args.device == "auto":
-        args.device = (
-            torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-        )
+        args.device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     if args.if_amp is None:
         args.if_amp = args.device.startswith("cuda")
     if args.data_set is None:
@@ -489,21 +498,19 @@ def resolve_defaults(args: argparse.Namespace) -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is loaded. Raises ConfigError, one line each."""
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"--device {args.device}: this torch sees no GPU; use --device cpu or --device auto"
-        )
+        raise ConfigError(f"--device {args.device}: this torch sees no GPU; use --device cpu or --device auto")
     if args.device.partition(":")[0] not in ("cuda", "cpu", "mps"):
         raise ConfigError(f"--device {args.device} is not one of cuda, cpu, mps, auto")
-    if args.data_set != "DIGITS" and not args.data_path:
-        raise ConfigError(
-            f"--data-set {args.data_set} needs --data-path DIR; without one only DIGITS can be had"
-        )
+    if args.data_set != "DIGITS" and not args.data_set.startswith(("hfds/", "hfids/")) and not args.data_path:
+        raise ConfigError(f"--data-set {args.data_set} needs --data-path DIR; without one only DIGITS can be had")
     if args.resplit:
         raise ConfigError("--resplit belongs to augmentation splits, which this recipe has not; leave it out")
     if args.distillation_type != "none" and not args.teacher_path:
         raise ConfigError(f"--distillation-type {args.distillation_type} needs --teacher-path CKPT")
     if args.distillation_type != "none" and args.cosub:
         raise ConfigError("--cosub is its own teacher; take it or --distillation-type, not both")
+    if (args.valid_labels or args.real_labels) and not args.eval:
+        raise ConfigError("--valid-labels and --real-labels are for --eval")
     if args.eval and not args.resume:
         raise ConfigError("--eval needs --resume CKPT, the weights to evaluate")
     if args.resume == "auto" and not args.output_dir:

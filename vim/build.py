@@ -164,6 +164,7 @@ def build_run(args, world: World, model: nn.Module, data: DataBundle, say=print)
         sampler=sampler,
         dataset=data.train,
         mixup=mixup,
+        class_names=data.class_names,
         ema=build_ema(args, model),
     )
     run.progress.epoch = args.start_epoch

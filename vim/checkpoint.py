@@ -644,3 +644,9 @@ def _one_line(error: Exception) -> str:
 def _some(names: list[str], limit: int = 5) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+if __name__ == "__main__":
+    import hub
+
+    sys.exit(hub.main())

@@ -257,6 +257,10 @@ def image_folder_sources(root: Path, need_train: bool) -> Sources:
     mend = "--data-path takes the folder that holds train/ and val/"
     _existing_folder(root, mend)
     there = sorted(entry.name for entry in os.scandir(root))
+    if not need_train and not {"train", "val"} & set(there) and any((root / name).is_dir() for name in there):
+        classes = scan_classes(root)  # as ImageNet-A, -R, -V2 and -Sketch unpack
+        names, remark = list(classes), "; no val/, its folders are classes"
+        return Sources(None, _labelled(root, classes, names), names, remark)
     mend = f"{mend}, and {root} holds: {_some(there) or 'nothing'}"
     val = scan_classes(_existing_folder(root / "val", mend))
     train = scan_classes(_existing_folder(root / "train", mend)) if need_train else None
@@ -380,11 +384,12 @@ def digits_sources(need_train: bool) -> Sources:
 def build_datasets(args) -> DataBundle:
     """The data of `args.data_set` at `args.data_path`, checked.
 
-    Reads `data_set, data_path, inat_category, eval, seed, num_classes, in_chans, bad_image, bad_image_share`
-    and what `augment.build_transform` reads. With `args.eval` only val is needed. Raises DataError.
+    Reads `data_set, data_path, inat_category, eval, seed, num_classes, valid_labels, in_chans, bad_image,
+    bad_image_share` and what `augment.build_transform` reads. With `args.eval` only val is needed. Raises DataError.
     """
     sources = _sources(args, need_train=not args.eval)
-    num_classes = _checked_num_classes(args.num_classes, sources.class_names)
+    asked = args.num_classes or (1000 if args.valid_labels else None)  # ImageNet's, of which the data has some
+    num_classes = _checked_num_classes(asked, sources.class_names)
     for source in filter(None, (sources.train, sources.val)):
         _check_labels(source, sources.class_names)
     return DataBundle(
@@ -406,6 +411,10 @@ def _sources(args, need_train: bool) -> Sources:
         return cifar_sources(root, CIFAR100 if args.data_set == "CIFAR" else CIFAR10, need_train)
     if args.data_set in ("INAT", "INAT19"):
         return inat_sources(root, 2018 if args.data_set == "INAT" else 2019, args.inat_category, need_train)
+    if "/" in args.data_set:
+        from readers import reader_sources  # it imports this module
+
+        return reader_sources(args, need_train)
     raise DataError(f"--data-set {args.data_set}: expected one of {', '.join(DATA_SETS)}")
 
 

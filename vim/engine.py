@@ -100,6 +100,7 @@ class Run:
     ema: WeightsEma | None = None
     stop: StopSignal = field(default_factory=StopSignal)
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)
+    class_names: list[str] = field(default_factory=list)  # saved, so that predictions can name them
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -363,6 +364,7 @@ def save(run: Run, best: bool = False) -> None:
         "progress": progress.state_dict(),
         "replaced": run.dataset.replaced.nonzero()[:, 0],
         "args": args,
+        "class_names": list(run.class_names),
     }
     if run.ema is not None:
         state["model_ema"] = run.ema.state_dict()

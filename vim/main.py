@@ -13,6 +13,7 @@ from pathlib import Path
 import distributed
 import failures
 from arguments import parse_args, save_arguments
+from augment import size_of
 from build import build_model, build_run, describe
 from checkpoint import latest_checkpoint, load_weights, read_checkpoint
 from datasets import DataBundle, build_datasets
@@ -20,6 +21,8 @@ from distributed import EXIT_DONE, World, together
 from engine import Run, build_val_loader, fit, restore
 from evaluation import evaluate, in_words
 from report import RunLog
+from subsets import ClassSubset, check_valid_labels, evaluate_real, read_real_labels, valid_labels
+from summary import summary
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,6 +47,9 @@ def execute(args, world: World) -> int:
     distributed.seed_everything(args.seed, args.deterministic)
     with together():
         log = RunLog(args, world.is_main)
+        if args.summary:
+            log.say(summarise(args, log))
+            return EXIT_DONE
         if not args.data_path:
             log.say("no --data-path: training on scikit-learn's digits")
         data = build_datasets(args)
@@ -52,7 +58,7 @@ def execute(args, world: World) -> int:
         if args.finetune:
             checkpoint = read_checkpoint(args.finetune, args.trust_checkpoint)
             report = load_weights(model, checkpoint.weights(), "finetune", args.pos_embed_resize)
-            log.say(f"fine-tuning {checkpoint.path}: {report}")
+            log.say(f"fine-tuning {checkpoint.path} (SHA-256 {checkpoint.sha256[:16]}...): {report}")
     if args.eval:
         return evaluate_checkpoint(args, world, model, data, log)
     run = build_run(args, world, model, data, log.say)
@@ -68,6 +74,12 @@ def execute(args, world: World) -> int:
     finally:
         run.writer.join()
         log.close()
+
+
+def summarise(args, log: RunLog) -> str:
+    """`--summary`: the model's parts, parameters and FLOPs."""
+    model = build_model(args, args.num_classes or 1000, log.say)
+    return f"{args.model}\n{summary(model, size_of(args.input_size), args.in_chans)}"
 
 
 def resume(run: Run, log: RunLog) -> None:
@@ -102,12 +114,22 @@ def evaluate_checkpoint(args, world: World, model, data: DataBundle, log: RunLog
     if not found:
         checkpoint.weights(wanted[0])  # raises, saying what the file holds
     loader = build_val_loader(data.val, args, world)
-    results = {}
+    net, num_classes = model, data.num_classes
+    if args.valid_labels:
+        valid = valid_labels(args.valid_labels)
+        check_valid_labels(valid, data.class_names, data.num_classes)
+        net, num_classes = ClassSubset(model, valid).to(world.device), len(valid)
+    real = read_real_labels(args.real_labels) if args.real_labels else None
+    results, extra = {}, ""
     for which in found:
         load_weights(model, checkpoint.weights(which))
         name = "raw" if which == "model" else "ema"
-        results[name] = evaluate(model, loader, args, world, data.num_classes)
-    log.say(f"{checkpoint.path}: {len(data.val):,} images; {in_words(results)}")
+        results[name] = evaluate(net, loader, args, world, num_classes)
+        if real is not None:
+            share, counted = evaluate_real(model, loader, data.val, args, world, real)
+            extra += f"; {name} weights: ReaL top-1 {share:.2f} % of {counted:,} images"
+    digest = f"(SHA-256 {checkpoint.sha256[:16]}...)"
+    log.say(f"{checkpoint.path} {digest}: {len(data.val):,} images; {in_words(results)}{extra}")
     log.pictures(next(iter(results.values())), data)
     return EXIT_DONE
 

@@ -1,0 +1,243 @@
+"""Data as people keep it: webdataset shards, Hugging Face datasets, ImageNet's relatives, ReaL labels."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import readers
+import subsets
+from datasets import DataError, build_datasets
+from helpers import random_image, run_args
+from main import main
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN, VAL = 9, 5
+
+
+def png(seed: int) -> bytes:
+    file = io.BytesIO()
+    random_image(seed, 20, 20).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_shards(root: Path, in_json: bool = False) -> Path:
+    """Two shards of training images and one of validation images, with the _info.json that timm reads."""
+    root.mkdir(parents=True, exist_ok=True)
+    splits = {}
+    for split, shards in (("train", [(0, 5), (5, TRAIN)]), ("validation", [(100, 100 + VAL)])):
+        names = []
+        for i, (first, last) in enumerate(shards):
+            names.append(f"set-{split}-{i:02d}.tar")
+            with tarfile.open(root / names[-1], "w") as tar:
+                for seed in range(first, last):
+                    label = (
+                        ("json", json.dumps({"kind": seed % 3}).encode()) if in_json else ("cls", b"%d" % (seed % 3))
+                    )
+                    for ending, content in (("png", png(seed)), label):
+                        member = tarfile.TarInfo(f"{seed:05d}.{ending}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+        lengths = [last - first for first, last in shards]
+        splits[split] = {
+            "name": split, "filenames": names, "shard_lengths": lengths, "num_samples": sum(lengths)
+        }  # fmt: skip
+    info = {"splits": splits, "class_names": ["ant", "bee", "cow"]}
+    (root / "_info.json").write_text(json.dumps(info))
+    return root
+
+
+def write_huggingface(root: Path) -> Path:
+    """A folder of Parquet files as the Hub keeps them, with named classes."""
+    with readers.huggingface_datasets():
+        import datasets as huggingface
+
+        features = huggingface.Features(
+            image=huggingface.Image(), label=huggingface.ClassLabel(names=["ant", "bee", "cow"])
+        )
+        for split, seeds in (("train", range(TRAIN)), ("validation", range(100, 100 + VAL))):
+            rows = {"image": [random_image(seed, 20, 20) for seed in seeds], "label": [seed % 3 for seed in seeds]}
+            (root / "data").mkdir(parents=True, exist_ok=True)
+            table = huggingface.Dataset.from_dict(rows, features=features)
+            table.to_parquet(root / "data" / f"{split}-00000-of-00001.parquet")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """A name that is no folder fails at once."""
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(params=["wds", "wds json", "hfds", "hfids"])
+def flags(request, tmp_path, monkeypatch):
+    """Flags that read the same images from each kind of place."""
+    if request.param.startswith("wds"):
+        in_json = request.param == "wds json"
+        root = write_shards(tmp_path / "shards", in_json)
+        return ["--data-set", "wds/", "--data-path", str(root), *(["--label-key", "kind"] if in_json else [])]
+    pytest.importorskip("pyarrow")
+    root = write_huggingface(tmp_path / "set")
+    return ["--data-set", f"{request.param}/{root}", "--data-path", str(tmp_path / "cache")]
+
+
+def test_readers_find_images_labels_and_names(flags):
+    data = build_datasets(run_args(*flags, "--input-size", "16"))
+    assert (len(data.train), len(data.val), data.class_names) == (TRAIN, VAL, ["ant", "bee", "cow"])
+    assert data.train.source.labels.tolist() == [seed % 3 for seed in range(TRAIN)]
+    for dataset, first in ((data.train, 0), (data.val, 100)):
+        for i in (0, len(dataset) - 1):
+            assert np.array_equal(np.asarray(dataset.raw(i)), np.asarray(random_image(first + i, 20, 20)))
+    image, label = data.val[2]
+    assert image.shape == (3, 16, 16) and label == 102 % 3
+    assert data.train.name(3)
+
+
+def test_the_program_trains_on_them(flags, tmp_path, capsys):
+    small = "--model vim_nano_patch4_32 --input-size 8 --device cpu --epochs 1 --batch-size 4 --mixup 0 --cutmix 0"
+    assert main([*small.split(), "--no-repeated-aug", "--num_workers", "0", *flags]) == 0
+    assert "9 train images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folder", ["vim", "."])
+def test_our_datasets_module_and_the_package_of_that_name_live_together(folder, tmp_path):
+    """In a fresh process that starts in vim/, where `import datasets` finds our file."""
+    pytest.importorskip("pyarrow")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import datasets as ours, readers\n"
+        "with readers.huggingface_datasets():\n"
+        "    import datasets as theirs\n"
+        "    from datasets import load_dataset\n"
+        "with readers.huggingface_datasets():\n"
+        "    import datasets\n"
+        "    assert datasets is theirs and theirs.Dataset.from_dict({'a': [1]})[0] == {'a': 1}\n"
+        "import datasets\n"
+        "assert datasets is ours is sys.modules['datasets'] and ours.ImageDataset and theirs is not ours\n"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / "vim")]
+    result = subprocess.run(command, cwd=ROOT / folder, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+FAULTS = {
+    "no folder": (["--data-set", "wds/", "--data-path", "nowhere"], "needs --data-path"),
+    "no split": (["--val-split", "test"], "split 'test'"),
+    "no label": (["--label-key", "colour"], "expected a .json with 'colour'"),
+    "no shard": ([], "missing or no uncompressed tar file"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_shards_are_one_line(tmp_path, fault):
+    root = write_shards(tmp_path)
+    if fault == "no shard":
+        (root / "set-train-01.tar").unlink()
+    flags, expected = FAULTS[fault]
+    with pytest.raises(DataError, match=expected) as raised:
+        build_datasets(run_args("--data-set", "wds/", "--data-path", str(root), *flags))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_broken_image_in_a_shard_is_named(tmp_path):
+    root = write_shards(tmp_path)
+    data = build_datasets(run_args("--data-set", "wds/", "--data-path", str(root))).val
+    data.source.places[1, 2] = 30  # cut short
+    with pytest.raises(DataError, match=r"validation-00\.tar:00101\.png"):
+        data[1]
+
+
+def test_a_hugging_face_name_that_is_not_there(tmp_path):
+    pytest.importorskip("pyarrow")
+    args = run_args("--data-set", f"hfds/{tmp_path / 'absent'}", "--data-path", str(tmp_path / "cache"))
+    with pytest.raises(DataError, match="--data-set hfds/"):
+        build_datasets(args)
+
+
+# ---- ImageNet's relatives
+
+
+def test_named_subsets_are_imagenets():
+    for name, classes in (("imagenet-a", 200), ("imagenet-r", 200), ("imagenet-v2", 1000)):
+        valid = subsets.valid_labels(name)
+        assert len(set(valid)) == classes and max(valid) < 1000
+    assert subsets.valid_labels("imagenet-v2")[:4] == [0, 1, 10, 100], "folders sort as text"
+
+
+def test_a_subset_answers_with_its_classes_alone():
+    class Fixed(torch.nn.Module):
+        def forward(self, images):
+            return torch.tensor([[5.0, 1.0, 4.0, 3.0]])
+
+    assert subsets.ClassSubset(Fixed(), [3, 1])(None).tolist() == [[3.0, 1.0]]
+
+
+@pytest.fixture
+def relatives(tmp_path):
+    """Images in two class folders, six and four, without val/; weights that always answer 0, then 2, 3, 1."""
+    for number in range(1, 11):
+        folder = tmp_path / "set" / ("n1" if number <= 6 else "n2")
+        folder.mkdir(parents=True, exist_ok=True)
+        random_image(number).save(folder / f"ILSVRC2012_val_{number:08d}.png")
+    model = timm.create_model("vim_nano_patch4_32", num_classes=4, img_size=8)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.tensor([9.0, 3.0, 8.0, 5.0])
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
+    return tmp_path
+
+
+def evaluate(folder: Path, *flags) -> int:
+    fixed = "--eval --model vim_nano_patch4_32 --input-size 8 --device cpu --num_workers 0 --num-classes 4"
+    return main([*fixed.split(), "--resume", str(folder / "weights.pth"), "--data-path", str(folder / "set"), *flags])
+
+
+def test_evaluation_on_some_of_the_models_classes(relatives, capsys):
+    """Between classes 1 and 3 it answers 3, so the right images are those of the folder that stands for 3."""
+    for valid, share in (("3 1", "60.00"), ("1\n3", "40.00")):
+        (relatives / "valid.txt").write_text(valid)
+        assert evaluate(relatives, "--valid-labels", str(relatives / "valid.txt")) == 0
+        text = capsys.readouterr().out
+        assert f"top-1 {share} %" in text and "no val/, its folders are classes" in text
+
+
+def test_real_labels(relatives, capsys):
+    """Image 3 has no label and does not count; of the other nine, three may be called 0."""
+    labels = [[0], [1, 0], [], [2], [3], [1], [0, 3], [2], [1], [3]]
+    (relatives / "real.json").write_text(json.dumps(labels))
+    assert evaluate(relatives, "--real-labels", str(relatives / "real.json")) == 0
+    text = capsys.readouterr().out
+    assert "ReaL top-1 33.33 % of 9 images" in text and "top-1 60.00 %" in text and "SHA-256" in text
+
+
+def test_the_built_in_real_labels_are_those_of_imagenets_validation_images():
+    real = subsets.read_real_labels("imagenet")
+    assert len(real) == 50_000 and sum(map(bool, real)) == 46_837  # arXiv 2006.07159, section 4
+
+
+@pytest.mark.parametrize(
+    "flags, content, expected",
+    [
+        (["--valid-labels", "FILE"], "1 2 3", "has 3 classes and the data 2"),
+        (["--valid-labels", "FILE"], "1 9", "9 is no class of the model"),
+        (["--valid-labels", "FILE"], "one two", "expected class numbers"),
+        (["--valid-labels", "imagenet-z"], "", "give one of imagenet-a"),
+        (["--real-labels", "FILE"], "[[0]]", "go by the names ILSVRC2012_val_00000001 to 00000001"),
+        (["--real-labels", "absent.json"], "", "--real-labels absent.json"),
+    ],
+)
+def test_mistakes_are_one_line(relatives, capsys, flags, content, expected):
+    (relatives / "file").write_text(content)
+    flags = [str(relatives / "file") if flag == "FILE" else flag for flag in flags]
+    assert evaluate(relatives, *flags) == 4
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1

@@ -1,0 +1,232 @@
+"""Data sets as others keep them, found by timm's readers: webdataset shards and Hugging Face datasets.
+
+    wds/           tar shards below --data-path, described by its _info.json or by the split's shard names
+    hfds/NAME      a Hugging Face data set, or a folder of one, prepared on disk
+    hfids/NAME     the same, streamed once and kept in memory as the compressed files it consists of
+
+timm finds and opens them. From then on every image is read by its number, so that order, resuming and several
+processes work as for folders.
+"""
+
+import importlib
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from datasets import BrokenImage, DataError, Sources, to_rgb
+
+PREFIXES = ("wds/", "hfds/", "hfids/")
+WDS_IMAGES = ("jpg", "jpeg", "png", "webp")
+
+_foreign_modules: dict = {}
+
+
+@contextmanager
+def huggingface_datasets() -> Iterator[None]:
+    """Let `import datasets` mean Hugging Face's package, not this folder's module of that name, for a while.
+
+    Raises DataError where the package is not installed.
+    """
+
+    def take_out() -> dict:
+        names = [name for name in sys.modules if name.split(".")[0] == "datasets"]
+        return {name: sys.modules.pop(name) for name in names}
+
+    ours, path, here = take_out(), sys.path.copy(), Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in path if Path(entry).resolve() != here]
+    sys.modules.update(_foreign_modules)  # a second import of its extension types would clash with the first
+    try:
+        importlib.import_module("datasets")
+        yield
+    except ModuleNotFoundError as error:
+        raise DataError(f"hfds/ and hfids/ need one more package: pip install datasets ({error})") from error
+    finally:
+        _foreign_modules.update(take_out())
+        sys.modules.update(ours)
+        sys.path[:] = path
+
+
+class BytesSource:
+    """Compressed images that `read_bytes(index)` returns, with their labels."""
+
+    def __init__(self, labels):
+        self.labels = np.asarray(labels, dtype=np.int64)
+
+    def read_bytes(self, index: int) -> bytes:
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        raise NotImplementedError
+
+    def read(self, index: int) -> Image.Image:
+        try:
+            with Image.open(io.BytesIO(self.read_bytes(index))) as image:
+                image.load()
+                return to_rgb(ImageOps.exif_transpose(image))
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders raise what they like; every case leaves as BrokenImage
+            raise BrokenImage(f"{self.name(index)}: {' '.join(str(error).split())}") from error
+
+
+class TarSource(BytesSource):
+    """Members of tar files: (tar's number, member's name, offset, size) of each image."""
+
+    def __init__(self, tars: list[Path], members: list[tuple[int, str, int, int]], labels):
+        super().__init__(labels)
+        self.tars = tars
+        self.names = np.array([member[1].encode() for member in members])
+        self.places = np.array([(number, offset, size) for number, _, offset, size in members], dtype=np.int64)
+
+    def read_bytes(self, index: int) -> bytes:
+        number, offset, size = self.places[index].tolist()
+        with open(self.tars[number], "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def name(self, index: int) -> str:
+        return f"{self.tars[self.places[index, 0]]}:{bytes(self.names[index]).decode()}"
+
+
+class ArrowSource(BytesSource):
+    """An Arrow table's column of images, each {"bytes", "path"}; rows by number, in the data set's order."""
+
+    def __init__(self, title: str, images, labels, rows: np.ndarray | None):
+        super().__init__(labels)
+        self.title, self.images, self.rows = title, images, rows
+
+    def read_bytes(self, index: int) -> bytes:
+        row = index if self.rows is None else int(self.rows[index])
+        image = self.images[row].as_py()
+        return image["bytes"] or Path(image["path"]).read_bytes()
+
+    def name(self, index: int) -> str:
+        return f"{self.title} #{index}"
+
+
+class MemorySource(BytesSource):
+    """Compressed images in memory."""
+
+    def __init__(self, title: str, images: list[bytes], labels):
+        super().__init__(labels)
+        self.title, self.images = title, images
+
+    def read_bytes(self, index: int) -> bytes:
+        return self.images[index]
+
+    def name(self, index: int) -> str:
+        return f"{self.title} #{index}"
+
+
+def reader_sources(args, need_train: bool) -> Sources:
+    """The data set of `args.data_set` with one of `PREFIXES`. Raises DataError.
+
+    Reads `data_set, data_path, train_split, val_split, image_key, label_key`.
+    """
+    prefix, _, name = args.data_set.partition("/")
+    opened = {"wds": _open_wds, "hfds": _open_hfds, "hfids": _open_hfids}[prefix]
+    splits = [args.train_split, args.val_split] if need_train else [args.val_split]
+    found = [opened(args, name, split) for split in splits]
+    names = next((names for _, names in found if names), [])
+    largest = max((int(source.labels.max(initial=0)) for source, _ in found), default=0)
+    names = names or [str(number) for number in range(largest + 1)]
+    return Sources(found[0][0] if need_train else None, found[-1][0], names)
+
+
+def _reader(args, split: str, root: str | None, **options):
+    """timm's reader. Raises DataError for what it cannot open."""
+    from timm.data.readers import create_reader  # its modules bind `datasets` when they are first imported
+
+    try:
+        return create_reader(args.data_set, root=root, split=split, **options)
+    except Exception as error:  # the libraries raise what they like; all of it means the same to a user
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        where = f" --data-path {root}" if root else ""
+        raise DataError(f"--data-set {args.data_set}{where}, split {split!r}: {reason}") from error
+
+
+# ---- webdataset --------------------------------------------------------------------------------------------
+
+
+def _open_wds(args, name: str, split: str) -> tuple[TarSource, list[str]]:
+    root = Path(args.data_path or "").expanduser()
+    if not args.data_path or not root.is_dir():
+        raise DataError(f"--data-set wds/ needs --data-path, the folder with the shards; {root} is none")
+    reader = _reader(args, split, str(root))
+    tars = [root / file for file in reader.split_info.filenames]
+    label_key = args.label_key or reader.split_info.alt_label
+    members, labels = [], []
+    for number, tar in enumerate(tars):
+        for member, label in _index_tar(tar, label_key):
+            members.append((number, *member))
+            labels.append(label)
+    return TarSource(tars, members, labels), list(reader.info.get("class_names", []))
+
+
+def _index_tar(tar: Path, label_key: str) -> Iterator[tuple[tuple[str, int, int], int]]:
+    """((image's name, offset, size), label) of each sample: members of one stem, the label in .cls or .json."""
+    try:
+        with tarfile.open(tar, "r:") as file:
+            samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+            for member in file:
+                stem, _, ending = member.name.rpartition("/")[2].partition(".")
+                key = member.name[: len(member.name) - len(ending)]
+                samples.setdefault(key or stem, {})[ending.lower()] = member
+            for key, parts in samples.items():
+                image = next((parts[ending] for ending in WDS_IMAGES if ending in parts), None)
+                if image is not None:
+                    label = _wds_label(file, tar, key, parts, label_key)
+                    yield (image.name, image.offset_data, image.size), label
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{tar} is missing or no uncompressed tar file: {error}") from error
+
+
+def _wds_label(file: tarfile.TarFile, tar: Path, key: str, parts: dict, label_key: str) -> int:
+    try:
+        if label_key:
+            return int(json.load(file.extractfile(parts["json"]))[label_key])
+        return int(file.extractfile(parts["cls"]).read())
+    except (KeyError, ValueError, TypeError) as error:
+        wanted = f"a .json with {label_key!r}" if label_key else "a .cls with a class number (or give --label-key)"
+        raise DataError(f"{tar}: sample {key} has no label: expected {wanted}") from error
+
+
+# ---- Hugging Face datasets ---------------------------------------------------------------------------------
+
+
+def _open_hfds(args, name: str, split: str) -> tuple[ArrowSource, list[str]]:
+    with huggingface_datasets():
+        keys = {"input_key": args.image_key, "target_key": args.label_key or "label"}
+        reader = _reader(args, split, args.data_path or None, **keys)
+        labels = list(reader.iter_targets())
+        rows = reader.dataset._indices
+        rows = None if rows is None else rows.column(0).to_numpy()
+        # The table alone goes on: the package's own code would import `datasets` again while it reads.
+        images = reader.dataset.data.table.column(args.image_key)
+        names = [name for name, _ in sorted(reader.class_to_idx.items(), key=lambda item: item[1])]
+    return ArrowSource(f"{args.data_set} {split}", images, labels, rows), names
+
+
+def _open_hfids(args, name: str, split: str) -> tuple[MemorySource, list[str]]:
+    with huggingface_datasets():
+        import datasets as huggingface
+
+        keys = {"input_key": args.image_key, "target_key": args.label_key or "label"}
+        # The number of samples only serves the reader's own loop.
+        reader = _reader(args, split, args.data_path or None, num_samples=1, **keys)
+        images, labels = [], []
+        stream = reader.builder.as_streaming_dataset(split=split)
+        stream = stream.cast_column(args.image_key, huggingface.Image(decode=False))
+        for item in stream:
+            image = item[args.image_key]
+            images.append(image["bytes"] or Path(image["path"]).read_bytes())
+            labels.append(int(item[args.label_key or "label"]))
+        names = [name for name, _ in sorted(reader.class_to_idx.items(), key=lambda item: item[1])]
+    return MemorySource(f"{args.data_set} {split}", images, labels), names
