@@ -1,0 +1,218 @@
+"""What timm asks of any registered model, on Vim's names; the block alone in other networks.
+
+The checks are those of timm's own model tests that do not depend on one architecture: outputs, gradients, the
+default configuration, features, and every way of adapting a model. Depth is cut so that each takes seconds.
+"""
+
+import itertools
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+
+import models_mamba  # noqa: F401  (registers its models with timm)
+from mamba_ssm import BiMamba, Mamba
+from mamba_ssm.modules.mamba_simple import Mamba as MambaModule
+from models_mamba import VARIANTS
+from oracle_cases import fill
+
+NAMES = [name for name in VARIANTS if "_bimambav2" not in name]
+SMALL = {"vim_nano_patch4_32": {}, "vim_tiny_patch16_224": {"depth": 3, "img_size": 64}}
+
+
+@pytest.fixture(params=SMALL)
+def name(request):
+    return request.param
+
+
+def create(name, **arguments):
+    return timm.create_model(name, **SMALL[name] | arguments)
+
+
+def images_for(model, batch=2):
+    size = model.patch_embed.img_size
+    return torch.randn(batch, model.in_chans, *size, generator=torch.Generator().manual_seed(0))
+
+
+# ---- timm's model tests
+
+
+@pytest.mark.parametrize("registered", VARIANTS)
+def test_default_configuration_fits_the_model(registered):
+    with torch.device("meta"):
+        model = timm.create_model(registered)
+    cfg, state = model.default_cfg, model.state_dict()
+    assert cfg["architecture"] == registered and cfg is model.pretrained_cfg
+    assert tuple(cfg["input_size"][1:]) == model.patch_embed.img_size and cfg["fixed_input_size"]
+    assert f"{cfg['first_conv']}.weight" in state and f"{cfg['classifier']}.weight" in state
+    assert len(state[f"{cfg['classifier']}.weight"]) == cfg["num_classes"] == model.num_classes
+    assert model.get_classifier() is model.get_submodule(cfg["classifier"])
+    assert set(model.no_weight_decay()) & set(dict(model.named_parameters()))
+    data = timm.data.resolve_model_data_config(model)
+    assert data["input_size"] == tuple(cfg["input_size"]) and data["crop_pct"] == 0.875
+
+
+def test_forward_gives_finite_logits(name):
+    model = create(name).eval()
+    logits = model(images_for(model))
+    assert logits.shape == (2, 1000) and logits.isfinite().all()
+
+
+def test_backward_reaches_every_parameter(name):
+    model = create(name, num_classes=42).train()
+    logits = model(images_for(model))
+    logits.mean().backward()
+    assert logits.shape == (2, 42)
+    assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+def test_features_without_classifier_and_without_pooling(name):
+    model = create(name).eval()
+    images = images_for(model)
+    tokens = model.forward_features(images)
+    pooled = model.forward_head(tokens, pre_logits=True)
+    assert tokens.shape[2] == model.num_features and pooled.shape == (2, model.head_hidden_size)
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(images), pooled)
+    model.reset_classifier(0, "")
+    torch.testing.assert_close(model(images), tokens)
+    bare = create(name, num_classes=0, global_pool="").eval()
+    assert bare(images).shape == tokens.shape and isinstance(bare.get_classifier(), torch.nn.Identity)
+
+
+@pytest.mark.parametrize("cls_token, places", [("middle", [32]), ("head", [0]), ("double", [0, 65])])
+def test_the_pooled_feature_is_the_class_token_at_its_true_index(cls_token, places):
+    model = fill(timm.create_model("vim_nano_patch4_32", cls_token=cls_token)).eval()
+    tokens = model.forward_features(images_for(model))
+    assert model.cls_token_position(64) == tuple(places)
+    torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), tokens[:, places].mean(1))
+
+
+def test_intermediate_features_agree_with_feature_info_and_the_forward_pass(name):
+    model = create(name).eval()
+    images = images_for(model)
+    output, features = model.forward_intermediates(images)
+    assert len(features) == len(model.feature_info) == len(model.layers)
+    for info, feature in zip(model.feature_info, features):
+        side = images.shape[-1] // info["reduction"]
+        assert feature.shape == (2, info["num_chs"], side, side)
+    torch.testing.assert_close(output, model.forward_features(images))
+    model.train().set_grad_checkpointing()
+    torch.testing.assert_close(model.forward_intermediates(images)[0], output)
+
+
+@pytest.mark.parametrize("options", [{"stop_early": True}, {"norm": True}, {"output_fmt": "NLC"}], ids=str)
+def test_intermediate_features_by_option(name, options):
+    model = create(name).eval()
+    images = images_for(model)
+    (feature,) = model.forward_intermediates(images, indices=[-2], intermediates_only=True, **options)
+    everything = model.forward_intermediates(images, norm=options.get("norm", False), intermediates_only=True)
+    expected = everything[-2].flatten(2).transpose(1, 2) if "output_fmt" in options else everything[-2]
+    torch.testing.assert_close(feature, expected)
+
+
+def test_feature_extractor(name):
+    whole = fill(create(name)).eval()
+    extractor = create(name, features_only=True, out_indices=(0, 2)).eval()
+    extractor.model.load_state_dict(whole.state_dict(), strict=False)
+    images = images_for(whole)
+    features = extractor(images)
+    assert extractor.feature_info.channels() == [f.shape[1] for f in features]
+    assert extractor.feature_info.reduction() == [images.shape[-1] // f.shape[-1] for f in features]
+    for found, expected in zip(features, whole.forward_intermediates(images, [0, 2], intermediates_only=True)):
+        torch.testing.assert_close(found, expected)
+
+
+def test_pruned_models_keep_their_features(name):
+    model = create(name).eval()
+    images = images_for(model)
+    expected = model.forward_intermediates(images, [1], intermediates_only=True)[0]
+    assert model.prune_intermediate_layers([1], prune_norm=True) == [1] and len(model.layers) == 2
+    torch.testing.assert_close(model.forward_intermediates(images, [1], intermediates_only=True)[0], expected)
+    assert model.num_classes == 0 and model(images).shape == (2, model.num_features)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channels_from_rgb_weights(name, channels):
+    source = fill(create(name))
+    arguments = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": source.state_dict(), "input_size": (
+        3, *source.patch_embed.img_size)}}  # fmt: skip
+    model = create(name, in_chans=channels, num_classes=5, **arguments).eval()
+    assert model(images_for(model)).shape == (2, 5)
+    grey = source.patch_embed.proj.weight.sum(1, keepdim=True)
+    if channels == 1:
+        torch.testing.assert_close(model.patch_embed.proj.weight, grey)
+    torch.testing.assert_close(model.norm_f.weight, source.norm_f.weight)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 48), (24, 40)], ids=str)
+def test_features_at_any_size(size):
+    model = timm.create_model("vim_nano_patch4_32", features_only=True, dynamic_img_size=True).eval()
+    features = model(torch.randn(1, 3, *size))
+    assert [f.shape[-2:] for f in features] == [(size[0] // 4, size[1] // 4)] * 3
+
+
+def test_layer_wise_decay_through_timms_optimiser_factory(name):
+    model = create(name)
+    optimizer = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    scales = [scale[id(block.mixer.in_proj.weight)] for block in model.layers]
+    assert all(after == 2 * before for before, after in itertools.pairwise(scales))
+    assert scale[id(model.pos_embed)] == scale[id(model.cls_token)] == scales[0] / 2
+    assert scale[id(model.head.weight)] == scale[id(model.norm_f.weight)] == 1.0
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decay[id(model.pos_embed)] == 0.0 and decay[id(model.head.weight)] == 0.1
+
+
+def test_plain_operations_compute_the_same(name):
+    model = fill(create(name)).eval()
+    images = images_for(model)
+    with torch.no_grad():
+        expected = model(images)
+        model.set_fast_path(False)
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("registered", NAMES)
+def test_every_name_compiles_into_one_graph(registered):
+    """Traced whole, at two blocks of its width: a break of the graph would raise."""
+    model = timm.create_model(registered, depth=2).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    images = images_for(model, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()
+
+
+# ---- the block alone
+
+
+def test_the_block_in_a_vision_transformer_instead_of_attention():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3)
+    for block in model.blocks:
+        block.attn = BiMamba(model.embed_dim)
+    logits = model(torch.randn(2, 3, 32, 32))
+    logits.sum().backward()
+    assert logits.shape == (2, 3) and all(p.grad is not None for p in model.blocks.parameters())
+
+
+def test_the_bidirectional_block_is_vims():
+    block = BiMamba(16)
+    same = MambaModule(16, bimamba_type="v2", if_divide_out=True)
+    same.load_state_dict(block.state_dict())
+    tokens = torch.randn(2, 9, 16)
+    torch.testing.assert_close(block(tokens), same(tokens), rtol=0, atol=0)
+    moved = block(torch.cat([tokens[:, :4], tokens[:, 4:] + 1], dim=1))
+    assert not torch.equal(moved[:, 0], block(tokens)[:, 0]), "the first token reads the last"
+    causal = Mamba(16)
+    torch.testing.assert_close(causal(tokens)[:, :4], causal(tokens[:, :4]))
+
+
+def test_masks_are_refused_by_name():
+    tokens = torch.randn(1, 3, 16)
+    with pytest.raises(NotImplementedError, match="attn_mask"):
+        BiMamba(16)(tokens, attn_mask=torch.ones(3, 3))
+    with pytest.raises(NotImplementedError, match="is_causal"):
+        BiMamba(16)(tokens, is_causal=True)

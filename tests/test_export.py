@@ -1,0 +1,76 @@
+"""Models for programs without this repository: torch.export and ONNX give torch's logits."""
+
+import pytest
+import timm
+import torch
+
+import export
+import models_mamba  # noqa: F401  (registers its models with timm)
+from inference import load_classifier
+from oracle_cases import fill
+from small_weights import write_checkpoint
+
+
+def images(batch, size=16):
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return write_checkpoint(tmp_path)
+
+
+def model_of(checkpoint):
+    parser = export.build_parser()
+    return load_classifier(parser.parse_args(["x.onnx", "--checkpoint", str(checkpoint), "--device", "cpu"])).model
+
+
+@pytest.mark.parametrize("dynamic", [True, False], ids=["any batch", "batch of 2"])
+def test_an_exported_program_gives_torchs_logits(checkpoint, dynamic, tmp_path):
+    model = model_of(checkpoint)
+    expected = {batch: model(images(batch)).detach() for batch in ((1, 2, 5) if dynamic else (2,))}
+    program = export.export_program(model, images(2), dynamic)
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not [name for name in names if "mamba_ssm" in name], "plain operations alone"
+    torch.export.save(program, tmp_path / "model.pt2")
+    again = torch.export.load(tmp_path / "model.pt2").module()
+    for batch, logits in expected.items():
+        assert export.relative_error(again(images(batch)), logits) <= 1e-5
+
+
+@pytest.mark.parametrize("flags, batches", [([], (1, 2, 5)), (["--batch-size", "3"], (3,))], ids=["any", "fixed"])
+def test_onnx_files_give_torchs_logits(checkpoint, tmp_path, capsys, flags, batches):
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "model.onnx"
+    assert export.main([str(path), "--checkpoint", str(checkpoint), *flags]) == 0
+    assert "relative error" in capsys.readouterr().out
+    model = model_of(checkpoint)
+    for batch in batches:
+        logits = model(images(batch)).detach()
+        assert export.relative_error(export.run_onnx(path, images(batch)), logits) <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, size", [("vim_nano_patch4_32", 224), ("vim_tiny_patch16_224", 224)])
+def test_onnx_of_registered_names_at_224(name, size, tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = fill(timm.create_model(name, img_size=size)).eval()
+    with torch.no_grad():
+        expected = model(images(1, size))
+    export.export_onnx(export.export_program(model, images(2, size)), tmp_path / "model.onnx")
+    assert export.relative_error(export.run_onnx(tmp_path / "model.onnx", images(1, size)), expected) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "out, expected", [("model.tflite", "use .onnx or .pt2"), ("absent/model.onnx", "does not exist")]
+)
+def test_mistakes_are_one_line(checkpoint, tmp_path, capsys, out, expected):
+    assert export.main([str(tmp_path / out), "--checkpoint", str(checkpoint)]) == 4
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1
+
+
+def test_a_missing_package_is_named(monkeypatch, checkpoint, tmp_path, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    assert export.main([str(tmp_path / "model.onnx"), "--checkpoint", str(checkpoint)]) == 4
+    assert "pip install onnx onnxscript onnxruntime" in capsys.readouterr().err
