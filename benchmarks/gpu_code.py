@@ -172,19 +172,26 @@ def _size(loop: Loop) -> int:
     return loop.own + sum(map(_size, loop.inner))
 
 
-def forward_counts(code) -> dict:
+def _pieces(block: int, size: str) -> tuple:
+    """Trips of the loop that stages the time step of `block` channels in pieces: fewer channels for a large rank."""
+    piece = 64 if SIZES[size] // 16 <= 32 else 32
+    return block // piece, ()
+
+
+def forward_counts(code, size: str) -> dict:
     """Instructions per state update of the recurrence's loop, and of everything a tile of tokens takes."""
     tile = max(loops(code), key=_size)
-    group = max(tile.inner, key=_size)
+    *staging, group = tile.inner
     lane_states = 2 * STATES  # two channels a thread
     groups = selective_scan.TILE // selective_scan.GROUP
+    trips = (*(_pieces(selective_scan.FORWARD_BLOCK, size) for _ in staging), (groups, ()))
     return {
         "recurrence": _size(group) / (selective_scan.GROUP * lane_states),
-        "all": tile.cost(((groups, ()),)) / (selective_scan.TILE * lane_states),
+        "all": tile.cost(trips) / (selective_scan.TILE * lane_states),
     }
 
 
-def backward_counts(code) -> dict:
+def backward_counts(code, size: str) -> dict:
     """Instructions per state update: the pass that marks states, the pass back, and everything a chunk takes."""
     chunk = max(loops(code), key=_size)
     tiles, groups = selective_scan.CHUNK // selective_scan.TILE, selective_scan.CHUNK // selective_scan.GROUP
@@ -193,7 +200,7 @@ def backward_counts(code) -> dict:
     lane_states = per_thread * STATES
     marking, back = chunk.inner[-2:]
     staging = chunk.inner[:-2]
-    stages = tuple((tiles, tuple((block // 64, ()) for _ in loop.inner)) for loop in staging)
+    stages = tuple((tiles, tuple(_pieces(block, size) for _ in loop.inner)) for loop in staging)
     trips = (*stages, (groups - 1, (pairs,)), (groups, (pairs,)))
     updates = selective_scan.CHUNK * lane_states
     return {
@@ -206,15 +213,15 @@ def backward_counts(code) -> dict:
 COUNTS = {"scan_forward_kernel": forward_counts, "scan_backward_kernel": backward_counts}
 
 
-def examine_nvidia(name: str, compiled) -> dict:
+def examine_nvidia(name: str, compiled, size: str) -> dict:
     code = disassemble(compiled.asm["cubin"])
     row = resources(compiled.asm["cubin"]) | {"instructions": len(code)}
     if name in COUNTS:
-        row["per_state_update"] = {key: round(value, 2) for key, value in COUNTS[name](code).items()}
+        row["per_state_update"] = {key: round(value, 2) for key, value in COUNTS[name](code, size).items()}
     return row
 
 
-def examine_amd(name: str, compiled) -> dict:
+def examine_amd(name: str, compiled, size: str) -> dict:
     text = compiled.asm["amdgcn"]
 
     def number(key):
@@ -235,7 +242,7 @@ def examine(target_name: str, size: str) -> dict:
     compiled = compile_launches(target, lambda: launch_everything(SIZES[size]))
     single = compile_launches(target, lambda: launch_convolution(SIZES[size]))
     compiled |= {"causal_conv1d." + name: kernel for name, kernel in single.items()}
-    return {name: reader(name, kernel) for name, kernel in sorted(compiled.items())}
+    return {name: reader(name, kernel, size) for name, kernel in sorted(compiled.items())}
 
 
 def table(results: dict) -> str:

@@ -51,9 +51,7 @@ def rivals(size: str, px: int, batch: int, mode: str, settings: Settings) -> lis
     return [Subject(name, px, batch, mode, settings.precision, device, settings.compile) for name in names]
 
 
-def measure_case(
-    case: Sequence[Subject], peaks: Mapping[Subject, int | None], settings: Settings
-) -> list[dict]:
+def measure_case(case: Sequence[Subject], peaks: Mapping[Subject, int | None], settings: Settings) -> list[dict]:
     """Time a case in turns; what did not fit in memory is left out. The first subject is compared with."""
     calls = {subject: subjects.build(subject) for subject in case if peaks[subject] is not None}
     timings = harness.interleave(calls, settings.device, seconds=settings.seconds)
@@ -138,14 +136,17 @@ def figure(records: list[dict], path: Path, size: str, title: str) -> None:
     chosen = [r for r in records if r["mode"] == "infer" and r["name"].partition("/")[0] in SIZES[size]]
     panels = (
         ("images per second", "log", lambda r: r.get("images_per_second")),
-        ("peak memory beyond the weights, MB per image", "linear",
+        ("peak memory, MB per image", "linear",
          lambda r: r["peak_memory"] and r["peak_memory"] / 1e6 / r["batch"]),
     )  # fmt: skip
     chart, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     for axis, (label, scale, value) in zip(axes, panels):
         for line in dict.fromkeys(_label(record) for record in chosen):
-            points = [(r["px"], value(r)) for r in chosen if _label(r) == line and value(r) is not None]
-            axis.plot(*zip(*points), marker="o", linewidth=2.5 if line.startswith("vim") else 1.5, label=line)
+            of_line = [r for r in reversed(chosen) if _label(r) == line and value(r) is not None]
+            points = {r["px"]: value(r) for r in of_line}  # of two batches at one resolution, the first
+            axis.plot(
+                *zip(*sorted(points.items())), marker="o", linewidth=2.5 if line.startswith("vim") else 1.5, label=line
+            )
         axis.set(xlabel="resolution, px", ylabel=label, yscale=scale)
         axis.set_xticks(sorted({record["px"] for record in chosen}))
         axis.tick_params(axis="x", rotation=45)
@@ -222,9 +223,7 @@ def main() -> None:
     device = torch.device(args.device)
     settings = Settings(device, args.precision, args.compile, tuple(args.attention), args.seconds)
     batch = parse_batch(args.batch)
-    cases = [
-        case for mode in args.modes for size in args.size for case in cases_of(mode, size, args.px, batch)
-    ]
+    cases = [case for mode in args.modes for size in args.size for case in cases_of(mode, size, args.px, batch)]
     harness.require_green_tests(device)
     run(cases, settings, args.out.resolve())
 
