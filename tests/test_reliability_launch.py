@@ -224,3 +224,10 @@ def test_the_launcher_hands_torchrun_only_flags_that_it_has():
 
     parsed = get_args_parser().parse_args([*defaults(), "--standalone", "--max-restarts=0", "main.py"])
     assert "SIGUSR1" in parsed.signals_to_handle and parsed.max_restarts == 0
+
+
+def test_a_wrong_flag_is_a_code_too_so_that_the_launcher_is_told(capsys):
+    import main
+
+    assert main.main(["--epoch", "3"]) == 2
+    assert "did you mean --epochs" in capsys.readouterr().err

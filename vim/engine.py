@@ -309,6 +309,7 @@ def build_val_loader(dataset, args, world: World):
 
 
 def assess(run: Run, loader, data: DataBundle) -> dict[str, Evaluation]:
+    run.writer.join()  # the loader may fork here, and a fork must not copy a thread that is writing
     return evaluate_weights(run.model, run.ema, loader, run.args, run.world, data.num_classes)
 
 

@@ -31,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_args(argv)
         return execute(args, distributed.start(args))
+    except SystemExit as leaving:  # argparse has said why
+        return leaving.code
     except Exception as error:
         found = failures.explain(error, args)
         if found is None:
