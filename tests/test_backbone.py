@@ -160,7 +160,7 @@ def test_layer_wise_decay_through_timms_optimiser_factory(name):
     scales = [scale[id(block.mixer.in_proj.weight)] for block in model.layers]
     assert all(after == 2 * before for before, after in itertools.pairwise(scales))
     assert scale[id(model.pos_embed)] == scale[id(model.cls_token)] == scales[0] / 2
-    assert scale[id(model.head.weight)] == scale[id(model.norm_f.weight)] == 1.0
+    assert scale[id(model.norm_f.weight)] == scales[-1] == 0.5 and scale[id(model.head.weight)] == 1.0
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decay[id(model.pos_embed)] == 0.0 and decay[id(model.head.weight)] == 0.1
 

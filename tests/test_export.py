@@ -8,7 +8,7 @@ import export
 import models_mamba  # noqa: F401  (registers its models with timm)
 from inference import load_classifier
 from oracle_cases import fill
-from small_weights import write_checkpoint
+from small_weights import small_model, write_checkpoint
 
 
 def images(batch, size=16):
@@ -17,7 +17,8 @@ def images(batch, size=16):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    return write_checkpoint(tmp_path)
+    """One block: what an export costs grows with the blocks."""
+    return write_checkpoint(tmp_path, model=small_model(depth=1).state_dict())
 
 
 def model_of(checkpoint):
@@ -25,7 +26,9 @@ def model_of(checkpoint):
     return load_classifier(parser.parse_args(["x.onnx", "--checkpoint", str(checkpoint), "--device", "cpu"])).model
 
 
-@pytest.mark.parametrize("dynamic", [True, False], ids=["any batch", "batch of 2"])
+@pytest.mark.parametrize(
+    "dynamic", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["any batch", "batch of 2"]
+)
 def test_an_exported_program_gives_torchs_logits(checkpoint, dynamic, tmp_path):
     model = model_of(checkpoint)
     expected = {batch: model(images(batch)).detach() for batch in ((1, 2, 5) if dynamic else (2,))}
@@ -38,7 +41,11 @@ def test_an_exported_program_gives_torchs_logits(checkpoint, dynamic, tmp_path):
         assert export.relative_error(again(images(batch)), logits) <= 1e-5
 
 
-@pytest.mark.parametrize("flags, batches", [([], (1, 2, 5)), (["--batch-size", "3"], (3,))], ids=["any", "fixed"])
+@pytest.mark.parametrize(
+    "flags, batches",
+    [([], (1, 2, 5)), pytest.param(["--batch-size", "3"], (3,), marks=pytest.mark.slow)],
+    ids=["any", "fixed"],
+)
 def test_onnx_files_give_torchs_logits(checkpoint, tmp_path, capsys, flags, batches):
     pytest.importorskip("onnxruntime")
     path = tmp_path / "model.onnx"

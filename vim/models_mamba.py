@@ -321,7 +321,7 @@ class VisionMamba(nn.Module):
         return {"pos_embed", "cls_token", "cls_token_head", "cls_token_tail"}
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Groups for layer-wise learning rates: the stem, one group a block, and the last norm with the head."""
+        """Groups for layer-wise learning rates: the stem, one a block (the last norm with the last), and the head."""
         return {
             "stem": r"^cls_token|^pos_embed|^patch_embed",
             "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],

@@ -228,5 +228,7 @@ def _open_hfids(args, name: str, split: str) -> tuple[MemorySource, list[str]]:
             image = item[args.image_key]
             images.append(image["bytes"] or Path(image["path"]).read_bytes())
             labels.append(int(item[args.label_key or "label"]))
-        names = [name for name, _ in sorted(reader.class_to_idx.items(), key=lambda item: item[1])]
+        # Files of unknown columns tell their classes when the first of them is read.
+        label_feature = (stream.features or stream._resolve_features().features).get(args.label_key or "label")
+    names = list(getattr(label_feature, "names", []))
     return MemorySource(f"{args.data_set} {split}", images, labels), names
