@@ -81,7 +81,6 @@ END = "import os, sys; sys.path[:0] = ['vim']; import distributed; open(sys.argv
 @pytest.mark.parametrize(
     ("last_line", "code", "starts"),
     [
-        ("sys.exit(distributed.leave(0))", 0, 2),
         ("sys.exit(distributed.leave(4))", 4, 2),
         ("sys.exit(distributed.leave(1))", 1, 4),
     ],
