@@ -183,13 +183,16 @@ template <class T> struct Bimamba {
         (this->*convolve)(b, dir, tile, first, last, tile_x, slope);
     }
 
-    // Brings one vector's part of another tile's rows into the second-level cache: the hardware sees no pattern in
-    // one cache line a row.
-    template <class U> INLINE void prefetch(const U* row0, int64_t step, int64_t tile, bool write = false) const {
-        if (tile < 0 || tile >= s.tiles) return;
-        const char* p = (const char*)(row0 + tile * TILE * step);
-        for (int t = 0; t < s.tokens(tile); ++t, p += step * (int64_t)sizeof(U))
-            write ? __builtin_prefetch(p, 1, 2) : __builtin_prefetch(p, 0, 2);
+    // Whether a batch item's rows leave the second-level cache before they are read again.
+    bool is_far() const { return s.length * 2 * s.channels * (int64_t)sizeof(T) > (1 << 20); }
+
+    // Adds an array's rows of another tile to what is fetched ahead. row0: row 0 of the sequence.
+    template <class U> INLINE void fetch_tile(Ahead& ahead, int i, const U* row0, int64_t step, int64_t tile) const {
+        if (!is_far() || tile < 0 || tile >= s.tiles) return;
+        // The last tile is shorter than the loop that fetches it may be, so stay within it.
+        const int64_t first = smaller(tile * TILE, larger<int64_t>(0, s.length - TILE));
+        ahead.row[i] = (const char*)(row0 + first * step);
+        ahead.step[i] = step * (int64_t)sizeof(U);
     }
 
     // rows (tokens, row) <- x_proj of a tile's convolved x.
@@ -238,9 +241,10 @@ template <class T> struct Bimamba {
         const float* row = rows + start * s.row;
         Tile work;
         for (int64_t v = first; v < last; ++v) {
-            prefetch(x_rows(b, v), a.xz_token, tile + sign);
-            prefetch(sum + v * VL, sum_step, tile + sign, true);
-            if (second) prefetch(z_rows(b, v), a.xz_token, tile + sign);
+            Ahead ahead;
+            fetch_tile(ahead, 0, x_rows(b, v), a.xz_token, tile + sign);
+            fetch_tile(ahead, 1, sum + v * VL, sum_step, tile + sign);
+            if (second) fetch_tile(ahead, 2, z_rows(b, v), a.xz_token, tile + sign);
             VectorParameters p(packed[dir].vectors, s, v);
             const float* x = tile_x + v * VL;
             float *h = state + v * per_vector, *total = sum + t0 * sum_step + v * VL;
@@ -249,7 +253,7 @@ template <class T> struct Bimamba {
                 memcpy(saved_states(b, dir) + tile * s.state_floats() + v * per_vector, h, per_vector * sizeof(float));
             scan_tile<true>(s.padded_states, n, work.d + start * VL, work.dx + start * VL, sign * VL,
                             {row + s.B_at, sign * s.row, false}, {row + s.C_at, sign * s.row, false}, p.A, h,
-                            work.y + start * VL);
+                            work.y + start * VL, ahead);
             second ? put_output(b, v, t0, n, load(p.D), x, work.y, total, sum_step)
                    : put_sum(v, n, load(p.D), x, work.y, total, sum_step);
         }

@@ -1,11 +1,11 @@
 // Gradients of the bidirectional mixer (bimamba.h), from the states saved between tiles. No atomics: what several
 // threads add to is kept once per thread or per channel group and summed in a fixed order.
 //
-// Phase "scan" goes back through a direction's tiles: each is recomputed from its saved first state, then
-// adjoined. It gives the gradient of the convolved x as far as the scan sees it (dx_conv) and of the projected rows
-// (drows, summed over channels). Phase "project" adds x_proj's part to dx_conv and undoes the SiLU; it follows each
-// tile at once, unless channels are split and drows must be summed first. Phase "convolve" brings both directions'
-// dx_conv back through the filters.
+// A direction goes back through its tiles. Of each, "scan" recomputes the states from the saved first one and adjoins
+// them, which gives the gradient of the convolved x as far as the scan sees it and of the projected rows (drows,
+// summed over channels); "project" adds x_proj's part to the former and undoes the SiLU; "filter" brings that back
+// through the convolution. Of the two directions, the one that comes to a tile second adds the other's part and
+// stores dxz. Where channels are split, drows must be summed before "project", and the three are phases of their own.
 #pragma once
 
 #include "bimamba.h"
@@ -56,30 +56,36 @@ template <class T> struct BimambaBackward : Bimamba<T> {
     }
     T* dxz_rows(int64_t b, int64_t v) const { return (T*)a.dxz + b * s.length * 2 * s.channels + v * VL; }
 
-    // Gradient of the sum of both directions' scans: dy * scale * silu(z), for a tile and vector.
-    INLINE void gated_gradient(int64_t b, int64_t v, int64_t t0, int n, float* out) const {
+    // Gradient of the sum of both directions' scans, dy * scale * silu(z), for a tile and vector; with GATE also z's.
+    template <bool GATE> INLINE void gated_gradient(int64_t b, int64_t v, int64_t t0, int n, float* out) const {
         const int lanes = s.lanes(v);
         const T *dy = dy_rows(b, v) + t0 * s.channels, *z = this->z_rows(b, v) + t0 * a.xz_token;
+        const float* total = this->saved_sum(b) + t0 * s.padded + v * VL;
+        T* dz = dxz_rows(b, v) + s.channels + t0 * 2 * s.channels;
         const vf scale = set1((float)a.scale);
-        for (int t = 0; t < n; ++t)
-            store(out + t * VL, load(dy + t * s.channels, lanes) * scale * silu(load(z + t * a.xz_token, lanes)));
+        for (int t = 0; t < n; ++t) {
+            vf zt = load(z + t * a.xz_token, lanes), sig = sigmoid(zt);
+            vf scaled = load(dy + t * s.channels, lanes) * scale;
+            store(out + t * VL, scaled * zt * sig);
+            if (GATE)
+                store(dz + t * 2 * s.channels, scaled * load(total + t * s.padded) * silu_slope(zt, sig), lanes);
+        }
     }
 
     // What a thread works in. tile_x, tile_slope: the convolved x and its SiLU's derivative; tile_dx: the gradient of
     // the former; draw: of the raw time step. All (TILE, padded).
     struct Scratch {
         BackwardTile* tiles;  // [vectors]
-        float *carry, *dB, *dC, *draw, *tile_x, *tile_slope, *tile_dx;
+        float *dB, *dC, *draw, *tile_x, *tile_slope, *tile_dx;
 
         static int64_t floats(const BimambaShape& s) {
-            return round_up(s.vectors * (int64_t)(sizeof(BackwardTile) / sizeof(float)) + s.state_floats() +
+            return round_up(s.vectors * (int64_t)(sizeof(BackwardTile) / sizeof(float)) +
                                 2 * TILE * BACK_GROUP * VL + 4 * TILE * s.padded,
                             16);
         }
         Scratch(float* base, const BimambaShape& s) {
             tiles = (BackwardTile*)base;
-            carry = base + s.vectors * (sizeof(BackwardTile) / sizeof(float));
-            dB = carry + s.state_floats();
+            dB = base + s.vectors * (sizeof(BackwardTile) / sizeof(float));
             dC = dB + TILE * BACK_GROUP * VL;
             draw = dC + TILE * BACK_GROUP * VL;
             tile_x = draw + TILE * s.padded;
@@ -88,13 +94,38 @@ template <class T> struct BimambaBackward : Bimamba<T> {
         }
     };
 
+    // What a direction hands from tile to tile: the adjoint of the states, [vectors][padded_states][VL]; and the
+    // gradient of the convolution's output, rows of the tile and the width - 1 that its inputs reach beyond it.
+    struct Carried {
+        float *states, *window;
+        static int64_t floats(const BimambaShape& s) {
+            return s.state_floats() + (TILE + s.width - 1) * s.padded;
+        }
+        Carried(float* base, const BimambaShape& s) : states(base), window(base + s.state_floats()) {}
+    };
+
     void convolve(int64_t b, int dir, int64_t tile, int64_t first, int64_t last, const Scratch& k) const {
         this->convolve_any(b, dir, tile, first, last, k.tile_x, k.tile_slope);
     }
 
+    // While the first two groups of states are adjoined, what the next tile will touch.
+    INLINE Ahead fetch_ahead(int64_t b, int64_t v, int64_t tile, int64_t group) const {
+        Ahead ahead;
+        if (group == 0) {
+            this->fetch_tile(ahead, 0, this->x_rows(b, v), a.xz_token, tile);
+            this->fetch_tile(ahead, 1, this->z_rows(b, v), a.xz_token, tile);
+            this->fetch_tile(ahead, 2, dy_rows(b, v), s.channels, tile);
+        } else if (group == BACK_GROUP) {
+            this->fetch_tile(ahead, 0, this->saved_sum(b) + v * VL, s.padded, tile);
+            this->fetch_tile(ahead, 1, dxz_rows(b, v), 2 * s.channels, tile);
+            this->fetch_tile(ahead, 2, dxz_rows(b, v) + s.channels, 2 * s.channels, tile);
+        }
+        return ahead;
+    }
+
     // The adjoint of the states of a tile: g_B and g_d of each vector, dA, and drows' parts for B and C.
     void adjoin_states(int64_t b, int dir, int64_t tile, int64_t first, int64_t last, float* drow, GradientSums sums,
-                       const Scratch& k) const {
+                       const Scratch& k, float* carry) const {
         const int n = s.tokens(tile), start = dir == 0 ? 0 : n - 1;
         const int64_t sign = dir == 0 ? 1 : -1, per_vector = s.padded_states * VL;
         const float* row = this->saved_rows(b, dir) + (tile * TILE + start) * s.row;
@@ -109,7 +140,8 @@ template <class T> struct BimambaBackward : Bimamba<T> {
                                           {row + s.B_at + g, sign * s.row, false},
                                           {row + s.C_at + g, sign * s.row, false}, A,
                                           this->saved_states(b, dir) + tile * s.state_floats() + state, nullptr,
-                                          {t.g_B + at, t.g_d + at, dA, k.dB, k.dC, k.carry + state});
+                                          {t.g_B + at, t.g_d + at, dA, k.dB, k.dC, carry + state},
+                                          fetch_ahead(b, v, tile - sign, g));
             }
             for (int t = 0; t < n; ++t)
                 for (int j = 0; j < BACK_GROUP; ++j) {
@@ -121,30 +153,27 @@ template <class T> struct BimambaBackward : Bimamba<T> {
         }
     }
 
-    // Phase "scan" of a tile over vectors [first, last). dx: the tile's (TILE, padded); drows: row 0 of (L, row).
+    // "Scan" of a tile over vectors [first, last). dx: the tile's (TILE, padded); drows: row 0 of (L, row); gate:
+    // also write z's gradient.
     void scan_backward(int64_t b, int dir, int64_t tile, int64_t first, int64_t last, float* dx, float* drows,
-                       GradientSums sums, const Scratch& k) const {
+                       GradientSums sums, const Scratch& k, float* carry, bool gate) const {
         const int n = s.tokens(tile);
         const int64_t t0 = tile * TILE, width = (last - first) * VL;
         const float* rows = this->saved_rows(b, dir) + t0 * s.row;
         float* drow = drows + t0 * s.row;
-        const int64_t next = tile + (dir == 0 ? -1 : 1);
         for (int64_t v = first; v < last; ++v) {
-            this->prefetch(this->x_rows(b, v), a.xz_token, next);
-            this->prefetch(this->z_rows(b, v), a.xz_token, next);
-            this->prefetch(dy_rows(b, v), s.channels, next);
             BackwardTile& t = k.tiles[v];
             this->template time_steps<true>(VectorParameters(packed[dir].vectors, s, v), n, rows, k.tile_x + v * VL,
                                             t.d, t.dx, t.slope);
-            gated_gradient(b, v, t0, n, t.dy);
+            gate ? gated_gradient<true>(b, v, t0, n, t.dy) : gated_gradient<false>(b, v, t0, n, t.dy);
             memset(t.g_B, 0, n * VL * sizeof(float));
             memset(t.g_d, 0, n * VL * sizeof(float));
         }
         memset(drow, 0, n * s.row * sizeof(float));
-        adjoin_states(b, dir, tile, first, last, drow, sums, k);
+        adjoin_states(b, dir, tile, first, last, drow, sums, k, carry);
         for (int64_t v = first; v < last; ++v)
-            finish_vector(v, n, dir, rows, k.tiles[v], k.tile_x + v * VL, dx + v * VL,
-                          k.draw + (v - first) * VL, width, sums);
+            finish_vector(v, n, dir, rows, k.tiles[v], k.tile_x + v * VL, dx + v * VL, k.draw + (v - first) * VL, width,
+                          sums);
         gemm_add(n, s.rank_row, width, k.draw, width, 1, packed[dir].dt_rows + first * VL * s.rank_row, s.rank_row, drow,
                  s.row);
     }
@@ -182,84 +211,101 @@ template <class T> struct BimambaBackward : Bimamba<T> {
         UNROLL for (int r = 0; r < COUNT; ++r) store(out + r * VL, sum[r]);
     }
 
-    // Phase "project" of a tile: from dx, the scan's part of the gradient of the convolved x, to that of the
-    // convolution's output before its SiLU, in dx_conv (row 0 of (L, padded)).
-    void project_backward(int dir, int64_t tile, float* dx, float* dx_conv, const float* drows, GradientSums sums,
+    // "Project" of a tile: from dx, the scan's part of the gradient of the convolved x, to `out`, that of the
+    // convolution's output before its SiLU; both (TILE, padded).
+    void project_backward(int dir, int64_t tile, float* dx, float* out, const float* drows, GradientSums sums,
                           const Scratch& k) const {
         const int n = s.tokens(tile);
         const float* drow = drows + tile * TILE * s.row;
         gemm_add(n, s.padded, s.columns, drow, s.row, 1, packed[dir].x_proj_out, s.padded, dx, s.padded);
         gemm_add(s.columns, s.padded, n, drow, 1, s.row, k.tile_x, s.padded, sums.x_proj, s.padded);
-        float* out = dx_conv + tile * TILE * s.padded;
         for (int64_t i = 0; i < n * s.padded; i += VL) store(out + i, load(dx + i) * load(k.tile_slope + i));
     }
 
-    INLINE void prefetch_convolve(int64_t b, int64_t v, int64_t tile, float* const dx_conv[2]) const {
-        this->prefetch(this->x_rows(b, v), a.xz_token, tile);
-        this->prefetch(this->z_rows(b, v), a.xz_token, tile);
-        this->prefetch(dy_rows(b, v), s.channels, tile);
-        this->prefetch(this->saved_sum(b) + v * VL, s.padded, tile);
-        for (int dir = 0; dir < 2; ++dir) this->prefetch(dx_conv[dir] + v * VL, s.padded, tile);
-        this->prefetch(dxz_rows(b, v), 2 * s.channels, tile, true);
-        this->prefetch(dxz_rows(b, v) + s.channels, 2 * s.channels, tile, true);
+    // Makes room in a window for a tile's rows and returns where: what the tile before reaches into stays beside it.
+    float* roll(int dir, int64_t tile, float* window) const {
+        const int64_t n = s.tokens(tile), reach = s.width - 1, size = reach * s.padded;
+        const bool first = tile == (dir == 0 ? s.tiles - 1 : 0);
+        float *beside = window + (dir == 0 ? n * s.padded : 0), *from = window + (dir == 0 ? 0 : TILE * s.padded);
+        first ? memset(beside, 0, size * sizeof(float)) : memcpy(beside, from, size * sizeof(float));
+        return window + (dir == 0 ? 0 : size);
     }
 
-    // Phase "convolve" of a tile: dxz, filter and conv_bias gradients.
-    void convolve_backward(int64_t b, int64_t tile, float* const dx_conv[2], GradientSums sums[2]) const {
-        const int64_t reach = s.width - 1, t0 = tile * TILE;
+    // "Filter" of a tile, one direction: adds to the gradients of the filter and its bias, and returns that of x for
+    // one vector in dx [TILE][VL]. window: rows of the tile and beside it, (TILE + width - 1, padded).
+    INLINE void filter_backward(int64_t b, int dir, int64_t tile, int64_t v, const float* window, GradientSums sums,
+                                float* dx) const {
         const int n = s.tokens(tile);
-        alignas(64) float x[(TILE + 16) * VL], grad[2][(TILE + 8) * VL];
+        const int64_t reach = s.width - 1, from = tile * TILE + (dir == 0 ? -reach : 0);
+        alignas(64) float x[(TILE + 8) * VL];
+        load_window(this->x_rows(b, v), a.xz_token, from, from + n + reach, s.length, s.lanes(v), x);
+        VectorParameters p(packed[dir].vectors, s, v), out(sums.vectors, s, v);
+        auto adjoin = s.width == 4   ? adjoin_filter<4>
+                      : s.width == 3 ? adjoin_filter<3>
+                      : s.width == 2 ? adjoin_filter<2>
+                                     : adjoin_filter<1>;
+        adjoin(n, p.conv, x, window + v * VL, window + dir * reach * s.padded + v * VL, s.padded, out, dx);
+    }
+
+    // dx of a tile, one direction: kept in `partial`, row 0 of (L, step), by the first and completed by the second.
+    void filter_tile(int64_t b, int dir, int64_t tile, const float* window, GradientSums sums, float* partial,
+                     int64_t step, bool second) const {
+        const int64_t t0 = tile * TILE;
         for (int64_t v = 0; v < s.vectors; ++v) {
             alignas(64) float dx[TILE * VL] = {};
-            const int lanes = s.lanes(v);
-            prefetch_convolve(b, v, tile + 1, dx_conv);
-            load_window(this->x_rows(b, v), a.xz_token, t0 - reach, t0 + n + reach, s.length, lanes, x);
-            load_window(dx_conv[0] + v * VL, s.padded, t0, t0 + n + reach, s.length, VL, grad[0]);
-            load_window(dx_conv[1] + v * VL, s.padded, t0 - reach, t0 + n, s.length, VL, grad[1]);
-            for (int dir = 0; dir < 2; ++dir) {
-                VectorParameters p(packed[dir].vectors, s, v), out(sums[dir].vectors, s, v);
-                auto adjoin = s.width == 4   ? adjoin_filter<4>
-                              : s.width == 3 ? adjoin_filter<3>
-                              : s.width == 2 ? adjoin_filter<2>
-                                             : adjoin_filter<1>;
-                adjoin(n, p.conv, x + dir * reach * VL, grad[dir], grad[dir] + dir * reach * VL, out, dx);
-            }
+            filter_backward(b, dir, tile, v, window, sums, dx);
+            const int lanes = s.lanes(v), partial_lanes = step == s.padded ? VL : lanes;
+            float* kept = partial + t0 * step + v * VL;
             T* to = dxz_rows(b, v) + t0 * 2 * s.channels;
-            for (int t = 0; t < n; ++t) store(to + t * 2 * s.channels, load(dx + t * VL), lanes);
-            put_dz(b, v, t0, n);
+            for (int t = 0; t < s.tokens(tile); ++t) {
+                vf value = load(dx + t * VL);
+                if (second)
+                    store(to + t * 2 * s.channels, value + load(kept + t * step, partial_lanes), lanes);
+                else
+                    store(kept + t * step, value, partial_lanes);
+            }
+        }
+    }
+
+    // Both directions at once, from whole sequences of the convolutions' gradients (L, padded).
+    void filter_both(int64_t b, int64_t tile, float* const dx_conv[2], GradientSums sums[2], float* window) const {
+        const int64_t reach = s.width - 1, t0 = tile * TILE, n = s.tokens(tile);
+        for (int dir = 0; dir < 2; ++dir)
+            for (int64_t t = 0; t < n + reach; ++t) {
+                const int64_t at = t0 + t - dir * reach;
+                float* row = window + (dir * (TILE + reach) + t) * s.padded;
+                if (at >= 0 && at < s.length)
+                    memcpy(row, dx_conv[dir] + at * s.padded, s.padded * sizeof(float));
+                else
+                    memset(row, 0, s.padded * sizeof(float));
+            }
+        for (int64_t v = 0; v < s.vectors; ++v) {
+            alignas(64) float dx[TILE * VL] = {};
+            for (int dir = 0; dir < 2; ++dir)
+                filter_backward(b, dir, tile, v, window + dir * (TILE + reach) * s.padded, sums[dir], dx);
+            T* to = dxz_rows(b, v) + t0 * 2 * s.channels;
+            for (int t = 0; t < n; ++t) store(to + t * 2 * s.channels, load(dx + t * VL), s.lanes(v));
         }
     }
 
     // Adds a direction's part to the gradients of a filter, its bias and the input. at: the gradient of the outputs
-    // of the tile's tokens; around: of all outputs that its inputs reach.
+    // of the tile's tokens; around: of all outputs that its inputs reach; `step` from row to row of both.
     template <int WIDTH>
     static void adjoin_filter(int n, const float* taps, const float* x, const float* around, const float* at,
-                              VectorParameters out, float* dx) {
+                              int64_t step, VectorParameters out, float* dx) {
         vf w[WIDTH], dw[WIDTH], bias = load(out.conv_bias);
         UNROLL for (int k = 0; k < WIDTH; ++k) w[k] = load(taps + k * VL), dw[k] = load(out.conv + k * VL);
         for (int t = 0; t < n; ++t) {
-            vf g = load(at + t * VL), sum = load(dx + t * VL);
+            vf g = load(at + t * step), sum = load(dx + t * VL);
             bias += g;
             UNROLL for (int k = 0; k < WIDTH; ++k) {
                 dw[k] = fma(g, load(x + (t + k) * VL), dw[k]);
-                sum = fma(w[k], load(around + (t + WIDTH - 1 - k) * VL), sum);
+                sum = fma(w[k], load(around + (t + WIDTH - 1 - k) * step), sum);
             }
             store(dx + t * VL, sum);
         }
         UNROLL for (int k = 0; k < WIDTH; ++k) store(out.conv + k * VL, dw[k]);
         store(out.conv_bias, bias);
-    }
-
-    INLINE void put_dz(int64_t b, int64_t v, int64_t t0, int n) const {
-        const int lanes = s.lanes(v);
-        const T *dy = dy_rows(b, v) + t0 * s.channels, *z = this->z_rows(b, v) + t0 * a.xz_token;
-        const float* total = this->saved_sum(b) + t0 * s.padded + v * VL;
-        T* dz = dxz_rows(b, v) + s.channels + t0 * 2 * s.channels;
-        for (int t = 0; t < n; ++t) {
-            vf zt = load(z + t * a.xz_token, lanes);
-            vf gate = load(dy + t * s.channels, lanes) * (float)a.scale * load(total + t * s.padded);
-            store(dz + t * 2 * s.channels, gate * silu_slope(zt, sigmoid(zt)), lanes);
-        }
     }
 };
 
@@ -280,38 +326,56 @@ template <class T> struct BackwardCall : BimambaBackward<T> {
     using BimambaBackward<T>::a;
     using BimambaBackward<T>::s;
     using Scratch = typename BimambaBackward<T>::Scratch;
+    using Carried = typename BimambaBackward<T>::Carried;
     explicit BackwardCall(const BimambaArguments& arguments) : BimambaBackward<T>(arguments) {}
 
-    float *dx_conv = nullptr, *drows = nullptr, *sums = nullptr, *scratch = nullptr;
-    int64_t groups = 1, kept = 1;  // kept: batch items whose dx_conv and drows exist at a time
-    bool fused = true;             // project follows scan tile by tile
+    float *carried = nullptr, *drows = nullptr, *sums = nullptr, *scratch = nullptr;
+    float *partial = nullptr;  // dx of the direction that comes first; null: in dxz itself
+    float *dx_conv = nullptr;  // only where channels are split
+    int64_t groups = 1;
 
-    float* conv_of(int64_t at, int dir) const { return dx_conv + (2 * at + dir) * s.length * s.padded; }
-    float* rows_of(int64_t at, int64_t group, int dir) const {
-        return drows + ((at * groups + group) * 2 + dir) * s.saved_rows();
+    float* conv_of(int64_t b, int dir) const { return dx_conv + (2 * b + dir) * s.length * s.padded; }
+    float* rows_of(int64_t b, int64_t group, int dir) const {
+        return drows + ((b * groups + group) * 2 + dir) * s.saved_rows();
     }
     GradientSums sums_of(int64_t slot, int dir) const {
         return GradientSums(sums + (2 * slot + dir) * GradientSums::floats(s), s);
     }
     Scratch scratch_of(int64_t slot) const { return Scratch(scratch + slot * Scratch::floats(s), s); }
+    Carried carried_of(int64_t unit) const { return Carried(carried + unit * Carried::floats(s), s); }
+    int64_t tile_of(int dir, int64_t step) const { return dir == 0 ? s.tiles - 1 - step : step; }
 
-    // Phase "scan" of a direction over a group of channels, with phase "project" if fused. at: place in the buffers.
-    void scan_unit(int64_t b, int64_t at, int dir, int64_t group, int64_t slot) const {
-        const int64_t first = group * s.vectors / groups, last = (group + 1) * s.vectors / groups;
+    // Steps [from, to) of a direction's tiles, backwards in its time, everything fused.
+    void run_direction(int64_t b, int dir, int64_t from, int64_t to, int64_t slot, Carried carry, bool second) const {
         const Scratch k = scratch_of(slot);
-        memset(k.carry, 0, s.state_floats() * sizeof(float));
-        for (int64_t i = s.tiles - 1; i >= 0; --i) {
-            const int64_t tile = dir == 0 ? i : s.tiles - 1 - i;
-            this->convolve(b, dir, tile, first, last, k);
-            float* dx = fused ? k.tile_dx : conv_of(at, dir) + tile * TILE * s.padded;
-            this->scan_backward(b, dir, tile, first, last, dx, rows_of(at, group, dir), sums_of(slot, dir), k);
-            if (fused)
-                this->project_backward(dir, tile, dx, conv_of(at, dir), rows_of(at, 0, dir), sums_of(slot, dir), k);
+        const GradientSums mine = sums_of(slot, dir);
+        float *drow = rows_of(b, 0, dir), *kept = partial ? partial + b * s.length * s.padded : (float*)this->dxz_rows(b, 0);
+        if (from == 0) memset(carry.states, 0, s.state_floats() * sizeof(float));
+        for (int64_t i = from; i < to; ++i) {
+            const int64_t tile = tile_of(dir, i);
+            this->convolve(b, dir, tile, 0, s.vectors, k);
+            this->scan_backward(b, dir, tile, 0, s.vectors, k.tile_dx, drow, mine, k, carry.states, second);
+            this->project_backward(dir, tile, k.tile_dx, this->roll(dir, tile, carry.window), drow, mine, k);
+            this->filter_tile(b, dir, tile, carry.window, mine, kept, partial ? s.padded : 2 * s.channels, second);
         }
     }
 
-    // Phase "project" of a tile on its own: sum the groups' drows first.
-    void project_unit(int64_t b, int dir, int64_t tile, int64_t slot) const {
+    // The phases where channels are split: "scan" of a group,
+    void scan_group(int64_t b, int dir, int64_t group, int64_t slot) const {
+        const int64_t first = group * s.vectors / groups, last = (group + 1) * s.vectors / groups;
+        const Scratch k = scratch_of(slot);
+        const Carried carry = carried_of(slot);
+        memset(carry.states, 0, s.state_floats() * sizeof(float));
+        for (int64_t i = 0; i < s.tiles; ++i) {
+            const int64_t tile = tile_of(dir, i);
+            this->convolve(b, dir, tile, first, last, k);
+            this->scan_backward(b, dir, tile, first, last, conv_of(b, dir) + tile * TILE * s.padded,
+                                rows_of(b, group, dir), sums_of(slot, dir), k, carry.states, dir == 1);
+        }
+    }
+
+    // "project" of a tile after the groups' drows are summed,
+    void project_tile(int64_t b, int dir, int64_t tile, int64_t slot) const {
         float* total = rows_of(b, 0, dir);
         const int64_t from = tile * TILE * s.row, to = from + s.tokens(tile) * s.row;
         for (int64_t g = 1; g < groups; ++g)
@@ -320,32 +384,48 @@ template <class T> struct BackwardCall : BimambaBackward<T> {
         const Scratch k = scratch_of(slot);
         this->convolve(b, dir, tile, 0, s.vectors, k);
         float* dx = conv_of(b, dir) + tile * TILE * s.padded;
-        this->project_backward(dir, tile, dx, conv_of(b, dir), total, sums_of(slot, dir), k);
+        this->project_backward(dir, tile, dx, dx, total, sums_of(slot, dir), k);
     }
 
-    void convolve_unit(int64_t b, int64_t at, int64_t tile, int64_t slot) const {
-        float* const both[2] = {conv_of(at, 0), conv_of(at, 1)};
+    // and "filter" of a tile. The two windows fit where the states' tiles were.
+    void filter_both_of(int64_t b, int64_t tile, int64_t slot) const {
+        float* const both[2] = {conv_of(b, 0), conv_of(b, 1)};
         GradientSums mine[2] = {sums_of(slot, 0), sums_of(slot, 1)};
-        this->convolve_backward(b, tile, both, mine);
+        static_assert(sizeof(BackwardTile) >= 2 * (TILE + 3) * VL * sizeof(float), "two windows fit");
+        this->filter_both(b, tile, both, mine, (float*)scratch_of(slot).tiles);
+    }
+
+    void run_split(int64_t slot) const {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < 2 * s.batch * groups; ++i)
+            scan_group(i / (2 * groups), (int)(i % 2), i / 2 % groups, slot);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < 2 * s.batch * s.tiles; ++i)
+            project_tile(i / (2 * s.tiles), (int)(i % 2), i / 2 % s.tiles, slot);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < s.batch * s.tiles; ++i) filter_both_of(i / s.tiles, i % s.tiles, slot);
     }
 };
 
 template <class T> int bimamba_backward(const BimambaArguments& a) {
-    BackwardCall<T> op(a);
+    using Call = BackwardCall<T>;
+    Call op(a);
     const BimambaShape& s = op.s;
     const int64_t threads = larger<int64_t>(1, a.threads), sum_floats = 2 * GradientSums::floats(s);
     const Split split = choose_split(s, threads, &op.groups);
-    op.kept = split == Split::ITEMS ? threads : s.batch;
-    op.fused = split != Split::CHANNELS;
+    const bool whole_channels = split != Split::CHANNELS, is_wide = sizeof(T) == sizeof(float);
+    const int64_t carried_count = split == Split::DIRECTIONS ? 2 * s.batch : threads;
 
     Arena arena;
     for (int pass = 0; pass < 2; ++pass) {
         arena.used = 0;
         for (int dir = 0; dir < 2; ++dir) take_packed(arena, s, op.packed[dir], true);
-        op.dx_conv = arena.take(op.kept * 2 * s.length * s.padded);
-        op.drows = arena.take(op.kept * op.groups * 2 * s.saved_rows());
+        op.carried = arena.take(carried_count * Call::Carried::floats(s));
+        op.drows = arena.take(s.batch * op.groups * 2 * s.saved_rows());
         op.sums = arena.take(threads * sum_floats);
-        op.scratch = arena.take(threads * BackwardCall<T>::Scratch::floats(s));
+        op.scratch = arena.take(threads * Call::Scratch::floats(s));
+        op.partial = whole_channels && !is_wide ? arena.take(s.batch * s.length * s.padded) : nullptr;
+        op.dx_conv = whole_channels ? nullptr : arena.take(s.batch * 2 * s.length * s.padded);
         if (pass == 0 && !(arena.base = mamba_ssm_workspace(arena.used))) return 1;
     }
     for (int dir = 0; dir < 2; ++dir) pack_direction(s, a.parameters[dir], op.packed[dir], dir == 1);
@@ -356,21 +436,20 @@ template <class T> int bimamba_backward(const BimambaArguments& a) {
         memset(op.sums + slot * sum_floats, 0, sum_floats * sizeof(float));
         if (split == Split::ITEMS) {
 #pragma omp for schedule(static)
-            for (int64_t b = 0; b < s.batch; ++b) {
-                for (int dir = 0; dir < 2; ++dir) op.scan_unit(b, slot, dir, 0, slot);
-                for (int64_t tile = 0; tile < s.tiles; ++tile) op.convolve_unit(b, slot, tile, slot);
+            for (int64_t b = 0; b < s.batch; ++b)
+                for (int dir = 0; dir < 2; ++dir)
+                    op.run_direction(b, dir, 0, s.tiles, slot, op.carried_of(slot), dir == 1);
+        } else if (split == Split::DIRECTIONS) {
+            for (int half = 0; half < 2; ++half) {
+#pragma omp for schedule(static)
+                for (int64_t i = 0; i < 2 * s.batch; ++i) {
+                    const int64_t middle = i % 2 ? s.tiles - s.tiles / 2 : s.tiles / 2;
+                    op.run_direction(i / 2, (int)(i % 2), half ? middle : 0, half ? s.tiles : middle, slot,
+                                     op.carried_of(i), half == 1);
+                }
             }
         } else {
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < 2 * s.batch * op.groups; ++i)
-                op.scan_unit(i / (2 * op.groups), i / (2 * op.groups), (int)(i % 2), i / 2 % op.groups, slot);
-            if (!op.fused) {
-#pragma omp for schedule(static)
-                for (int64_t i = 0; i < 2 * s.batch * s.tiles; ++i)
-                    op.project_unit(i / (2 * s.tiles), (int)(i % 2), i / 2 % s.tiles, slot);
-            }
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < s.batch * s.tiles; ++i) op.convolve_unit(i / s.tiles, i / s.tiles, i % s.tiles, slot);
+            op.run_split(slot);
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < sum_floats; i += VL) {

@@ -68,15 +68,13 @@ INLINE void store_tile(const Sequence& s, int64_t b, int64_t channel, int lanes,
     }
 }
 
+// Adds the lines of a tile to what is fetched ahead.
 template <class T>
-INLINE void prefetch_tile(const Sequence& s, int64_t b, int64_t channel, int lanes, int64_t t0, int n) {
-    const char* base = (const char*)((const T*)s.data + b * s.batch + channel * s.channel + t0 * s.token);
-    if (s.token == 1)
-        for (int i = 0; i < lanes; ++i)
-            for (int byte = 0; byte < n * (int)sizeof(T); byte += 64)
-                __builtin_prefetch(base + i * s.channel * (int64_t)sizeof(T) + byte);
-    else
-        for (int t = 0; t < n; ++t) __builtin_prefetch(base + t * s.token * (int64_t)sizeof(T));
+INLINE void fetch_tile(Ahead& ahead, int i, const Sequence& s, int64_t b, int64_t channel, int64_t t0) {
+    if (!s.data) return;
+    ahead.row[i] = (const char*)((const T*)s.data + b * s.batch + channel * s.channel + t0 * s.token);
+    ahead.step[i] = (s.token == 1 ? s.channel : s.token) * (int64_t)sizeof(T);
+    ahead.two_lines[i] = s.token == 1 && TILE * sizeof(T) > 64;
 }
 
 // Per block of channels, in vectors: A and, if constant, B and C by state; D and the bias of delta. Gradients take
@@ -179,13 +177,13 @@ template <class T> struct Scan {
         }
     }
 
-    INLINE void prefetch(int64_t b, int64_t tile, int64_t k) const {
-        if (tile < 0 || tile >= s.tiles) return;
-        const int n = s.tokens(tile), lanes = s.lanes(k);
-        const int64_t c = s.channel(k), t0 = tile * TILE;
-        prefetch_tile<T>(a.u, b, c, lanes, t0, n);
-        prefetch_tile<T>(a.delta, b, c, lanes, t0, n);
-        if (a.z.data) prefetch_tile<T>(a.z, b, c, lanes, t0, n);
+    INLINE Ahead fetch_ahead(int64_t b, int64_t tile, int64_t k) const {
+        Ahead ahead;
+        if (tile < 0 || tile >= s.tiles) return ahead;
+        fetch_tile<T>(ahead, 0, a.u, b, s.channel(k), tile * TILE);
+        fetch_tile<T>(ahead, 1, a.delta, b, s.channel(k), tile * TILE);
+        fetch_tile<T>(ahead, 2, a.z, b, s.channel(k), tile * TILE);
+        return ahead;
     }
 
     INLINE void forward_tile(int64_t b, int64_t tile, int64_t k, float* h, ScanTile& work) const {
@@ -195,7 +193,7 @@ template <class T> struct Scan {
         if (a.saved) keep_state(b, tile, k, h);
         prepare<false>(b, tile, k, work);
         scan_tile<true>(s.padded_states, n, work.d, work.dx, VL, B_of(b, k, t0, p), C_of(b, k, t0, p), p.A, h,
-                        work.y);
+                        work.y, fetch_ahead(b, tile + 1, k));
         const vf D = load(p.D);
         for (int t = 0; t < n; ++t) {
             vf y = fma(D, load(work.u + t * VL), load(work.y + t * VL));
@@ -213,16 +211,12 @@ template <class T> struct Scan {
         memset(&work, 0, sizeof work);
         if (a.u.token == 1) {
             for (int64_t k = first; k < last; ++k)
-                for (int64_t tile = 0; tile < s.tiles; ++tile) {
-                    prefetch(b, tile + 1, k);
+                for (int64_t tile = 0; tile < s.tiles; ++tile)
                     forward_tile(b, tile, k, states + k * s.block_states, work);
-                }
         } else {
             for (int64_t tile = 0; tile < s.tiles; ++tile)
-                for (int64_t k = first; k < last; ++k) {
-                    prefetch(b, k + 1 < last ? tile : tile + 1, k + 1 < last ? k + 1 : first);
+                for (int64_t k = first; k < last; ++k)
                     forward_tile(b, tile, k, states + k * s.block_states, work);
-                }
         }
     }
 };

@@ -50,7 +50,8 @@ template <class T> struct ScanBackward : Scan<T> {
         TileGradients out{x.g_B, x.g_d, grads.A + n * VL, a.constant_B ? grads.B + n * VL : w.dB,
                           a.constant_C ? grads.C + n * VL : w.dC, w.carry + state};
         (a.z.data ? scan_tile_backward<true> : scan_tile_backward<false>)(
-            s.tokens(tile), x.d, x.dx, x.dy, VL, B, C, p.A + n * VL, w.states + state, x.y, out);
+            s.tokens(tile), x.d, x.dx, x.dy, VL, B, C, p.A + n * VL, w.states + state, x.y, out,
+            n ? Ahead{} : this->fetch_ahead(b, tile - 1, k));
     }
 
     // Sums over lanes into rows of dB and dC, (B, G, L, padded_states).
@@ -99,7 +100,6 @@ template <class T> struct ScanBackward : Scan<T> {
                 this->spread_state(a.dlast_state, b, k, w.carry + k * s.block_states);
         for (int64_t tile = s.tiles - 1; tile >= 0; --tile) {
             for (int64_t k = first; k < last; ++k) {
-                this->prefetch(b, k + 1 < last ? tile : tile - 1, k + 1 < last ? k + 1 : first);
                 this->recall_state(b, tile, k, w.states + k * s.block_states);
                 prepare_backward(b, tile, k, w.tiles[k]);
             }

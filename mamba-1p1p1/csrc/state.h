@@ -20,14 +20,29 @@ template <bool CONSTANT> INLINE vf coupling(const float* row, int n) {
     return CONSTANT ? load(row + n * VL) : set1(row[n]);
 }
 
+// Rows of other arrays that the next tile will read, brought into the second-level cache one line of each per token:
+// the hardware sees no pattern in one or two cache lines a row, and a burst of prefetches would stall.
+struct Ahead {
+    const char* row[3] = {nearby, nearby, nearby};
+    int64_t step[3] = {};    // bytes from row to row
+    int two_lines[3] = {};   // 1: two lines of each row, for half as many rows
+    static constexpr char nearby[64] = {};
+
+    INLINE void fetch(int t) const {
+        UNROLL for (int i = 0; i < 3; ++i)
+            __builtin_prefetch(row[i] + (t >> two_lines[i]) * step[i] + (t & two_lines[i]) * 64, 0, 2);
+    }
+};
+
 // A tile's rows of lanes: row t at data + t * step (step = -VL runs the tile from its end).
 template <int NG, bool CONST_B, bool CONST_C, bool OUTPUT, bool ADD>
 void states_forward(int tokens, const float* d, const float* x, int64_t step, const float* B, int64_t B_step,
-                    const float* C, int64_t C_step, const float* A, float* h, float* y) {
+                    const float* C, int64_t C_step, const float* A, float* h, float* y, const Ahead& ahead) {
     vf state[NG];
     UNROLL for (int n = 0; n < NG; ++n) state[n] = load(h + n * VL);
     for (int t = 0; t < tokens; ++t) {
         const vf dt = load(d), xt = load(x);
+        ahead.fetch(t);
         vf sum[4] = {};
         UNROLL for (int n = 0; n < NG; ++n) {
             vf a = exp2_of_product(dt, load(A + n * VL));
@@ -46,11 +61,11 @@ void states_forward(int tokens, const float* d, const float* x, int64_t step, co
 
 template <int NG, bool OUTPUT>
 void states_forward_group(int tokens, const float* d, const float* x, int64_t step, Coupling B, Coupling C,
-                          const float* A, float* h, float* y, bool add) {
+                          const float* A, float* h, float* y, bool add, const Ahead& ahead) {
 #define RUN(CONST_B, CONST_C)                                                                                   \
     (add && OUTPUT ? states_forward<NG, CONST_B, CONST_C, OUTPUT, true>                                         \
                    : states_forward<NG, CONST_B, CONST_C, OUTPUT, false>)(                                      \
-        tokens, d, x, step, B.data, B.step, C.data, C.step, A, h, y)
+        tokens, d, x, step, B.data, B.step, C.data, C.step, A, h, y, ahead)
     if (B.constant)
         C.constant ? RUN(true, true) : RUN(true, false);
     else
@@ -61,16 +76,18 @@ void states_forward_group(int tokens, const float* d, const float* x, int64_t st
 // All `states` (a multiple of 8) of one vector of channels. A, h: [states][VL].
 template <bool OUTPUT>
 void scan_tile(int states, int tokens, const float* d, const float* x, int64_t step, Coupling B, Coupling C,
-               const float* A, float* h, float* y) {
+               const float* A, float* h, float* y, const Ahead& ahead = {}) {
     for (int n = 0; n < states;) {
         Coupling Bn = B, Cn = C;
         Bn.data += B.constant ? n * VL : n;
         Cn.data += C.constant ? n * VL : n;
         if (VL >= 16 && states - n >= 16) {
-            states_forward_group<16, OUTPUT>(tokens, d, x, step, Bn, Cn, A + n * VL, h + n * VL, y, n > 0);
+            states_forward_group<16, OUTPUT>(tokens, d, x, step, Bn, Cn, A + n * VL, h + n * VL, y, n > 0,
+                                             n ? Ahead{} : ahead);
             n += 16;
         } else {
-            states_forward_group<8, OUTPUT>(tokens, d, x, step, Bn, Cn, A + n * VL, h + n * VL, y, n > 0);
+            states_forward_group<8, OUTPUT>(tokens, d, x, step, Bn, Cn, A + n * VL, h + n * VL, y, n > 0,
+                                             n ? Ahead{} : ahead);
             n += 8;
         }
     }
@@ -92,7 +109,7 @@ constexpr int BACK_GROUP = 4;
 template <bool CONST_B, bool CONST_C, bool OUTPUT>
 void states_backward(int tokens, const float* d, const float* x, const float* dy, int64_t step, const float* B,
                      int64_t B_step, const float* C, int64_t C_step, const float* A, const float* h0, float* y,
-                     TileGradients out) {
+                     TileGradients out, const Ahead& ahead) {
     constexpr int NG = BACK_GROUP;
     vf decay[TILE][NG], states[TILE][NG];  // states[t]: before token t
     vf h[NG], rate[NG];
@@ -100,6 +117,7 @@ void states_backward(int tokens, const float* d, const float* x, const float* dy
     for (int t = 0; t < tokens; ++t) {
         const vf dt = load(d + t * step), xt = load(x + t * step);
         const float *Bt = B + t * B_step, *Ct = C + t * C_step;
+        ahead.fetch(t);
         vf sum = {};
         UNROLL for (int n = 0; n < NG; ++n) {
             vf a = exp2_of_product(dt, rate[n]);
@@ -147,9 +165,11 @@ void states_backward(int tokens, const float* d, const float* x, const float* dy
 
 template <bool OUTPUT>
 void scan_tile_backward(int tokens, const float* d, const float* x, const float* dy, int64_t step, Coupling B,
-                        Coupling C, const float* A, const float* h0, float* y, TileGradients out) {
+                        Coupling C, const float* A, const float* h0, float* y, TileGradients out,
+                        const Ahead& ahead = {}) {
 #define RUN(CONST_B, CONST_C)                                                                              \
-    states_backward<CONST_B, CONST_C, OUTPUT>(tokens, d, x, dy, step, B.data, B.step, C.data, C.step, A, h0, y, out)
+    states_backward<CONST_B, CONST_C, OUTPUT>(tokens, d, x, dy, step, B.data, B.step, C.data, C.step, A, h0, y, out, \
+                                              ahead)
     if (B.constant)
         C.constant ? RUN(true, true) : RUN(true, false);
     else
