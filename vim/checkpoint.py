@@ -30,13 +30,10 @@ from torch import nn
 
 import faults
 from models_mamba import resample_pos_embed
+from pretrained import PUBLISHED
 
 # The published weights that `hf-hub:REPO` alone stands for (`hf-hub:REPO/FILE` names any file).
-HUB_FILES = {
-    "hustvl/Vim-tiny-midclstok": "vim_t_midclstok_76p1acc.pth",
-    "hustvl/Vim-small-midclstok": "vim_s_midclstok_80p5acc.pth",
-    "hustvl/Vim-base-midclstok": "vim_b_midclstok_81p9acc.pth",
-}
+HUB_FILES = {weights.repo: weights.file for name, weights in PUBLISHED.items() if "stride8" not in name}
 HUB_DEFAULT_FILE = "model.safetensors"
 
 # Exact types that the safe loader gives back: it would refuse subclasses, such as a numpy float or an enum.

@@ -25,13 +25,9 @@ class PublishedWeights(NamedTuple):
 
 PUBLISHED = {
     "vim_tiny_patch16_224": PublishedWeights("hustvl/Vim-tiny-midclstok", "vim_t_midclstok_76p1acc.pth"),
-    "vim_tiny_patch16_stride8_224": PublishedWeights(
-        "hustvl/Vim-tiny-midclstok", "vim_t_midclstok_ft_78p3acc.pth"
-    ),
+    "vim_tiny_patch16_stride8_224": PublishedWeights("hustvl/Vim-tiny-midclstok", "vim_t_midclstok_ft_78p3acc.pth"),
     "vim_small_patch16_224": PublishedWeights("hustvl/Vim-small-midclstok", "vim_s_midclstok_80p5acc.pth"),
-    "vim_small_patch16_stride8_224": PublishedWeights(
-        "hustvl/Vim-small-midclstok", "vim_s_midclstok_ft_81p6acc.pth"
-    ),
+    "vim_small_patch16_stride8_224": PublishedWeights("hustvl/Vim-small-midclstok", "vim_s_midclstok_ft_81p6acc.pth"),
     "vim_base_patch16_224": PublishedWeights(
         "hustvl/Vim-base-midclstok", "vim_b_midclstok_81p9acc.pth", entry="model_ema"
     ),
