@@ -139,7 +139,7 @@ def _stage(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`_stage_piece` for all channels, in pieces whose matrices fit the registers."""
-    PIECE: tl.constexpr = min(BLOCK, 64)
+    PIECE: tl.constexpr = min(BLOCK, 64 if R_PADDED <= 32 else 32)
     tl.debug_barrier()  # the rows of the tile before have been read
     for piece in range(0, BLOCK, PIECE):
         _stage_piece(
