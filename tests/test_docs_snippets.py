@@ -77,7 +77,7 @@ def test_the_guide_from_top_to_bottom(clone):
                 words = shlex.split(line)
                 assert words[0] == "python", line
                 run(clone, sys.executable, *words[1:])
-    written = ("guesses.csv", "model.onnx", "model.pt2", "my-vim/config.json", "finetuned/checkpoint.pth")
+    written = ("guesses.csv", "model.onnx", "my-vim/config.json", "finetuned/checkpoint.pth")
     assert [name for name in written if not (clone / "output" / name).exists()] == []
     assert len(list((clone / "output" / "pictures").glob("*.png"))) == 2
 

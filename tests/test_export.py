@@ -58,6 +58,14 @@ def test_onnx_files_give_torchs_logits(checkpoint, tmp_path, capsys, flags, batc
 
 
 @pytest.mark.slow
+def test_the_program_writes_torchs_own_format(checkpoint, tmp_path):
+    path = tmp_path / "model.pt2"
+    assert export.main([str(path), "--checkpoint", str(checkpoint)]) == 0
+    found = torch.export.load(path).module()(images(4))
+    assert export.relative_error(found, model_of(checkpoint)(images(4))) <= 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name, size", [("vim_nano_patch4_32", 224), ("vim_tiny_patch16_224", 224)])
 def test_onnx_of_registered_names_at_224(name, size, tmp_path):
     pytest.importorskip("onnxruntime")
