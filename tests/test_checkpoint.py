@@ -583,6 +583,7 @@ def killed_while_saving(save, delay: float) -> None:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # a forked process lacks OpenMP's other threads and would wait for them
         for step in range(1, 10_000):
             save(step)
             os.write(writer, b".")
