@@ -183,12 +183,9 @@ template <class T> struct Bimamba {
         (this->*convolve)(b, dir, tile, first, last, tile_x, slope);
     }
 
-    // Whether a batch item's rows leave the second-level cache before they are read again.
-    bool is_far() const { return s.length * 2 * s.channels * (int64_t)sizeof(T) > (1 << 20); }
-
     // Adds an array's rows of another tile to what is fetched ahead. row0: row 0 of the sequence.
     template <class U> INLINE void fetch_tile(Ahead& ahead, int i, const U* row0, int64_t step, int64_t tile) const {
-        if (!is_far() || tile < 0 || tile >= s.tiles) return;
+        if (tile < 0 || tile >= s.tiles) return;
         // The last tile is shorter than the loop that fetches it may be, so stay within it.
         const int64_t first = smaller(tile * TILE, larger<int64_t>(0, s.length - TILE));
         ahead.row[i] = (const char*)(row0 + first * step);
@@ -381,8 +378,8 @@ template <class T> int bimamba_forward(const BimambaArguments& a) {
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < s.batch * groups; ++i)
                 for (int dir = 0; dir < 2; ++dir)
-                    op.run_group(i / groups, dir, i % groups * s.vectors / groups, (i % groups + 1) * s.vectors / groups,
-                                 state, x);
+                    op.run_group(i / groups, dir, i % groups * s.vectors / groups,
+                                 (i % groups + 1) * s.vectors / groups, state, x);
         }
     }
     return 0;

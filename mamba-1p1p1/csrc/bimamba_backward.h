@@ -174,8 +174,8 @@ template <class T> struct BimambaBackward : Bimamba<T> {
         for (int64_t v = first; v < last; ++v)
             finish_vector(v, n, dir, rows, k.tiles[v], k.tile_x + v * VL, dx + v * VL, k.draw + (v - first) * VL, width,
                           sums);
-        gemm_add(n, s.rank_row, width, k.draw, width, 1, packed[dir].dt_rows + first * VL * s.rank_row, s.rank_row, drow,
-                 s.row);
+        gemm_add(n, s.rank_row, width, k.draw, width, 1, packed[dir].dt_rows + first * VL * s.rank_row, s.rank_row,
+                 drow, s.row);
     }
 
     // From the adjoint of a tile's states to the gradients of its x, raw time step, dt weights, dt bias and D.
@@ -349,7 +349,8 @@ template <class T> struct BackwardCall : BimambaBackward<T> {
     void run_direction(int64_t b, int dir, int64_t from, int64_t to, int64_t slot, Carried carry, bool second) const {
         const Scratch k = scratch_of(slot);
         const GradientSums mine = sums_of(slot, dir);
-        float *drow = rows_of(b, 0, dir), *kept = partial ? partial + b * s.length * s.padded : (float*)this->dxz_rows(b, 0);
+        float* drow = rows_of(b, 0, dir);
+        float* kept = partial ? partial + b * s.length * s.padded : (float*)this->dxz_rows(b, 0);
         if (from == 0) memset(carry.states, 0, s.state_floats() * sizeof(float));
         for (int64_t i = from; i < to; ++i) {
             const int64_t tile = tile_of(dir, i);
