@@ -202,7 +202,7 @@ template <class T> struct Bimamba {
         alignas(64) float d[TILE * VL], dx[TILE * VL], y[TILE * VL];
     };
 
-    // Time step d (in units of ln 2) and d * x of a tile for one vector: rows, x start at its first token. Four
+    // Time step d (in units of EXP_UNIT) and d * x of a tile for one vector: rows, x start at its first token. Four
     // tokens at a time, so that a weight is loaded once for them. With SLOPE also the softplus' derivative.
     template <bool SLOPE>
     INLINE void time_steps(const VectorParameters& p, int tokens, const float* rows, const float* x, float* d,
@@ -221,9 +221,9 @@ template <class T> struct Bimamba {
             }
             UNROLL for (int i = 0; i < 4; ++i) {
                 const int at = (t + smaller(i, last)) * VL;
-                vf e = exp_minus(vabs(raw[i])), step = softplus_log2(raw[i], e);
+                vf e = exp_minus(vabs(raw[i])), step = softplus(raw[i], e);
                 store(d + at, step);
-                store(dx + at, step * LN2 * load(x + (t + smaller(i, last)) * s.padded));
+                store(dx + at, step * EXP_UNIT * load(x + (t + smaller(i, last)) * s.padded));
                 if (SLOPE) store(slope + at, softplus_slope(raw[i], e));
             }
         }
@@ -351,10 +351,11 @@ template <class T> int bimamba_forward(const BimambaArguments& a) {
 
 #pragma omp parallel num_threads((int)threads)
     {
+        const FlushSubnormals flush;
         const int64_t slot = omp_get_thread_num();
         float *x = op.tile_x + slot * TILE * s.padded, *state = op.states + slot * s.state_floats();
         if (split == Split::ITEMS) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
             for (int64_t b = 0; b < s.batch; ++b)
                 for (int dir = 0; dir < 2; ++dir) op.run_direction(b, dir, 0, s.tiles, state, x, dir == 1);
         } else if (split == Split::DIRECTIONS) {

@@ -188,7 +188,7 @@ template <class T> struct BimambaBackward : Bimamba<T> {
             vf dy = load(tile.dy + t * VL), g_B = load(tile.g_B + t * VL);
             vf raw = fma(g_B, load(x + t * s.padded), load(tile.g_d + t * VL)) * load(tile.slope + t * VL);
             store(draw + t * draw_step, raw);
-            store(dx + t * s.padded, fma(g_B, load(tile.d + t * VL) * LN2, D * dy));
+            store(dx + t * s.padded, fma(g_B, load(tile.d + t * VL) * EXP_UNIT, D * dy));
             dbias += raw;
         }
         store(grads.dt_bias, dbias);
@@ -312,7 +312,7 @@ template <class T> struct BimambaBackward : Bimamba<T> {
 void unpack_gradients(const BimambaShape& s, const Direction<float>& d, GradientSums sums, bool reversed) {
     for (int64_t v = 0; v < s.vectors; ++v) {
         VectorParameters p(sums.vectors, s, v);
-        for (int64_t n = 0; n < s.padded_states; ++n) store(p.A + n * VL, load(p.A + n * VL) * LN2);
+        for (int64_t n = 0; n < s.padded_states; ++n) store(p.A + n * VL, load(p.A + n * VL) * EXP_UNIT);
         copy_vector<float>(s, p, d, v, reversed, [](float* packed, float* plain) { *plain = *packed; });
     }
     for (int64_t column = 0; column < s.columns; ++column) {
@@ -433,8 +433,10 @@ template <class T> int bimamba_backward(const BimambaArguments& a) {
 
 #pragma omp parallel num_threads((int)threads)
     {
+        const FlushSubnormals flush;
         const int64_t slot = omp_get_thread_num();
-        memset(op.sums + slot * sum_floats, 0, sum_floats * sizeof(float));
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < threads; ++i) memset(op.sums + i * sum_floats, 0, sum_floats * sizeof(float));
         if (split == Split::ITEMS) {
 #pragma omp for schedule(static)
             for (int64_t b = 0; b < s.batch; ++b)

@@ -160,7 +160,7 @@ template <class T> struct Scan {
                 a.last_state[(b * s.channels + s.channel(k) + i) * s.states + n] = h[n * VL + i];
     }
 
-    // u, d = delta log2 e after bias and softplus, d u; with SLOPE also the softplus' derivative.
+    // u, d = delta / EXP_UNIT after bias and softplus, d u; with SLOPE also the softplus' derivative.
     template <bool SLOPE> INLINE void prepare(int64_t b, int64_t tile, int64_t k, ScanTile& out) const {
         const int n = s.tokens(tile), lanes = s.lanes(k);
         const int64_t c = s.channel(k), t0 = tile * TILE;
@@ -170,9 +170,9 @@ template <class T> struct Scan {
         const vf bias = load(BlockParameters(packed, s, k).bias);
         for (int t = 0; t < n; ++t) {
             vf raw = load(out.d + t * VL) + bias;
-            vf d = a.softplus ? softplus_log2(raw) : raw * LOG2E;
+            vf d = a.softplus ? softplus(raw) : raw * UNITS_PER_ONE;
             store(out.d + t * VL, d);
-            store(out.dx + t * VL, d * LN2 * load(out.u + t * VL));
+            store(out.dx + t * VL, d * EXP_UNIT * load(out.u + t * VL));
             if (SLOPE) store(out.slope + t * VL, a.softplus ? sigmoid(raw) : set1(1.f));
         }
     }
@@ -234,8 +234,9 @@ template <class T> int scan_forward(const ScanArguments& a) {
         if (pass == 0 && !(arena.base = mamba_ssm_workspace(arena.used))) return 1;
     }
     op.pack();
-#pragma omp parallel for num_threads((int)threads) schedule(static)
+#pragma omp parallel for num_threads((int)threads) schedule(dynamic)
     for (int64_t i = 0; i < s.batch * parts; ++i) {
+        const FlushSubnormals flush;
         const int64_t part = i % parts;
         op.forward(i / parts, part * s.blocks / parts, (part + 1) * s.blocks / parts,
                    states + omp_get_thread_num() * s.blocks * s.block_states);

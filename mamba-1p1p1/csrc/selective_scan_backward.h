@@ -79,7 +79,7 @@ template <class T> struct ScanBackward : Scan<T> {
             dD = fma(dy, u, dD);
             dbias += raw;
             store(x.g_d + at, raw);
-            store(x.g_B + at, fma(g_B, load(x.d + at) * LN2, D * dy));
+            store(x.g_B + at, fma(g_B, load(x.d + at) * EXP_UNIT, D * dy));
             if (a.z.data) {
                 vf z = load(x.z + at), y = fma(D, u, load(x.y + at));
                 store(x.y + at, load(x.out + at) * y * silu_slope(z, sigmoid(z)));
@@ -144,6 +144,7 @@ template <class T> int scan_backward(const ScanArguments& a) {
     memset(partial_C, 0, (parts - 1) * C_floats * sizeof(float));
 #pragma omp parallel for num_threads((int)threads) schedule(static)
     for (int64_t i = 0; i < s.batch * parts; ++i) {
+        const FlushSubnormals flush;
         const int64_t part = i % parts, slot = omp_get_thread_num();
         op.backward(i / parts, part * s.blocks / parts, (part + 1) * s.blocks / parts, sums + slot * sum_floats,
                     part ? partial_B + (part - 1) * B_floats : a.dB, part ? partial_C + (part - 1) * C_floats : a.dC,
@@ -160,7 +161,7 @@ template <class T> int scan_backward(const ScanArguments& a) {
             store(sums + i, load(sums + i) + load(sums + slot * sum_floats + i));
     for (int64_t k = 0; k < s.blocks; ++k) {
         BlockParameters grads(sums, s, k);
-        for (int64_t i = 0; i < s.block_states; i += VL) store(grads.A + i, load(grads.A + i) * LN2);
+        for (int64_t i = 0; i < s.block_states; i += VL) store(grads.A + i, load(grads.A + i) * EXP_UNIT);
         copy_block<float>(s, k, grads, a.dA, a.constant_B ? a.dB : nullptr, a.constant_C ? a.dC : nullptr, a.dD,
                           a.ddelta_bias, [](float* packed, float* plain) { *plain = *packed; });
     }

@@ -1,6 +1,6 @@
-// The recurrence h[t] = 2^(d[t] A) h[t-1] + B[t] x[t], y[t] = <C[t], h[t]>, over a tile of tokens for one vector of
-// channels, and its adjoint. NG states at a time stay in registers. d is the time step in units of ln 2
-// (delta * log2 e) and x is delta * u; the direction of time is the sign of the steps.
+// The recurrence h[t] = exp(EXP_UNIT d[t] A) h[t-1] + B[t] x[t], y[t] = <C[t], h[t]>, over a tile of tokens for one vector of
+// channels, and its adjoint. NG states at a time stay in registers. d is the time step in units of
+// EXP_UNIT and x is delta * u; the direction of time is the sign of the steps.
 #pragma once
 
 #include "simd.h"
@@ -45,7 +45,7 @@ void states_forward(int tokens, const float* d, const float* x, int64_t step, co
         ahead.fetch(t);
         vf sum[4] = {};
         UNROLL for (int n = 0; n < NG; ++n) {
-            vf a = exp2_of_product(dt, load(A + n * VL));
+            vf a = exp_of_product(dt, load(A + n * VL));
             state[n] = fma(a, state[n], coupling<CONST_B>(B, n) * xt);
             if (OUTPUT) sum[n % 4] = fma(coupling<CONST_C>(C, n), state[n], sum[n % 4]);
         }
@@ -120,7 +120,7 @@ void states_backward(int tokens, const float* d, const float* x, const float* dy
         ahead.fetch(t);
         vf sum = {};
         UNROLL for (int n = 0; n < NG; ++n) {
-            vf a = exp2_of_product(dt, rate[n]);
+            vf a = exp_of_product(dt, rate[n]);
             states[t][n] = h[n];
             decay[t][n] = a;
             h[n] = fma(a, h[n], coupling<CONST_B>(Bt, n) * xt);

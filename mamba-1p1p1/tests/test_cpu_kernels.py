@@ -254,6 +254,16 @@ def test_slow_and_fast_states(isa):
     assert relative <= 2e-5
 
 
+def test_subnormal_numbers_are_flushed_inside_and_left_alone_outside(isa):
+    """A state that decays below the normal range becomes zero, and the caller's arithmetic keeps its subnormals."""
+    A, one = torch.full((1, 1), -1.0), torch.ones(1, 1, 95)
+    u = torch.zeros(1, 1, 95)
+    u[..., 0] = 1.0
+    _, state, _ = cpu.selective_scan_forward(u, one, A, one, one, None, None, None, False, False)  # e^-94 is subnormal
+    assert state.item() == 0.0
+    assert (torch.tensor([1e-38]) / 8).item() > 0.0
+
+
 # ---- add and norm ------------------------------------------------------------------------------------------
 
 
