@@ -76,7 +76,7 @@ data = build_datasets(args)
 run = build_run(args, world, build_model(args, data.num_classes), data)
 run.sampler.set_epoch(0)
 images, labels = next(iter(build_loader(data.train, run.sampler, args, train=True)))
-run.criterion(images, run.net(images), labels).backward()
+run.task.criterion(images, run.net(images), labels).backward()
 if world.is_main:
     torch.save({name: p.grad for name, p in run.model.named_parameters()}, f"{folder}/{world.size}.pt")
 distributed.finish()

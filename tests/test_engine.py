@@ -127,11 +127,11 @@ def test_a_convolutional_teacher_distils_into_a_student(kind, student, tmp_path)
     args = parse_args(f"--device cpu --model {student} --input-size 32 --num_workers 0 {flags}".split())
     data = build_datasets(args)
     run = build_run(args, WORLD, build_model(args, data.num_classes), data)
-    before, taught = weights(run), deepcopy(run.criterion.teacher.state_dict())
+    before, taught = weights(run), deepcopy(run.task.criterion.teacher.state_dict())
     images, labels = a_batch()
     result = training_step(run, [(F.interpolate(images, 32), labels)], 0)
     assert result.finite and differ(before, run.model.state_dict())
-    assert_same(taught, run.criterion.teacher.state_dict())
+    assert_same(taught, run.task.criterion.teacher.state_dict())
     moved = set(differ(before, run.model.state_dict()))
     assert moved >= {"head_dist.weight", "head.weight"} if "distilled" in student else "head.weight" in moved
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -104,32 +106,44 @@ def switch(add, name: str, default: bool, text: str) -> None:
     add(f"--{name}", f"--no-{name}", action=Switch, default=default, help=text)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser with all flags. Defaults of None are resolved by `parse_args`, which says how."""
+@dataclass(frozen=True)
+class Program:
+    """A command line of its own on the flags that all programs share.
+
+    Args:
+        prog, description, epilog: of its `--help`.
+        groups: functions that add flags to a parser; `COMMON_FLAGS` are those that the loop reads.
+        resolve: gives what only this program has its open defaults, in place.
+        check: raises ConfigError for what this program alone refuses.
+        defaults: flag's destination -> default, where this program's differs.
+    """
+
+    prog: str
+    description: str
+    epilog: str
+    groups: tuple[Callable, ...]
+    resolve: Callable[[argparse.Namespace], None]
+    check: Callable[[argparse.Namespace], None]
+    defaults: dict[str, object] = field(default_factory=dict)
+
+
+def build_parser(program: Program | None = None) -> argparse.ArgumentParser:
+    """The parser with all flags of a program, by default the classifier's.
+
+    Defaults of None are resolved by `parse_args`, which says how.
+    """
+    program = program or CLASSIFIER
     parser = OneLineParser(
-        prog="main.py",
+        prog=program.prog,
         usage="%(prog)s [--config FILE.yaml] [--data-path DIR] [--model NAME] [flags]",
         allow_abbrev=False,
-        description="Train, fine-tune and evaluate Vision Mamba, or any timm model, on images.",
-        epilog="Without --data-path it trains on scikit-learn's digits, which need no download.",
+        description=program.description,
+        epilog=program.epilog,
     )
     parser.add_argument("--config", default="", metavar="FILE.yaml", help="flags from a file; the command line wins")
-    for add_group in (
-        add_run_flags,
-        add_data_flags,
-        add_model_flags,
-        add_weight_flags,
-        add_optimizer_flags,
-        add_schedule_flags,
-        add_augmentation_flags,
-        add_mixup_flags,
-        add_loss_flags,
-        add_evaluation_flags,
-        add_device_flags,
-        add_reliability_flags,
-        add_distributed_flags,
-    ):
+    for add_group in program.groups:
         add_group(parser)
+    parser.set_defaults(**program.defaults)
     for action in parser._actions:
         if action.default not in (None, "", argparse.SUPPRESS) and not isinstance(action, Switch):
             action.help += " (default: %(default)s)"
@@ -173,8 +187,7 @@ def add_run_flags(parser) -> None:
 
 
 def add_data_flags(parser) -> None:
-    add = parser.add_argument_group("data").add_argument
-    add("--data-path", default="", metavar="DIR", help="the data set's folder")
+    add = parser.add_argument_group("images and classes").add_argument
     add(
         "--data-set",
         default=None,
@@ -188,6 +201,9 @@ def add_data_flags(parser) -> None:
     add("--image-key", default="image", metavar="NAME", help="column of the images, of hfds/ and hfids/")
     add("--label-key", default="", metavar="NAME", help="column or JSON field of the class number; the reader's own")
     add("--inat-category", default="name", choices=INAT_CATEGORIES, help="what INAT calls a class")
+    add("--bad-image", default="raise", choices=("raise", "replace"), help="what an unreadable picture does")
+    add("--bad-image-share", default=0.01, type=fraction, help="share of replaced pictures that ends the run")
+    switch(add, "repeated-aug", True, "each image three times per pass, differently augmented")
     add(
         "--input-size",
         default=224,
@@ -196,6 +212,11 @@ def add_data_flags(parser) -> None:
     )
     add("--in-chans", default=3, type=positive_int, help="channels of an image: 1 is grey, 3 RGB")
     add("--num-classes", default=None, type=positive_int, help="default: as many as the data has")
+
+
+def add_loader_flags(parser) -> None:
+    add = parser.add_argument_group("data").add_argument
+    add("--data-path", default="", metavar="DIR", help="the data set's folder")
     add("--num_workers", "--num-workers", default=10, type=natural_int, help="loader processes")
     add(
         "--loader-timeout",
@@ -204,10 +225,7 @@ def add_data_flags(parser) -> None:
         metavar="SECONDS",
         help="wait for a batch at most so long",
     )
-    add("--bad-image", default="raise", choices=("raise", "replace"), help="what an unreadable picture does")
-    add("--bad-image-share", default=0.01, type=fraction, help="share of replaced pictures that ends the run")
     switch(add, "pin-mem", True, "page-locked batches, which a GPU copies without waiting")
-    switch(add, "repeated-aug", True, "each image three times per pass, differently augmented")
     switch(add, "train-mode", True, "train with dropout and running statistics on; off to freeze them")
 
 
@@ -219,7 +237,6 @@ def add_model_flags(parser) -> None:
         metavar="NAME",
         help="vim_tiny_patch16_224, vim_nano_patch4_32, ... or any timm model",
     )
-    add("--drop", default=0.0, type=fraction, metavar="P", help="dropout")
     add("--drop-path", default=0.1, type=fraction, metavar="P", help="stochastic depth, last block")
     add(
         "--dt-init-backward",
@@ -227,7 +244,6 @@ def add_model_flags(parser) -> None:
         choices=("published", "same"),
         help="backward time steps of a Vim start from a zero bias, as published, or as the forward ones",
     )
-    switch(add, "attn-only", False, "train the attention layers and the head alone (vision transformers)")
     switch(add, "compile", False, "torch.compile the model")
     switch(add, "grad-checkpointing", False, "recompute activations in the backward pass to save memory")
     switch(add, "model-ema", True, "keep an exponential moving average of the weights")
@@ -268,6 +284,13 @@ def add_optimizer_flags(parser) -> None:
         action=Switch,
         help="exempt A_log, which the published runs decayed, from weight decay",
     )
+    add(
+        "--layer-decay",
+        default=None,
+        type=fraction,
+        metavar="FACTOR",
+        help="each block learns slower than the one after it by this factor; the head at --lr. Default: all alike",
+    )
 
 
 def add_schedule_flags(parser) -> None:
@@ -282,10 +305,25 @@ def add_schedule_flags(parser) -> None:
     add("--warmup-lr", default=1e-6, type=float, help="the first epoch's")
     add("--min-lr", default=1e-5, type=float, help="the last epochs'")
     add("--decay-epochs", default=30, type=float, help="between two steps of --sched step")
+    add(
+        "--decay-milestones",
+        default=[30.0, 60.0],
+        type=float,
+        nargs="+",
+        metavar="EPOCH",
+        help="where --sched multistep steps",
+    )
     add("--warmup-epochs", default=5, type=natural_int, help="of linear growth up to --lr")
+    add(
+        "--warmup-steps",
+        default=None,
+        type=natural_int,
+        metavar="STEPS",
+        help="warm up for so many steps instead; with --sched-on-updates",
+    )
     add("--cooldown-epochs", default=10, type=natural_int, help="at min-lr, if --epochs leaves room")
     add("--patience-epochs", default=10, type=natural_int, help="of --sched plateau")
-    add("--decay-rate", "--dr", default=0.1, type=float, help="factor of --sched step and plateau")
+    add("--decay-rate", "--dr", default=0.1, type=float, help="factor of --sched step; power of --sched poly")
 
 
 def add_augmentation_flags(parser) -> None:
@@ -312,7 +350,10 @@ def add_mixup_flags(parser) -> None:
 
 
 def add_loss_flags(parser) -> None:
-    add = parser.add_argument_group("loss and distillation").add_argument
+    add = parser.add_argument_group("classifier, loss and distillation").add_argument
+    add("--drop", default=0.0, type=fraction, metavar="P", help="dropout")
+    switch(add, "attn-only", False, "train the attention layers and the head alone (vision transformers)")
+    add("--if_nan2num", "--no_nan2num", action=Switch, help="make the logits finite before the loss")
     add("--smoothing", default=0.1, type=fraction, help="label smoothing")
     switch(add, "bce-loss", False, "one binary cross-entropy per class (DeiT III)")
     switch(add, "cosub", False, "two sub-models of one batch teach each other (DeiT III)")
@@ -331,13 +372,18 @@ def add_loss_flags(parser) -> None:
 def add_evaluation_flags(parser) -> None:
     add = parser.add_argument_group("evaluation").add_argument
     switch(add, "eval", False, "evaluate the weights of --resume and leave")
-    add("--eval-crop-ratio", default=0.875, type=float, help="share of the image the crop keeps")
     add(
         "--eval-weights",
         default="both",
         choices=("raw", "ema", "both"),
         help="which weights are evaluated, of those there are; the best checkpoint follows the first",
     )
+    switch(add, "dist-eval", False, "share the evaluation among the ranks; the counts stay exact")
+
+
+def add_accuracy_flags(parser) -> None:
+    add = parser.add_argument_group("what is evaluated").add_argument
+    add("--eval-crop-ratio", default=0.875, type=float, help="share of the image the crop keeps")
     add(
         "--valid-labels",
         default="",
@@ -346,7 +392,6 @@ def add_evaluation_flags(parser) -> None:
     )
     add("--real-labels", default="", metavar="NAME", help="ReaL accuracy too: `imagenet`, or ReaL's JSON file")
     switch(add, "summary", False, "print the parameters and FLOPs of --model and leave")
-    switch(add, "dist-eval", False, "share the evaluation among the ranks; the counts stay exact")
 
 
 def add_device_flags(parser) -> None:
@@ -386,7 +431,6 @@ def add_reliability_flags(parser) -> None:
     )
     add("--nonfinite-limit", default=10, type=positive_int, help="steps left out in a row before the end")
     add("--if_continue_inf", "--no_continue_inf", action=Switch, help="the published name of --nonfinite skip")
-    add("--if_nan2num", "--no_nan2num", action=Switch, help="make the logits finite before the loss")
 
 
 def add_distributed_flags(parser) -> None:
@@ -404,20 +448,23 @@ def add_distributed_flags(parser) -> None:
     add("--local-rank", "--local_rank", default=0, type=natural_int, help="as old launchers pass it")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None, program: Program | None = None) -> argparse.Namespace:
     """Read flags from `--config` and the command line, the latter winning, and resolve open defaults.
 
     Exits with 2 on what argparse refuses; raises ConfigError for combinations that cannot work.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser()
-    finder = OneLineParser(prog="main.py", add_help=False, allow_abbrev=False)
+    program = program or CLASSIFIER
+    parser = build_parser(program)
+    finder = OneLineParser(prog=program.prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config", default="")
     path = finder.parse_known_args(argv)[0].config
     tokens = yaml_tokens(path, parser) if path else []
     args = parser.parse_args(tokens + argv)
     resolve_defaults(args)
+    program.resolve(args)
     check_arguments(args)
+    program.check(args)
     return args
 
 
@@ -433,7 +480,7 @@ def yaml_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
         action = known.get(normalised(key))
         if action is None:
             near = difflib.get_close_matches(normalised(key), known, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "`main.py --help` lists all flags"
+            hint = f"did you mean {' or '.join(near)}?" if near else f"`{parser.prog} --help` lists all flags"
             raise ConfigError(f"--config {path} has the unknown key {key!r}; {hint}")
         tokens += value_tokens(path, action, value)
     return tokens
@@ -484,33 +531,26 @@ def value_tokens(path: str, action: argparse.Action, value) -> list[str]:
 
 
 def resolve_defaults(args: argparse.Namespace) -> None:
-    """Give every open default its value, in place: device, mixed precision, data set, policy."""
+    """Give the open defaults of all programs their values, in place: device, mixed precision, policy."""
     if args.device == "auto":
         args.device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     if args.if_amp is None:
         args.if_amp = args.device.startswith("cuda")
-    if args.data_set is None:
-        args.data_set = "IMNET" if args.data_path else "DIGITS"
     if args.nonfinite is None:
         args.nonfinite = "skip" if args.if_continue_inf else "stop"
 
 
+def resolve_data_set(args: argparse.Namespace) -> None:
+    if args.data_set is None:
+        args.data_set = "IMNET" if args.data_path else "DIGITS"
+
+
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what cannot work before anything is loaded. Raises ConfigError, one line each."""
+    """Refuse what no program can do, before anything is loaded. Raises ConfigError, one line each."""
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"--device {args.device}: this torch sees no GPU; use --device cpu or --device auto")
     if args.device.partition(":")[0] not in ("cuda", "cpu", "mps"):
         raise ConfigError(f"--device {args.device} is not one of cuda, cpu, mps, auto")
-    if args.data_set != "DIGITS" and not args.data_set.startswith(("hfds/", "hfids/")) and not args.data_path:
-        raise ConfigError(f"--data-set {args.data_set} needs --data-path DIR; without one only DIGITS can be had")
-    if args.resplit:
-        raise ConfigError("--resplit belongs to augmentation splits, which this recipe has not; leave it out")
-    if args.distillation_type != "none" and not args.teacher_path:
-        raise ConfigError(f"--distillation-type {args.distillation_type} needs --teacher-path CKPT")
-    if args.distillation_type != "none" and args.cosub:
-        raise ConfigError("--cosub is its own teacher; take it or --distillation-type, not both")
-    if (args.valid_labels or args.real_labels) and not args.eval:
-        raise ConfigError("--valid-labels and --real-labels are for --eval")
     if args.eval and not args.resume:
         raise ConfigError("--eval needs --resume CKPT, the weights to evaluate")
     if args.resume == "auto" and not args.output_dir:
@@ -522,11 +562,59 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if args.sched == "plateau" and args.sched_on_updates:
         raise ConfigError("--sched plateau follows the evaluations; leave --sched-on-updates out")
+    if args.layer_decay is not None and args.sched == "none":
+        raise ConfigError("--layer-decay is applied by the schedule; take --sched constant instead of none")
+    if args.warmup_steps is not None and not args.sched_on_updates:
+        raise ConfigError(f"--warmup-steps {args.warmup_steps} needs --sched-on-updates; or give --warmup-epochs")
+
+
+def check_classifier(args: argparse.Namespace) -> None:
+    if args.data_set != "DIGITS" and not args.data_set.startswith(("hfds/", "hfids/")) and not args.data_path:
+        raise ConfigError(f"--data-set {args.data_set} needs --data-path DIR; without one only DIGITS can be had")
+    if args.resplit:
+        raise ConfigError("--resplit belongs to augmentation splits, which this recipe has not; leave it out")
+    if args.distillation_type != "none" and not args.teacher_path:
+        raise ConfigError(f"--distillation-type {args.distillation_type} needs --teacher-path CKPT")
+    if args.distillation_type != "none" and args.cosub:
+        raise ConfigError("--cosub is its own teacher; take it or --distillation-type, not both")
+    if (args.valid_labels or args.real_labels) and not args.eval:
+        raise ConfigError("--valid-labels and --real-labels are for --eval")
+
+
+# What the loop and the shared parts of a model read.
+COMMON_FLAGS = (
+    add_run_flags,
+    add_loader_flags,
+    add_model_flags,
+    add_weight_flags,
+    add_optimizer_flags,
+    add_schedule_flags,
+    add_evaluation_flags,
+    add_device_flags,
+    add_reliability_flags,
+    add_distributed_flags,
+)
+CLASSIFIER = Program(
+    prog="main.py",
+    description="Train, fine-tune and evaluate Vision Mamba, or any timm model, on images.",
+    epilog="Without --data-path it trains on scikit-learn's digits, which need no download.",
+    groups=(
+        *COMMON_FLAGS,
+        add_data_flags,
+        add_augmentation_flags,
+        add_mixup_flags,
+        add_loss_flags,
+        add_accuracy_flags,
+    ),
+    resolve=resolve_data_set,
+    check=check_classifier,
+)
 
 
 def save_arguments(args: argparse.Namespace, path: Path) -> None:
     """Write the resolved arguments as YAML that `--config` reads back to the same namespace."""
     values = {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
-    if isinstance(args.input_size, tuple):
-        values["input_size"] = "x".join(map(str, args.input_size))
+    for key, value in values.items():
+        if isinstance(value, tuple):  # an image's height and width
+            values[key] = "x".join(map(str, value))
     Path(path).write_text(yaml.safe_dump(values, sort_keys=True), encoding="utf-8")

@@ -19,6 +19,7 @@ import models_mamba  # noqa: F401  (registers its models with timm)
 from arguments import ConfigError
 from augment import build_mixup, size_of
 from checkpoint import load_weights, read_checkpoint
+from classification import Classification
 from datasets import DataBundle
 from distributed import World
 from ema import WeightsEma
@@ -28,6 +29,7 @@ from mamba_ssm.ops import backend
 from optim import Schedule, build_optimizer, nearby, scaled_lr, whole_batch
 from precision import build_scaler
 from samplers import TrainSampler
+from task import Task
 
 # What not every timm model takes; where one does not, it is said and left out.
 OPTIONAL_ARGUMENTS = ("img_size", "drop_path_rate", "drop_rate")
@@ -141,14 +143,21 @@ def wrap_model(args, world: World, model: nn.Module) -> nn.Module:
 
 
 def build_run(args, world: World, model: nn.Module, data: DataBundle, say=print) -> Run:
-    """All that training needs, ready at epoch `--start_epoch`."""
+    """All that training a classifier needs, ready at epoch `--start_epoch`."""
     with as_config_error():
         mixup = build_mixup(args, data.num_classes)
-        repeats = 3 if args.repeated_aug else 1
-        sampler = TrainSampler(len(data.train), args.batch_size, world.size, world.rank, args.seed, repeats)
     teacher = build_teacher(args, data.num_classes, world.device, say)
     if teacher is not None and hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)
+    criterion = build_criterion(args, mixup is not None, data.num_classes, teacher)
+    task = Classification(criterion, mixup, data.num_classes)
+    return assemble(args, world, model, data, task, repeats=3 if args.repeated_aug else 1)
+
+
+def assemble(args, world: World, model: nn.Module, data: DataBundle, task: Task, repeats: int = 1) -> Run:
+    """All that training for any task needs, ready at epoch `--start_epoch`; `repeats` as of `TrainSampler`."""
+    with as_config_error():
+        sampler = TrainSampler(len(data.train), args.batch_size, world.size, world.rank, args.seed, repeats)
     with as_config_error(f"--opt {args.opt}: "):
         optimizer = build_optimizer(args, model, scaled_lr(args, world.size))
     steps_per_epoch = math.ceil(sampler.num_batches / args.accum_steps)
@@ -157,13 +166,12 @@ def build_run(args, world: World, model: nn.Module, data: DataBundle, say=print)
         world=world,
         model=model,
         net=wrap_model(args, world, model),
-        criterion=build_criterion(args, mixup is not None, data.num_classes, teacher),
+        task=task,
         optimizer=optimizer,
         schedule=Schedule(args, optimizer, steps_per_epoch),
         scaler=build_scaler(args, world.device),
         sampler=sampler,
         dataset=data.train,
-        mixup=mixup,
         class_names=data.class_names,
         ema=build_ema(args, model),
     )

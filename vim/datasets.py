@@ -454,8 +454,8 @@ def _describe(args, sources: Sources) -> str:
     return f"{args.data_set}{where}: {counts}{sources.remark}{grey}"
 
 
-def build_loader(dataset: Dataset, sampler: Sampler, args, train: bool) -> DataLoader:
-    """Batches (images (B, C, H, W) float32, labels (B,) int64) in the sampler's order.
+def build_loader(dataset: Dataset, sampler: Sampler, args, train: bool, collate=None) -> DataLoader:
+    """Batches in the sampler's order: (images (B, C, H, W) float32, labels (B,) int64), or what `collate` makes.
 
     Reads `batch_size, num_workers, pin_mem, loader_timeout`. Training leaves out an incomplete batch,
     evaluation keeps it. Workers stay alive between epochs; RuntimeError if one gives no batch for
@@ -466,6 +466,7 @@ def build_loader(dataset: Dataset, sampler: Sampler, args, train: bool) -> DataL
         dataset,
         batch_size=args.batch_size,
         sampler=sampler,
+        collate_fn=collate,
         num_workers=workers,
         pin_memory=args.pin_mem and torch.cuda.is_available(),
         drop_last=train,

@@ -19,17 +19,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import faults
 from arguments import ConfigError
-from augment import CountedMixup
 from checkpoint import Checkpoint, CheckpointWriter, load_weights
 from datasets import DataBundle, ImageDataset, build_loader
 from distributed import EXIT_DONE, EXIT_REQUEUE, StopSignal, World, any_rank, seed_step, sum_over_ranks, together
 from ema import WeightsEma
-from evaluation import Evaluation, evaluate_weights, in_words
-from losses import DistillationLoss
 from optim import Schedule, whole_batch
 from precision import autocast
 from report import RunLog
 from samplers import EvalSampler, TrainSampler
+from task import Result, Task, in_words
 
 
 class NonFiniteError(ArithmeticError):
@@ -47,7 +45,7 @@ class Progress:
     loss_steps: int = 0
     skipped: int = 0  # steps left out in the whole run because something was not finite
     skipped_in_row: int = 0
-    best: float | None = None  # highest top-1 so far
+    best: float | None = None  # highest score so far
     best_epoch: int | None = None
 
     def record_step(self, loss: float, finite: bool) -> None:
@@ -90,13 +88,12 @@ class Run:
     world: World
     model: nn.Module  # the plain one: its state dict has the published keys
     net: nn.Module  # what is called: the model, compiled and wrapped for several ranks where need be
-    criterion: DistillationLoss
+    task: Task
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
     sampler: TrainSampler
     dataset: ImageDataset
-    mixup: CountedMixup | None = None
     ema: WeightsEma | None = None
     stop: StopSignal = field(default_factory=StopSignal)
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)
@@ -125,7 +122,7 @@ class StepResult:
 
 
 def training_step(run: Run, batches: list, first_micro: int) -> StepResult:
-    """One optimiser step over micro-batches (images (B, C, H, W), labels (B,)), numbered from `first_micro`.
+    """One optimiser step over micro-batches, as the task's loader gives them, numbered from `first_micro`.
 
     The ranks agree on whether loss and gradient are finite before the optimiser moves; if they are not, all
     of them leave the step out or raise NonFiniteError.
@@ -133,15 +130,11 @@ def training_step(run: Run, batches: list, first_micro: int) -> StepResult:
     args, world, progress = run.args, run.world, run.progress
     lr = run.schedule.set(progress.epoch, progress.step)
     total = torch.zeros((), device=world.device)
-    for i, (images, labels) in enumerate(batches):
+    for i, batch in enumerate(batches):
         seed_step(args.seed, first_micro + i, world.rank)
-        images = images.to(world.device, non_blocking=True)
-        targets = labels.to(world.device, non_blocking=True)
-        if run.mixup is not None:
-            images, targets = run.mixup(images, targets, first_micro + i, world.rank)
         with gradients_summed(run.net, now=i == len(batches) - 1):
             with autocast(args, world.device):
-                loss = forward_loss(run, images, targets) / len(batches)
+                loss = run.task.loss(run, batch, first_micro + i) / len(batches)
             loss = faults.before_exchange(progress.step, world.rank, loss)
             run.scaler.scale(loss).backward()
         total += loss.detach()
@@ -163,17 +156,6 @@ def training_step(run: Run, batches: list, first_micro: int) -> StepResult:
     if not finite:
         check_tolerated(run, loss, norm)
     return StepResult(loss, norm, lr, finite, stop)
-
-
-def forward_loss(run: Run, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The loss of one micro-batch. With `--cosub` the images pass twice, through two random sub-models."""
-    if run.args.cosub:
-        images = torch.cat([images, images])  # (B, C, H, W) -> (2B, C, H, W)
-    outputs = run.net(images)
-    if run.args.if_nan2num:
-        both = isinstance(outputs, tuple)
-        outputs = tuple(map(torch.nan_to_num, outputs)) if both else outputs.nan_to_num()
-    return run.criterion(images, outputs, targets)
 
 
 def gradients_summed(net: nn.Module, now: bool):
@@ -261,35 +243,35 @@ def train_one_epoch(run: Run, loader, log: RunLog) -> bool:
 
 def fit(run: Run, data: DataBundle, log: RunLog) -> int:
     """Train from where `run.progress` stands to the last epoch; returns the exit code."""
-    args, progress = run.args, run.progress
-    train_loader = build_loader(data.train, run.sampler, args, train=True)
-    val_loader = build_val_loader(data.val, args, run.world)
-    results: dict[str, Evaluation] = {}
+    args, progress, score = run.args, run.progress, run.task.score_name
+    train_loader = build_loader(data.train, run.sampler, args, train=True, collate=run.task.collate)
+    val_loader = build_val_loader(data.val, args, run.world, run.task.collate)
+    results: dict[str, Result] = {}
     with run.stop:
         if progress.best is None and progress.epoch > 0:
-            results = assess(run, val_loader, data)
-            progress.best = leading(results).top1
-            log.say(f"the checkpoint knows no best top-1; its weights have {progress.best:.2f} %")
+            results = assess(run, val_loader)
+            progress.best = leading(results).score
+            log.say(f"the checkpoint knows no best {score}; its weights have {progress.best:.2f} %")
         while progress.epoch < args.epochs:
             if train_one_epoch(run, train_loader, log):
                 save(run)
                 return stopped(run, log)
             share_replaced(run)
-            results = assess(run, val_loader, data)
+            results = assess(run, val_loader)
             best = record_epoch(run, results, data, log)
             progress.next_epoch()
             save(run, best)
             if progress.epoch < args.epochs and any_rank(run.stop.received is not None, run.world):
                 return stopped(run, log)
     settle(run)
-    results = results or assess(run, val_loader, data)
+    results = results or assess(run, val_loader)
     log.say(
         f"done: {progress.step:,} steps, {progress.skipped} left out, "
-        f"{data.train.num_replaced} images replaced; {in_words(results)}; best top-1 {progress.best:.2f} %"
+        f"{data.train.num_replaced} images replaced; {in_words(results)}; best {score} {progress.best:.2f} %"
     )
     if incidents := log.incidents_in_words():
         log.say(f"on the way: {incidents}; see incidents.txt")
-    log.pictures(leading(results), data)
+    run.task.pictures(log, leading(results), data)
     return EXIT_DONE
 
 
@@ -302,44 +284,50 @@ def stopped(run: Run, log: RunLog) -> int:
     return EXIT_REQUEUE
 
 
-def build_val_loader(dataset, args, world: World):
+def build_val_loader(dataset, args, world: World, collate=None):
     """Without `--dist-eval` every rank evaluates all images, as DeiT does; the numbers are the same."""
     ranks = (world.size, world.rank) if args.dist_eval else (1, 0)
-    return build_loader(dataset, EvalSampler(len(dataset), *ranks), args, train=False)
+    return build_loader(dataset, EvalSampler(len(dataset), *ranks), args, train=False, collate=collate)
 
 
-def assess(run: Run, loader, data: DataBundle) -> dict[str, Evaluation]:
+def assess(run: Run, loader) -> dict[str, Result]:
+    """Evaluate "raw" weights and their average, "ema": those of `--eval-weights` that there are."""
     run.writer.join()  # the loader may fork here, and a fork must not copy a thread that is writing
-    return evaluate_weights(run.model, run.ema, loader, run.args, run.world, data.num_classes)
+    args, results = run.args, {}
+    if args.eval_weights != "ema" or run.ema is None:
+        results["raw"] = run.task.evaluate(run.model, loader, args, run.world)
+    if args.eval_weights != "raw" and run.ema is not None:
+        with run.ema.applied_to(run.model):
+            results["ema"] = run.task.evaluate(run.model, loader, args, run.world)
+    return results
 
 
-def leading(results: dict[str, Evaluation]) -> Evaluation:
+def leading(results: dict[str, Result]) -> Result:
     """The evaluation that the best checkpoint follows: the raw weights' where both were evaluated."""
     return next(iter(results.values()))
 
 
-def record_epoch(run: Run, results: dict[str, Evaluation], data: DataBundle, log: RunLog) -> bool:
+def record_epoch(run: Run, results: dict[str, Result], data: DataBundle, log: RunLog) -> bool:
     """Log the epoch, tell the schedule, and say whether this was the best so far."""
     progress = run.progress
     row = {
         "epoch": progress.epoch,
         "step": progress.step,
-        "train_lr": run.optimizer.param_groups[0]["lr"],
+        "train_lr": run.schedule.lr,
         "train_loss": progress.mean_loss,
     }
     for name, result in results.items():
-        prefix = "test_" if name == "raw" else "test_ema_"
-        row |= {f"{prefix}loss": result.loss, f"{prefix}acc1": result.top1, f"{prefix}acc5": result.top5}
+        row |= result.row("test_" if name == "raw" else "test_ema_")
     row |= {
         "skipped_steps": progress.skipped,
         "replaced_images": data.train.num_replaced,
         "n_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
     }
-    top1 = leading(results).top1
-    run.schedule.observe(progress.epoch, top1)
-    best = progress.best is None or top1 > progress.best
+    score = leading(results).score
+    run.schedule.observe(progress.epoch, score)
+    best = progress.best is None or score > progress.best
     if best:
-        progress.best, progress.best_epoch = top1, progress.epoch
+        progress.best, progress.best_epoch = score, progress.epoch
     log.epoch(row)
     log.say(
         f"epoch {progress.epoch + 1}/{run.args.epochs}: training loss {progress.mean_loss:.4f}; "
@@ -374,7 +362,7 @@ def save(run: Run, best: bool = False) -> None:
 
 def share_replaced(run: Run) -> None:
     """Let every rank know of all images that some rank could not read."""
-    if run.world.size > 1 and run.args.bad_image == "replace":
+    if run.world.size > 1 and run.dataset.on_broken != "raise":
         counts = sum_over_ranks(run.dataset.replaced.int().to(run.world.device))
         run.dataset.replaced |= (counts > 0).cpu()
 

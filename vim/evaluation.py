@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from distributed import World, gather_objects, sum_over_ranks
-from ema import WeightsEma
 from precision import autocast
 
 # A table of classes x classes; beyond this many classes it neither fits a picture nor is worth its memory.
@@ -37,6 +36,17 @@ class Evaluation:
     loss: float
     confusion: torch.Tensor | None
     mistakes: list[Mistake]
+
+    @property
+    def score(self) -> float:
+        return self.top1
+
+    @property
+    def words(self) -> str:
+        return f"top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} %, loss {self.loss:.4f}"
+
+    def row(self, prefix: str) -> dict[str, float]:
+        return {f"{prefix}loss": self.loss, f"{prefix}acc1": self.top1, f"{prefix}acc5": self.top5}
 
 
 @torch.no_grad()
@@ -86,24 +96,3 @@ def summarise(rows: torch.Tensor, indices: list, num_classes: int, world: World,
 
 def most_confident(mistakes: list[Mistake], limit: int = 24) -> list[Mistake]:
     return sorted(mistakes, key=lambda mistake: (-mistake.confidence, mistake.index))[:limit]
-
-
-def evaluate_weights(
-    model: nn.Module, ema: WeightsEma | None, loader, args, world: World, num_classes: int
-) -> dict[str, Evaluation]:
-    """Evaluate "raw" weights and their average, "ema": those of `--eval-weights` that there are."""
-    results = {}
-    if args.eval_weights != "ema" or ema is None:
-        results["raw"] = evaluate(model, loader, args, world, num_classes)
-    if args.eval_weights != "raw" and ema is not None:
-        with ema.applied_to(model):
-            results["ema"] = evaluate(model, loader, args, world, num_classes)
-    return results
-
-
-def in_words(results: dict[str, Evaluation]) -> str:
-    """The numbers that everybody asks for first."""
-    return ", ".join(
-        f"{name} weights: top-1 {r.top1:.2f} %, top-5 {r.top5:.2f} %, loss {r.loss:.4f}"
-        for name, r in results.items()
-    )

@@ -8,28 +8,39 @@ memory among them), 75 stopped by a signal and saved, to be queued again.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import distributed
 import failures
-from arguments import parse_args, save_arguments
+from arguments import ConfigError, parse_args, save_arguments
 from augment import size_of
 from build import build_model, build_run, describe
 from checkpoint import latest_checkpoint, load_weights, read_checkpoint
+from classification import Classification
 from datasets import DataBundle, build_datasets
 from distributed import EXIT_DONE, World, together
 from engine import Run, build_val_loader, fit, restore
-from evaluation import evaluate, in_words
 from report import RunLog
 from subsets import ClassSubset, check_valid_labels, evaluate_real, read_real_labels, valid_labels
 from summary import summary
+from task import Task, in_words
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program; returns the exit code. What a user can mend is one line on stderr."""
+    """Run the program; returns the exit code."""
+    return run_program(argv, parse_args, execute)
+
+
+def run_program(argv: list[str] | None, parse: Callable, execute: Callable) -> int:
+    """Parse the flags, meet the other ranks, execute; what a user can mend is one line on stderr.
+
+    Args:
+        parse: from `argv` to arguments. execute: from arguments and a `World` to an exit code.
+    """
     args = None
     try:
-        args = parse_args(argv)
+        args = parse(argv)
         return execute(args, distributed.start(args))
     except SystemExit as leaving:  # argparse has said why
         return leaving.code
@@ -63,10 +74,15 @@ def execute(args, world: World) -> int:
             log.say(f"fine-tuning {checkpoint.path} (SHA-256 {checkpoint.sha256[:16]}...): {report}")
     if args.eval:
         return evaluate_checkpoint(args, world, model, data, log)
-    run = build_run(args, world, model, data, log.say)
+    args.num_classes = data.num_classes
+    return train(build_run(args, world, model, data, log.say), data, log)
+
+
+def train(run: Run, data: DataBundle, log: RunLog) -> int:
+    """Train from the checkpoint of `--resume`, or from the start, to the end; returns the exit code."""
+    args = run.args
     log.say(describe(run, data))
     resume(run, log)
-    args.num_classes = data.num_classes
     with together():
         if log.dir:
             save_arguments(args, log.dir / "args.yaml")
@@ -109,31 +125,49 @@ def newest(run: Run, log: RunLog) -> Path | None:
 
 def evaluate_checkpoint(args, world: World, model, data: DataBundle, log: RunLog) -> int:
     """`--eval`: the raw and averaged weights of `--resume`, those of `--eval-weights` that it holds."""
-    path = latest_checkpoint(args.output_dir) if args.resume == "auto" else args.resume
-    checkpoint = read_checkpoint(path, args.trust_checkpoint)
-    wanted = {"raw": ["model"], "ema": ["model_ema"], "both": ["model", "model_ema"]}[args.eval_weights]
-    found = [which for which in wanted if getattr(checkpoint, which) is not None]
-    if not found:
-        checkpoint.weights(wanted[0])  # raises, saying what the file holds
     loader = build_val_loader(data.val, args, world)
-    net, num_classes = model, data.num_classes
+    net, task = model, Classification(None, None, data.num_classes)
     if args.valid_labels:
         valid = valid_labels(args.valid_labels)
         check_valid_labels(valid, data.class_names, data.num_classes)
-        net, num_classes = ClassSubset(model, valid).to(world.device), len(valid)
+        net, task.num_classes = ClassSubset(model, valid).to(world.device), len(valid)
     real = read_real_labels(args.real_labels) if args.real_labels else None
     results, extra = {}, ""
-    for which in found:
-        load_weights(model, checkpoint.weights(which))
-        name = "raw" if which == "model" else "ema"
-        results[name] = evaluate(net, loader, args, world, num_classes)
+    for name, file in saved_weights(args, model):  # noqa: B007 - they are of one file
+        results[name] = task.evaluate(net, loader, args, world)
         if real is not None:
             share, counted = evaluate_real(model, loader, data.val, args, world, real)
             extra += f"; {name} weights: ReaL top-1 {share:.2f} % of {counted:,} images"
-    digest = f"(SHA-256 {checkpoint.sha256[:16]}...)"
-    log.say(f"{checkpoint.path} {digest}: {len(data.val):,} images; {in_words(results)}{extra}")
-    log.pictures(next(iter(results.values())), data)
+    log.say(f"{file}: {len(data.val):,} images; {in_words(results)}{extra}")
+    task.pictures(log, next(iter(results.values())), data)
     return EXIT_DONE
+
+
+def evaluate_saved(args, world: World, model, task: Task, data: DataBundle, log: RunLog) -> int:
+    """`--eval` of another task than classification; returns the exit code."""
+    loader = build_val_loader(data.val, args, world, task.collate)
+    results = {}
+    for name, file in saved_weights(args, model):  # noqa: B007 - they are of one file
+        results[name] = task.evaluate(model, loader, args, world)
+    log.say(f"{file}: {len(data.val):,} images; {in_words(results)}")
+    task.pictures(log, next(iter(results.values())), data)
+    return EXIT_DONE
+
+
+def saved_weights(args, model) -> Iterator[tuple[str, str]]:
+    """Give `model` the weights of `--resume`, one set of `--eval-weights` that it holds after the other.
+
+    Yields "raw" or "ema", and the file's name and digest. Raises CheckpointError if there is no such set.
+    """
+    path = latest_checkpoint(args.output_dir) if args.resume == "auto" else args.resume
+    if path is None:
+        raise ConfigError(f"--resume auto: there is no checkpoint in --output_dir {args.output_dir} to evaluate")
+    checkpoint = read_checkpoint(path, args.trust_checkpoint)
+    wanted = {"raw": ["model"], "ema": ["model_ema"], "both": ["model", "model_ema"]}[args.eval_weights]
+    found = [which for which in wanted if getattr(checkpoint, which) is not None]
+    for which in found or wanted[:1]:  # `weights` raises where there is none, saying what the file holds
+        load_weights(model, checkpoint.weights(which))
+        yield "raw" if which == "model" else "ema", f"{checkpoint.path} (SHA-256 {checkpoint.sha256[:16]}...)"
 
 
 if __name__ == "__main__":

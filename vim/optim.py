@@ -45,6 +45,8 @@ def build_optimizer(args, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         groups = partial(
             param_groups_weight_decay, weight_decay=args.weight_decay, no_weight_decay_list=exempt
         )
+    if args.layer_decay is not None and groups is not None:
+        raise ConfigError("--layer-decay and --no-decay-ssm each group the parameters in their own way; take one")
     return create_optimizer_v2(model, **{**optimizer_kwargs(args), "lr": lr}, param_group_fn=groups)
 
 
@@ -67,9 +69,10 @@ class Schedule:
         with warnings.catch_warnings():
             # timm warns that it does not save the state of a plateau schedule; `state_dict` here does.
             warnings.simplefilter("ignore", FutureWarning)
-            self.timm, _ = create_scheduler_v2(
-                optimizer, **scheduler_kwargs(args), updates_per_epoch=steps_per_epoch
-            )
+            values = scheduler_kwargs(args)
+            if args.warmup_steps is not None:
+                values["warmup_epochs"] = args.warmup_steps / steps_per_epoch
+            self.timm, _ = create_scheduler_v2(optimizer, **values, updates_per_epoch=steps_per_epoch)
         self.optimizer = optimizer
         self.follows_metric = args.sched == "plateau"
         self.on_updates = args.sched_on_updates
@@ -81,7 +84,12 @@ class Schedule:
                 self.timm.step_update(step)
             else:
                 self.timm.step(max(epoch - 1, 0))
-        return self.optimizer.param_groups[0]["lr"]
+        return self.lr
+
+    @property
+    def lr(self) -> float:
+        """The rate of those parameters that learn fastest: with `--layer-decay`, the head's."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     def observe(self, epoch: int, metric: float) -> None:
         """Tell a plateau schedule how good the model is after `epoch`."""

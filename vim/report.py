@@ -130,9 +130,10 @@ def build_trackers(args, output_dir: Path | None, done: int) -> TrackerList:
 class RunLog:
     """The one place where a run speaks. On ranks other than the first it is silent and writes nothing."""
 
-    def __init__(self, args, is_main: bool):
+    def __init__(self, args, is_main: bool, score: tuple[str, str] = ("top-1", "acc1")):
         self.args = args
         self.is_main = is_main
+        self.score = score  # its name, and how its columns end: see `task.Task`
         self.dir = Path(args.output_dir) if args.output_dir and is_main else None
         self.rows: list[dict] = []
         self.trackers = TrackerList([])
@@ -187,7 +188,7 @@ class RunLog:
         if self.dir:
             replace_text(self.dir / "log.txt", "".join(json.dumps(row) + "\n" for row in self.rows))
             replace_text(self.dir / "metrics.csv", as_csv(self.rows))
-            draw_curves(self.rows, self.dir / "curves.png")
+            draw_curves(self.rows, self.dir / "curves.png", self.score)
 
     def pictures(self, evaluation: Evaluation, data: DataBundle) -> None:
         """The confusion matrix and the most confident mistakes of an evaluation."""
@@ -304,19 +305,20 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def draw_curves(rows: list[dict], path: Path) -> None:
-    """Loss, accuracy and learning rate over epochs, side by side."""
+def draw_curves(rows: list[dict], path: Path, score: tuple[str, str]) -> None:
+    """Loss, score and learning rate over epochs, side by side."""
+    name, column = score
     figure = Figure(figsize=(12, 3.5))
     panels = figure.subplots(1, 3)
     figure.subplots_adjust(left=0.04, right=0.99, bottom=0.15, top=0.91, wspace=0.18)
     wanted = (
         ("loss", {"train_loss": "training", "test_loss": "held-out", "test_ema_loss": "held-out, EMA"}),
-        ("top-1, %", {"test_acc1": "held-out", "test_ema_acc1": "held-out, EMA"}),
+        (f"{name}, %", {f"test_{column}": "held-out", f"test_ema_{column}": "held-out, EMA"}),
         ("learning rate", {"train_lr": ""}),
     )
     for panel, (title, columns) in zip(panels, wanted):
-        for name, label in columns.items():
-            points = [(row["epoch"] + 1, row[name]) for row in rows if row.get(name) is not None]
+        for key, label in columns.items():
+            points = [(row["epoch"] + 1, row[key]) for row in rows if row.get(key) is not None]
             if points:
                 panel.plot(*zip(*points), marker="o", markersize=3, label=label)
         panel.set(title=title, xlabel="epoch")
