@@ -1,0 +1,287 @@
+"""COCO's annotation files: read, checked, and told what was left out of training and why.
+
+    DIR/annotations/instances_train2017.json    DIR/train2017/*.jpg
+    DIR/annotations/instances_val2017.json      DIR/val2017/*.jpg
+
+What COCO's own tools do holds here too (https://cocodataset.org/#format-data): polygons or run lengths, category
+numbers with gaps, crowd regions that evaluation ignores. All that can be known to be wrong before the first step
+raises `DataError`, one line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as rle
+
+from datasets import DataError, read_image
+
+SPLITS = {"train": "train2017", "val": "val2017"}
+# Why an annotation is no training target, as the log says it.
+CROWD = "crowd regions"
+OUTSIDE = "boxes without a pixel of the image"
+NO_MASK = "annotations without a usable mask"
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One object of an image.
+
+    label: from 1; segmentation: polygons [[x, y, x, y, ...], ...] in pixels, or run lengths {"size", "counts"}.
+    """
+
+    label: int
+    segmentation: list | dict
+
+
+class Packed:
+    """A list of picklable items in one block of bytes.
+
+    Half a million small objects would be copied page by page into every loader process, because reading an object
+    touches its reference count.
+    """
+
+    def __init__(self, items: list):
+        blobs = [pickle.dumps(item, protocol=pickle.HIGHEST_PROTOCOL) for item in items]
+        self.ends = np.cumsum([0, *map(len, blobs)])
+        self.bytes = np.frombuffer(b"".join(blobs), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int):
+        return pickle.loads(self.bytes[self.ends[index] : self.ends[index + 1]].data)
+
+
+class CocoSource:
+    """Images and their objects, in the order of the file.
+
+    Args:
+        title: what a person calls the file. content: what it holds, as COCO writes it.
+        read: from an entry of `content["images"]` to its image, RGB; raises BrokenImage.
+        categories: category number -> name, by which labels are numbered from 1 in rising order of the numbers.
+
+    `left_out` counts the annotations that are no training targets, by reason, and `clipped` those that reach
+    beyond their image. `truth` is what evaluation compares with.
+    """
+
+    def __init__(self, title: str, content: dict, read: Callable[[dict], Image.Image], categories: dict[int, str]):
+        self.title = title
+        self._read = read
+        self.categories = categories
+        self.category_ids = sorted(categories)
+        self.class_names = [categories[number] for number in self.category_ids]
+        self.labels = np.arange(len(content["images"]))  # which image it is: classes are the objects' own
+        self.entries = Packed([{key: i[key] for key in IMAGE_KEYS} for i in content["images"]])
+        self.left_out: Counter = Counter()
+        self.clipped = 0
+        self.objects = Packed(self._instances(content))
+        self.truth = ground_truth(content)
+
+    def _instances(self, content: dict) -> list[list[Instance]]:
+        label_of = {category: label for label, category in enumerate(self.category_ids, start=1)}
+        images = {image["id"]: (i, image) for i, image in enumerate(content["images"])}
+        found: list[list[Instance]] = [[] for _ in images]
+        for annotation in content["annotations"]:
+            i, image = images[annotation["image_id"]]
+            reason = why_left_out(annotation, image)
+            if reason:
+                self.left_out[reason] += 1
+                continue
+            self.clipped += reaches_beyond(annotation["bbox"], image)
+            shape = usable_segmentation(annotation["segmentation"])
+            found[i].append(Instance(label_of[annotation["category_id"]], shape))
+        return found
+
+    def read(self, index: int) -> Image.Image:
+        """The image, RGB. Raises BrokenImage; DataError if it has not the size that the annotations say."""
+        entry = self.entries[index]
+        image = self._read(entry)
+        if image.size != (entry["width"], entry["height"]):
+            raise DataError(
+                f"{self.name(index)} has {image.width} x {image.height} pixels and its annotations are for "
+                f"{entry['width']} x {entry['height']}: fetch the image or {self.title} again"
+            )
+        return image
+
+    def name(self, index: int) -> str:
+        return f"{self.entries[index]['file_name']} of {self.title}"
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of the file."""
+        return self.entries[index]["height"], self.entries[index]["width"]
+
+    def image_id(self, index: int) -> int:
+        return self.entries[index]["id"]
+
+    def instances(self, index: int) -> list[Instance]:
+        """What the image holds to train on; an empty list makes it an example of background."""
+        return self.objects[index]
+
+    @property
+    def remarks(self) -> str:
+        """What was found that a person should know."""
+        empty = sum(not self.objects[i] for i in range(len(self.objects)))
+        kept = {
+            "boxes clipped to their image": self.clipped,
+            "images without objects, kept": empty,
+        }
+        said = [f"{what}: {count:,}" for what, count in kept.items() if count]
+        said += [f"{why}, left out of training: {count:,}" for why, count in sorted(self.left_out.items())]
+        return "; ".join(said)
+
+
+IMAGE_KEYS = ("id", "file_name", "width", "height")
+ANNOTATION_KEYS = ("image_id", "category_id", "bbox")
+
+
+def why_left_out(annotation: dict, image: dict) -> str:
+    """The reason for which an annotation is no training target; "" if it is one."""
+    if annotation.get("iscrowd", 0):
+        return CROWD
+    left, top, width, height = annotation["bbox"]
+    right, bottom = min(left + width, image["width"]), min(top + height, image["height"])
+    if not (right - max(left, 0) > 0 and bottom - max(top, 0) > 0):  # so that NaN is outside too
+        return OUTSIDE
+    return "" if usable_segmentation(annotation.get("segmentation")) else NO_MASK
+
+
+def reaches_beyond(box: list[float], image: dict) -> bool:
+    """Whether a box (left, top, width, height) leaves its image by more than rounding."""
+    left, top, width, height = box
+    slack = 0.5
+    return min(left, top) < -slack or left + width > image["width"] + slack or top + height > image["height"] + slack
+
+
+def usable_segmentation(segmentation) -> list | dict | None:
+    """Run lengths, or the polygons that have an area: three corners and more. None if nothing is left."""
+    if isinstance(segmentation, dict):
+        return segmentation if {"counts", "size"} <= segmentation.keys() else None
+    polygons = [p for p in segmentation or [] if len(p) >= 6 and len(p) % 2 == 0 and all(map(math.isfinite, p))]
+    return polygons or None
+
+
+def run_lengths(segmentation: list | dict, height: int, width: int) -> dict:
+    """Polygons or run lengths, compressed or not, as compressed run lengths of one (height, width) mask."""
+    if isinstance(segmentation, list):
+        return rle.merge(rle.frPyObjects(segmentation, height, width))
+    if isinstance(segmentation["counts"], list):
+        return rle.frPyObjects(segmentation, height, width)
+    return segmentation
+
+
+def ground_truth(content: dict) -> dict:
+    """What pycocotools evaluates against: the file as it is, crowds and all, its annotations numbered from 1.
+
+    pycocotools takes the number 0 for "not found", needs `iscrowd` and `area`, and breaks at an annotation without
+    a mask, so those are left out (`remarks` counts them).
+    """
+    sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+    annotations = []
+    for annotation in content["annotations"]:
+        shape = usable_segmentation(annotation.get("segmentation"))
+        if shape is None:
+            continue
+        annotation = {"iscrowd": 0, **annotation, "id": len(annotations) + 1, "segmentation": shape}
+        if "area" not in annotation:
+            annotation["area"] = float(rle.area(run_lengths(shape, *sizes[annotation["image_id"]])))
+        annotations.append(annotation)
+    return {"images": content["images"], "annotations": annotations, "categories": content["categories"]}
+
+
+def coco_source(root: Path, split: str, categories: dict[int, str] | None = None) -> CocoSource:
+    """One half of a COCO folder. `categories` are the training half's, which the other's must be among.
+
+    Raises DataError for files that are missing or do not fit together.
+    """
+    folder, file = root / SPLITS[split], root / "annotations" / f"instances_{SPLITS[split]}.json"
+    content = read_content(root, file)
+    check_content(file, content)
+    own = {category["id"]: str(category["name"]) for category in content["categories"]}
+    if categories is not None and not own.items() <= categories.items():
+        strange = next(f"{number} {name!r}" for number, name in own.items() if categories.get(number) != name)
+        raise DataError(f"{file}: category {strange} is not one of the training file's; the two must agree")
+    check_files(file, folder, [image["file_name"] for image in content["images"]])
+    return CocoSource(str(file), content, lambda entry: read_image(folder / entry["file_name"]), categories or own)
+
+
+def read_content(root: Path, file: Path) -> dict:
+    layout = "--data-path takes COCO's folder: annotations/instances_{train,val}2017.json, train2017/, val2017/"
+    try:
+        content = json.loads(file.read_text())
+    except OSError as error:
+        held = ", ".join(sorted(entry.name for entry in os.scandir(root))[:5]) if root.is_dir() else "no folder"
+        raise DataError(f"{file} cannot be read ({error.strerror}); {layout}; {root} holds: {held}") from error
+    except ValueError as error:
+        raise DataError(f"{file} is not valid JSON ({error}); fetch it again") from error
+    lists = ("images", "annotations", "categories")
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in lists):
+        raise DataError(f"{file} is no file of instances: it must hold the lists {', '.join(lists)}")
+    return content
+
+
+def check_content(file: Path, content: dict) -> None:
+    """Raise DataError for entries that lack something or that nothing in the file belongs to."""
+    for kind, keys in (("images", IMAGE_KEYS), ("annotations", ANNOTATION_KEYS), ("categories", ("id", "name"))):
+        for i, entry in enumerate(content[kind]):
+            lacking = [key for key in keys if key not in entry]
+            if lacking:
+                raise DataError(f"{file}: {kind}[{i}] has no {lacking[0]!r}; it needs {', '.join(keys)}")
+        if not content[kind] and kind != "annotations":
+            raise DataError(f"{file} lists no {kind}; fetch it again")
+    for kind in ("images", "categories"):
+        number, count = Counter(entry["id"] for entry in content[kind]).most_common(1)[0]
+        if count > 1:
+            raise DataError(f"{file}: {count} {kind} have the id {number}; ids must differ")
+    for i, image in enumerate(content["images"]):
+        if not all(isinstance(image[side], int) and image[side] > 0 for side in ("width", "height")):
+            raise DataError(f"{file}: images[{i}] is {image['width']} x {image['height']}: expected whole pixels")
+    check_annotations(file, content)
+
+
+def check_annotations(file: Path, content: dict) -> None:
+    images = {image["id"]: image for image in content["images"]}
+    categories = {category["id"] for category in content["categories"]}
+    for i, annotation in enumerate(content["annotations"]):
+        image, where = images.get(annotation["image_id"]), f"{file}: annotations[{i}]"
+        if image is None:
+            raise DataError(f"{where} is of image {annotation['image_id']}, which is not listed")
+        if annotation["category_id"] not in categories:
+            raise DataError(
+                f"{where} has category {annotation['category_id']}; the file lists {len(categories)} "
+                f"from {min(categories)} to {max(categories)}"
+            )
+        box = annotation["bbox"]
+        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)):
+            raise DataError(f"{where} has bbox {box}: expected [x, y, width, height]")
+        shape = annotation.get("segmentation")
+        size = shape.get("size") if isinstance(shape, dict) else None
+        if size is not None and list(size) != [image["height"], image["width"]]:
+            raise DataError(f"{where} has a mask of {size} for an image of {[image['height'], image['width']]}")
+
+
+def check_files(file: Path, folder: Path, names: list[str]) -> None:
+    """Raise DataError if an image is not there. Lists folders once: a million calls of stat take minutes."""
+    there: dict[str, set[str]] = {}
+    missing = []
+    for name in names:
+        parent, _, base = name.rpartition("/")
+        if parent not in there:
+            path = folder / parent
+            there[parent] = {entry.name for entry in os.scandir(path)} if path.is_dir() else set()
+        if base not in there[parent]:
+            missing.append(name)
+    if missing:
+        raise DataError(
+            f"{len(missing):,} of {len(names):,} images of {file} are not in {folder}, the first is {missing[0]}; "
+            "unpack them there"
+        )

@@ -1,0 +1,302 @@
+"""COCO's files as they are and as they should not be, and views of what they hold."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as rle
+
+import det_sets
+from augment import counter_randomness
+from datasets import DataError
+from det.coco import Instance, Packed, coco_source, run_lengths
+from det.data import EvalDataset, TrainDataset, collate, read
+from det.views import View, large_scale_jitter, scaled_size, targets, whole
+from samplers import SampleKey
+
+
+def one_image(tmp_path, *annotations, size=(40, 60), split="train"):
+    """The source of one image, numbered 7, with these annotations."""
+    det_sets.write_half(tmp_path, split, {7: size}, list(annotations))
+    return coco_source(tmp_path, split)
+
+
+def changed(tmp_path, change, split="train"):
+    """Write a good set, spoil its JSON by `change`, and read it."""
+    det_sets.write_tiny(tmp_path)
+    path = tmp_path / "annotations" / f"instances_{split}2017.json"
+    content = json.loads(path.read_text())
+    change(content)
+    det_sets.save_json(tmp_path, split, content)
+    return coco_source(tmp_path, split)
+
+
+# ---- reading
+
+
+def test_category_numbers_with_gaps_become_labels_from_one(tmp_path):
+    source = one_image(
+        tmp_path,
+        det_sets.annotation(7, 90, (1, 1, 9, 9)),
+        det_sets.annotation(7, 3, (1, 1, 9, 9)),
+        det_sets.annotation(7, 17, (1, 1, 9, 9)),
+    )
+    assert source.category_ids == [3, 17, 90] and source.class_names == ["car", "cat", "brush"]
+    assert [instance.label for instance in source.instances(0)] == [3, 1, 2]
+
+
+def test_an_image_without_objects_stays(tmp_path):
+    det_sets.write_tiny(tmp_path)
+    source = coco_source(tmp_path, "train")
+    assert len(source.labels) == 4 and source.instances(0) == []
+    assert "images without objects, kept: 1" in source.remarks
+    _, target = TrainDataset(source, (64, 64), (1.0, 1.0), 0.0, seed=0)[SampleKey(0, 0, 0)]
+    assert target["boxes"].shape == (0, 4) and target["masks"].shape[0] == 0 and len(target["labels"]) == 0
+
+
+def test_a_crowd_is_no_target_but_stays_in_the_truth(tmp_path):
+    mask = np.zeros((40, 60))
+    mask[5:20, 5:30] = 1
+    crowd = det_sets.annotation(7, 3, (5, 5, 30, 20), iscrowd=1, segmentation=det_sets.run_length(mask))
+    source = one_image(tmp_path, crowd, det_sets.annotation(7, 3, (2, 2, 12, 12)))
+    assert len(source.instances(0)) == 1 and "crowd regions, left out of training: 1" in source.remarks
+    assert [one["iscrowd"] for one in source.truth["annotations"]] == [1, 0]
+
+
+@pytest.mark.parametrize("box", [(60, 10, 80, 20), (-20, 5, 0, 9), (10, 5, 10, 9), (10, 50, 20, 60)])
+def test_a_box_without_a_pixel_of_the_image_is_left_out_and_counted(tmp_path, box):
+    source = one_image(tmp_path, det_sets.annotation(7, 3, box), det_sets.annotation(7, 3, (2, 2, 12, 12)))
+    assert len(source.instances(0)) == 1
+    assert "boxes without a pixel of the image, left out of training: 1" in source.remarks
+    assert len(source.truth["annotations"]) == 2  # COCO's tools count it as one that nobody found
+
+
+def test_a_box_that_is_not_a_number_is_left_out_and_counted(tmp_path):
+    spoilt = det_sets.annotation(7, 3, (2, 2, 12, 12)) | {"bbox": [float("nan"), 2, 4, 4]}
+    remarks = one_image_json_only(tmp_path, spoilt).remarks
+    assert "boxes without a pixel of the image, left out of training: 1" in remarks
+        "boxes without a pixel of the image, left out of training: 1" in one_image_json_only(tmp_path, spoilt).remarks
+    )
+
+
+def one_image_json_only(tmp_path, annotation):
+    content = det_sets.write_half(tmp_path, "train", {7: (40, 60)}, [])
+    det_sets.save_json(tmp_path, "train", content | {"annotations": [annotation]})
+    return coco_source(tmp_path, "train")
+
+
+def test_an_object_that_reaches_out_is_clipped_and_counted(tmp_path):
+    source = one_image(tmp_path, det_sets.annotation(7, 3, (50, -5, 70, 10)))
+    assert "boxes clipped to their image: 1" in source.remarks
+    target = targets(whole((40, 60), (40, 60)), source.instances(0))
+    assert target["boxes"].tolist() == [[50, 0, 60, 10]]
+    assert target["masks"].shape == (1, 40, 60) and target["masks"].sum() == 100
+
+
+@pytest.mark.parametrize("shape", [[], [[1, 1, 5, 5]], [[1, 2, 3, 4, 5, 6, 7]], None, {"size": [40, 60]}])
+def test_an_annotation_without_a_usable_mask_is_left_out_and_counted(tmp_path, shape):
+    spoilt = det_sets.annotation(7, 3, (2, 2, 12, 12), segmentation=shape)
+    source = one_image(tmp_path, spoilt, det_sets.annotation(7, 3, (2, 2, 12, 12)))
+    assert len(source.instances(0)) == 1 and len(source.truth["annotations"]) == 1
+    assert "annotations without a usable mask, left out of training: 1" in source.remarks
+
+
+def test_a_polygon_of_two_corners_is_dropped_from_those_with_an_area(tmp_path):
+    shape = [[1, 1, 5, 5], *det_sets.rectangle(2, 2, 12, 12)]
+    source = one_image(tmp_path, det_sets.annotation(7, 3, (2, 2, 12, 12), segmentation=shape))
+    assert source.instances(0)[0].segmentation == det_sets.rectangle(2, 2, 12, 12)
+    assert source.remarks == ""
+
+
+def test_polygons_and_both_kinds_of_run_lengths_are_one_mask():
+    mask = np.zeros((40, 60))
+    mask[5:20, 7:30] = 1
+    shapes = det_sets.rectangle(7, 5, 30, 20), det_sets.run_length(mask), det_sets.compressed(mask)
+    for shape in shapes:
+        assert np.array_equal(rle.decode(run_lengths(shape, 40, 60)), mask)
+
+
+def test_the_truth_has_what_pycocotools_needs(tmp_path):
+    """Numbers from 1 (0 would mean "not found"), `iscrowd` and `area`, where a file lacks them."""
+    plain = det_sets.annotation(7, 3, (2, 2, 12, 22), id=0)
+    del plain["iscrowd"], plain["area"]
+    source = one_image(tmp_path, plain, det_sets.annotation(7, 3, (2, 2, 12, 12), id=0))
+    assert [one["id"] for one in source.truth["annotations"]] == [1, 2]
+    assert source.truth["annotations"][0]["iscrowd"] == 0 and source.truth["annotations"][0]["area"] == 200
+
+
+def drop(key, kind):
+    return lambda content: content[kind][1].pop(key)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (drop("image_id", "annotations"), r"annotations\[1\] has no 'image_id'"),
+        (drop("bbox", "annotations"), r"annotations\[1\] has no 'bbox'"),
+        (drop("width", "images"), r"images\[1\] has no 'width'"),
+        (drop("name", "categories"), r"categories\[1\] has no 'name'"),
+        (lambda c: c["annotations"][0].update(image_id=5), r"annotations\[0\] is of image 5, which is not listed"),
+        (lambda c: c["annotations"][0].update(category_id=91), r"category 91; the file lists 3 from 3 to 90"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"bbox \[1, 2, 3\]: expected"),
+        (lambda c: c["annotations"][0].update(bbox=["1", 2, 3, 4]), r"bbox \['1', 2, 3, 4\]: expected"),
+        (
+            lambda c: c["annotations"][0].update(segmentation={"size": [3, 4], "counts": [12]}),
+            r"a mask of \[3, 4\] for an image of \[64, 40\]",
+        ),
+        (lambda c: c["images"][0].update(width="64"), "expected whole pixels"),
+        (lambda c: c["images"][1].update(id=100), "2 images have the id 100"),
+        (lambda c: c["categories"][1].update(id=17), "2 categories have the id 17"),
+        (lambda c: c.update(images=[], annotations=[]), "lists no images"),
+        (lambda c: c.update(categories=[], annotations=[]), "lists no categories"),
+        (lambda c: c.pop("annotations"), "must hold the lists images, annotations, categories"),
+        (lambda c: c["images"][2].update(file_name="gone.png"), "1 of 4 images .* the first is gone.png"),
+    ],
+)
+def test_a_file_that_does_not_fit_together_is_one_line(tmp_path, change, said):
+    with pytest.raises(DataError, match=said) as caught:
+        changed(tmp_path, change)
+    assert "\n" not in str(caught.value) and "instances_train2017.json" in str(caught.value)
+
+
+def test_a_missing_file_says_what_the_folder_holds(tmp_path):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(DataError, match=r"--data-path takes COCO's folder: .* holds: images"):
+        coco_source(tmp_path, "train")
+    with pytest.raises(DataError, match="holds: no folder"):
+        coco_source(tmp_path / "nowhere", "train")
+
+
+def test_a_damaged_file_is_one_line(tmp_path):
+    det_sets.write_tiny(tmp_path)
+    path = tmp_path / "annotations" / "instances_train2017.json"
+    path.write_text(path.read_text()[:-30])
+    with pytest.raises(DataError, match="is not valid JSON"):
+        coco_source(tmp_path, "train")
+
+
+def test_an_image_of_another_size_than_its_annotations_is_one_line(tmp_path):
+    source = one_image(tmp_path, det_sets.annotation(7, 3, (2, 2, 12, 12)))
+    Image.new("RGB", (40, 60)).save(tmp_path / "train2017" / "000000000007.png")
+    with pytest.raises(DataError, match="has 40 x 60 pixels and its annotations are for 60 x 40"):
+        read(source, 0)
+
+
+def test_an_image_that_cannot_be_read_is_one_line(tmp_path):
+    source = one_image(tmp_path, det_sets.annotation(7, 3, (2, 2, 12, 12)))
+    (tmp_path / "train2017" / "000000000007.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"000000000007.png: .*; mend the file, or take the image out of"):
+        read(source, 0)
+
+
+def test_the_halves_must_agree_on_categories(tmp_path):
+    det_sets.write_tiny(tmp_path)
+    train = coco_source(tmp_path, "train")
+    assert coco_source(tmp_path, "val", train.categories).category_ids == train.category_ids
+    fewer = [c for c in det_sets.CATEGORIES if c["id"] != 90]
+    det_sets.write_half(tmp_path, "val", {1: (8, 8)}, [], fewer)
+    assert coco_source(tmp_path, "val", train.categories).category_ids == train.category_ids
+    det_sets.write_half(tmp_path, "val", {1: (8, 8)}, [], [{"id": 3, "name": "lorry"}])
+    with pytest.raises(DataError, match="category 3 'lorry' is not one of the training file's"):
+        coco_source(tmp_path, "val", train.categories)
+
+
+def test_packed_items_come_back():
+    items = [{"a": [1, 2]}, None, "text", []]
+    packed = Packed(items)
+    assert len(packed) == 4 and [packed[i] for i in range(4)] == items
+
+
+# ---- views
+
+
+def test_a_scaled_image_keeps_its_proportions_inside_the_size():
+    assert scaled_size((480, 640), (1024, 1024), 1.0) == (768, 1024)
+    assert scaled_size((480, 640), (1024, 1024), 0.1) == (77, 102)
+    assert scaled_size((640, 480), (512, 1024), 1.0) == (512, 384)
+    assert scaled_size((1, 1000), (64, 64), 0.1) == (1, 6)
+
+
+def test_the_jitter_scales_from_a_tenth_to_double_and_never_exceeds_the_size():
+    random.seed(0)
+    views = [large_scale_jitter((480, 640), (128, 128), (0.1, 2.0), 0.5) for _ in range(300)]
+    longest = [max(view.scaled) for view in views]
+    assert min(longest) < 20 and max(longest) > 240
+    assert all(side <= 128 for view in views for side in view.size)
+    assert all(0 <= corner <= own - side for v in views for corner, own, side in zip(v.corner, v.scaled, v.size))
+    assert 100 < sum(view.flip for view in views) < 200
+    assert all(view.size == view.scaled for view in views if max(view.scaled) <= 128)
+
+
+def block_image(height, width, box):
+    """A black image with a white rectangle."""
+    left, top, right, bottom = box
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[top:bottom, left:right] = 255
+    return Image.fromarray(pixels), pixels[:, :, 0] // 255
+
+
+VIEWS = {
+    "whole": View((60, 80), (60, 80), (0, 0), (60, 80), False),
+    "mirrored": View((60, 80), (60, 80), (0, 0), (60, 80), True),
+    "doubled": View((60, 80), (120, 160), (0, 0), (120, 160), False),
+    "doubled-cut": View((60, 80), (120, 160), (30, 50), (64, 64), False),
+    "doubled-cut-mirrored": View((60, 80), (120, 160), (30, 50), (64, 64), True),
+    "halved": View((60, 80), (30, 40), (0, 0), (30, 40), True),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("kind", ["polygon", "run lengths"])
+def test_pixels_masks_and_boxes_go_the_same_way(view, kind):
+    """A white rectangle and its annotation: where the view is white, there is the object."""
+    box = (20, 16, 52, 44)
+    image, mask = block_image(60, 80, box)
+    shape = det_sets.rectangle(*box) if kind == "polygon" else det_sets.run_length(mask)
+    white = np.asarray(view.image(image))[:, :, 0] >= 128
+    assert np.array_equal(rle.decode(view.shape(shape)).astype(bool), white)
+    rows, columns = np.flatnonzero(white.any(1)), np.flatnonzero(white.any(0))
+    target = targets(view, [Instance(5, shape)])
+    assert target["boxes"].tolist() == [[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]]
+    assert target["labels"].tolist() == [5] and target["masks"].dtype == torch.uint8
+    assert target["masks"].shape == (1, *view.size) and target["boxes"].dtype == torch.float32
+
+
+def test_an_object_outside_the_window_is_not_in_the_view():
+    view = View((60, 80), (60, 80), (0, 0), (20, 20), False)
+    shapes = [det_sets.rectangle(40, 40, 50, 50), det_sets.rectangle(10, 10, 30, 30)]
+    target = targets(view, [Instance(1, shapes[0]), Instance(2, shapes[1])])
+    assert target["labels"].tolist() == [2] and target["boxes"].tolist() == [[10, 10, 20, 20]]
+
+
+def test_a_training_item_follows_from_its_key_alone(tmp_path):
+    det_sets.write_tiny(tmp_path)
+    source = coco_source(tmp_path, "train")
+    data = TrainDataset(source, (32, 48), (0.5, 2.0), 0.5, seed=3)
+    first = data[SampleKey(2, 1, 0)]
+    random.seed(99)
+    again, other = data[SampleKey(2, 1, 0)], data[SampleKey(3, 1, 0)]
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1]["boxes"], again[1]["boxes"])
+    assert first[0].shape != other[0].shape or not torch.equal(first[0], other[0])
+    assert first[0].shape[1] <= 32 and first[0].shape[2] <= 48
+    with counter_randomness(1):
+        before = random.getstate()
+        data[SampleKey(2, 1, 0)]
+        assert random.getstate() == before
+
+
+def test_evaluation_sees_the_whole_image(tmp_path):
+    det_sets.write_tiny(tmp_path)
+    image, about = EvalDataset(coco_source(tmp_path, "val"), (32, 32))[1]
+    assert image.shape == (3, 32, 20) and about == {"index": 1, "original": (64, 40)}
+
+
+def test_a_batch_is_a_list_of_images_of_their_own_sizes(tmp_path):
+    det_sets.write_tiny(tmp_path)
+    data = EvalDataset(coco_source(tmp_path, "val"), (32, 32))
+    images, described = collate([data[0], data[1]])
+    assert [tuple(image.shape) for image in images] == [(3, 24, 32), (3, 32, 20)]
+    assert [about["index"] for about in described] == [0, 1]
