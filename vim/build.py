@@ -32,7 +32,7 @@ from samplers import TrainSampler
 from task import Task
 
 # What not every timm model takes; where one does not, it is said and left out.
-OPTIONAL_ARGUMENTS = ("img_size", "drop_path_rate", "drop_rate")
+OPTIONAL_ARGUMENTS = ("img_size", "drop_path_rate", "drop_rate", "dynamic_img_size")
 UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 

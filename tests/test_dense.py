@@ -1,0 +1,248 @@
+"""Backbones for dense prediction: where maps are taken, any image size, weights of classifiers, layer-wise decay."""
+
+from copy import deepcopy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import tiny  # noqa: F401  (registers the tests' model)
+from arguments import COMMON_FLAGS, ConfigError, Program, parse_args
+from checkpoint import CheckpointError
+from dense import Backbone, DenseModel, build_backbone, choose_taps, load_backbone
+from models_mamba import VisionMamba, resample_pos_embed, split_cls_tokens
+from optim import build_optimizer
+
+PROGRAM = Program("dense.py", "", "", COMMON_FLAGS, lambda args: None, lambda args: None)
+
+
+def arguments(*flags):
+    return parse_args(["--device", "cpu", *flags], PROGRAM)
+
+
+def vim(depth=4, **changes):
+    torch.manual_seed(0)
+    return VisionMamba(**{"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": depth, "num_classes": 0,
+                          "dynamic_img_size": True} | changes)  # fmt: skip
+
+
+def images(height, width, batch=2):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(height + width))
+
+
+# --- where maps are taken
+
+
+def test_four_taps_of_twenty_four_blocks_are_the_papers():
+    assert choose_taps([16] * 24, 4) == [5, 11, 17, 23]
+    assert choose_taps([16] * 24, 1) == [23]
+    assert choose_taps([16] * 12, 4) == [2, 5, 8, 11]
+    assert choose_taps([2, 4, 8, 16, 32], 4) == [1, 2, 3, 4]
+    assert choose_taps([16] * 6, [1, 5]) == [1, 5]
+
+
+@pytest.mark.parametrize("taps", [0, 7, [3, 6]])
+def test_more_taps_than_blocks_are_refused(taps):
+    with pytest.raises(ValueError, match="the backbone has 6 blocks or stages"):
+        choose_taps([16] * 6, taps)
+
+
+@pytest.mark.parametrize("design", ["middle", "head", "double"])
+def test_a_map_is_the_stream_and_the_mixers_output_without_class_tokens(design):
+    """By the blocks' own definition: after block i, hidden + residual, at the patches' places."""
+    model = vim(cls_token=design)
+    x = images(40, 24)
+    hidden, residual, expected = model._embed(x), None, []
+    for block in model.layers:
+        hidden, residual = block(hidden, residual)
+        patches, _ = split_cls_tokens(hidden + residual, design)
+        expected.append(patches.transpose(1, 2).reshape(2, 16, 5, 3))
+    found = Backbone(model, 4)(x)
+    assert len(found) == 4
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_features_only_gives_is_what_the_backbone_gives():
+    args = arguments("--model", "vim_nano_patch4_32")
+    torch.manual_seed(0)
+    ours = build_backbone(args, 32, [1, 3])
+    torch.manual_seed(0)
+    net = timm.create_model(args.model, features_only=True, out_indices=(1, 3), img_size=32, drop_path_rate=0.1)
+    net.model.load_state_dict(ours.model.state_dict())
+    for a, b in zip(ours.eval()(images(32, 32)), net.eval()(images(32, 32))):
+        assert torch.equal(a, b)
+    assert (ours.channels, ours.strides, ours.taps) == ([64, 64], [4, 4], [1, 3])
+
+
+def test_blocks_after_the_last_map_are_gone():
+    backbone = Backbone(vim(), [0, 1])
+    assert len(backbone.model.layers) == 2
+    assert {"layers.2.norm.weight", "norm_f.weight"} <= backbone.pruned
+
+
+def test_every_parameter_of_a_backbone_learns():
+    """Several ranks wait for each parameter's gradient."""
+    backbone = Backbone(vim(), 4)
+    sum(level.square().sum() for level in backbone(images(32, 32))).backward()
+    assert [name for name, p in backbone.named_parameters() if p.grad is None] == []
+
+
+# --- any timm model, any size
+
+
+@pytest.mark.parametrize("name", ["deit_nano_patch4_32", "resnet10t", "convnext_atto"])
+def test_other_models_are_backbones_too(name, capsys):
+    backbone = build_backbone(arguments("--model", name, "--drop-path", "0"), 32, 4).eval()
+    levels = backbone(images(64, 96))
+    assert [level.shape[1] for level in levels] == backbone.channels
+    for level, stride in zip(levels, backbone.strides):
+        assert level.shape[-2:] == (64 // stride, 96 // stride)
+    assert backbone.plain == name.startswith("deit")
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 47), (8, 70), (5, 9)])
+def test_any_image_size_is_padded_to_whole_patches(height, width):
+    backbone = Backbone(vim(), 2).eval()
+    x = images(height, width)
+    padded = torch.nn.functional.pad(x, (0, -width % 8, 0, -height % 8))
+    for a, b in zip(backbone(x), backbone(padded)):
+        assert a.shape[-2:] == (-(-height // 8), -(-width // 8))
+        assert torch.equal(a, b)
+
+
+def test_overlapping_patches_give_one_vector_a_stride():
+    backbone = Backbone(vim(patch_size=8, stride=4), 1).eval()
+    assert backbone.padding(32, 30) == (2, 4, 2, 2)
+    assert backbone(images(32, 30))[0].shape == (2, 16, 8, 8)
+
+
+def test_overlapping_patches_have_position_embeddings_of_the_padded_grid():
+    backbone = build_backbone(arguments("--model", "vim_tiny_patch16_stride8_224"), 64, [0])
+    assert backbone.model.patch_embed.grid_size == (8, 8)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    found = []
+    for flags in ((), ("--grad-checkpointing",)):
+        torch.manual_seed(0)
+        backbone = build_backbone(arguments("--model", "vim_two_blocks", "--drop-path", "0", *flags), 16, 2).train()
+        assert backbone.model.grad_checkpointing == bool(flags)
+        sum(level.square().mean() for level in backbone(images(16, 24))).backward()
+        found.append([p.grad for p in backbone.parameters()])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_model_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match="--model vim_mini is not registered"):
+        build_backbone(arguments("--model", "vim_mini"), 32, 4)
+    with pytest.raises(ConfigError, match="--model vim_two_blocks: taps=4: the backbone has 2 blocks"):
+        build_backbone(arguments("--model", "vim_two_blocks"), 32, 4)
+
+
+# --- weights of a classifier
+
+
+def saved_classifier(folder, img_size=16):
+    torch.manual_seed(1)
+    model = timm.create_model("vim_two_blocks", img_size=img_size, num_classes=7)
+    torch.save({"model": model.state_dict()}, folder / "weights.pth")
+    return model, folder / "weights.pth"
+
+
+def load(path, size, taps=2, *flags):
+    said = []
+    backbone = build_backbone(arguments("--model", "vim_two_blocks", "--finetune", str(path), *flags), size, taps)
+    load_backbone(arguments("--model", "vim_two_blocks", "--finetune", str(path), *flags), backbone, said.append)
+    return backbone, said[0]
+
+
+def test_a_classifiers_weights_fit_at_another_size(tmp_path):
+    """The class token's slot stands in the middle of 16 patches before and of 48 after."""
+    model, path = saved_classifier(tmp_path)
+    backbone, said = load(path, (32, 24))
+    expected = resample_pos_embed(model.pos_embed, (8, 6), "middle", (4, 4))
+    assert torch.equal(backbone.model.pos_embed, expected)
+    assert torch.equal(backbone.model.pos_embed[:, 24], model.pos_embed[:, 8])
+    for name, value in backbone.model.state_dict().items():
+        assert name == "pos_embed" or torch.equal(value, model.state_dict()[name]), name
+    assert "pos_embed resampled from 4 x 4 to 8 x 6 (grid)" in said
+    assert said.endswith("left out: norm_f, head") and "SHA-256" in said
+
+
+def test_at_the_same_size_maps_are_the_classifiers(tmp_path):
+    model, path = saved_classifier(tmp_path)
+    backbone, _ = load(path, 16)
+    expected = model.eval().forward_intermediates(images(16, 16), intermediates_only=True)
+    for a, b in zip(backbone.eval()(images(16, 16)), expected):
+        assert torch.equal(a, b)
+
+
+def test_later_blocks_are_left_out_and_said(tmp_path):
+    _, path = saved_classifier(tmp_path)
+    _, said = load(path, 16, [0])
+    assert "layers.1.norm" in said
+
+
+def test_a_dense_models_backbone_can_be_taken(tmp_path):
+    source = Backbone(vim(2, patch_size=4, img_size=16), 2)
+    state = {f"backbone.{name}": value for name, value in source.state_dict().items()} | {"head.w": torch.ones(2)}
+    torch.save({"model": state}, tmp_path / "dense.pth")
+    backbone, said = load(tmp_path / "dense.pth", 16)
+    assert all(torch.equal(a, b) for a, b in zip(backbone.state_dict().values(), source.state_dict().values()))
+    assert said.endswith("left out: head")
+
+
+def test_another_models_weights_are_refused(tmp_path):
+    torch.save({"model": timm.create_model("deit_nano_patch4_32").state_dict()}, tmp_path / "deit.pth")
+    with pytest.raises(CheckpointError, match=r"deit\.pth: the weights do not fit.*is it of --model vim_two_blocks\?"):
+        load(tmp_path / "deit.pth", 16)
+
+
+# --- what optimisers ask
+
+
+class Segmenter(DenseModel):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone, self.neck, self.head = backbone, nn.Linear(16, 8), nn.Linear(8, 2)
+
+
+@pytest.mark.parametrize("factor", ["0.5", "0.92"])
+def test_layer_decay_matches_every_block_inside_a_dense_model(factor):
+    model = Segmenter(Backbone(vim(), 4))
+    optimizer = build_optimizer(arguments("--layer-decay", factor), model, 1.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert found.keys() == set(names.values())
+    for name, scale in found.items():
+        inner = name.removeprefix("backbone.model.")
+        place = 5 if inner == name else int(inner.split(".")[1]) + 1 if inner.startswith("layers") else 0
+        assert scale == pytest.approx(float(factor) ** (5 - place)), name
+
+
+@pytest.mark.parametrize("name", ["deit_nano_patch4_32", "resnet10t"])
+def test_layer_decay_matches_other_backbones(name):
+    model = Segmenter(build_backbone(arguments("--model", name, "--drop-path", "0"), 32, 4))
+    optimizer = build_optimizer(arguments("--layer-decay", "0.5"), model, 1.0)
+    scales = {p: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    inside = {scales[p] for p in model.backbone.parameters()}
+    assert len(inside) >= 4 and max(inside) < 1.0
+    assert {scales[p] for part in (model.neck, model.head) for p in part.parameters()} == {1.0}
+
+
+def test_embeddings_inside_a_dense_model_are_not_decayed():
+    model = Segmenter(Backbone(vim(), 4))
+    optimizer = build_optimizer(arguments("--weight-decay", "0.1"), model, 1.0)
+    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decay[model.backbone.model.pos_embed] == decay[model.backbone.model.cls_token] == 0
+    assert decay[model.backbone.model.layers[0].mixer.in_proj.weight] == 0.1
+    assert decay[model.head.weight] == 0.1 and decay[model.head.bias] == 0
+
+
+def test_a_copy_of_a_backbone_is_one():
+    backbone = Backbone(vim(), 4).eval()
+    for a, b in zip(backbone(images(32, 32)), deepcopy(backbone)(images(32, 32))):
+        assert torch.equal(a, b)

@@ -1,0 +1,185 @@
+"""What segmentation and detection share: any timm model as a backbone that gives feature maps at any image size.
+
+The maps of a Vim are the residual stream with what the block added, its class tokens taken out at their true
+places. Weights of a trained classifier fit in; what of them a backbone has no use for is said.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.models._features import FeatureGetterNet
+from torch import Tensor, nn
+
+from arguments import ConfigError
+from build import as_config_error, check_model_name, create_model, is_vim
+from checkpoint import CheckpointError, load_weights, read_checkpoint
+
+PREFIX = "backbone."
+
+
+class Backbone(nn.Module):
+    """Images (B, C, height, width) of any size -> feature maps (B, E_i, H_i, W_i), the finest first.
+
+    An image that fills no whole number of cells is padded with zeros to the right and below. Where patches
+    overlap it is padded all around as well, so that each map has one vector a `stride` and its middle is there.
+
+    Attributes:
+        channels, strides: of every map; a plain backbone, such as a Vim, has the same stride everywhere.
+
+    Args:
+        model: a timm model that has `forward_intermediates`; it loses what comes after the last map.
+        taps: how many maps, spread evenly over a plain model's blocks or the last stages of a staged one; or the
+            numbers of the blocks or stages.
+    """
+
+    def __init__(self, model: nn.Module, taps: int | list[int]):
+        super().__init__()
+        named = set(model.state_dict())
+        self.heads = head_names(model)
+        taps = choose_taps([info["reduction"] for info in model.feature_info], taps)
+        features = FeatureGetterNet(model, taps)
+        self.taps, self.model = list(features.out_indices), features.model
+        self.channels, self.strides = features.feature_info.channels(), features.feature_info.reduction()
+        self.pruned = named - set(model.state_dict())
+        self.cell = max(self.strides)
+        patch = getattr(getattr(model, "patch_embed", None), "patch_size", self.cell)
+        self.overlap = max(0, max(patch if isinstance(patch, tuple | list) else (patch,)) - self.cell)
+
+    @property
+    def plain(self) -> bool:
+        """Whether all maps have one stride."""
+        return len(set(self.strides)) == 1
+
+    def padding(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Pixels to add on the left, right, top and bottom of an image."""
+        before = self.overlap // 2
+        right, bottom = (-width % self.cell, -height % self.cell)
+        return before, right + self.overlap - before, before, bottom + self.overlap - before
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        padding = self.padding(*x.shape[-2:])
+        if any(padding):
+            x = F.pad(x, padding)
+        return self.model.forward_intermediates(x, indices=self.taps, output_fmt="NCHW", intermediates_only=True)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.model.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self, prefix: str = "") -> set[str]:
+        """Parameters that are never decayed, as they are called in a model that holds this one as `prefix`."""
+        names = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
+        return {f"{prefix}model.{name}" for name in names}
+
+    def group_matcher(self, coarse: bool = False, prefix: str = "") -> dict:
+        """Groups for layer-wise learning rates, in a model that holds this one as `prefix`; the rest is the head."""
+        groups = self.model.group_matcher(coarse=coarse)
+        return {name: _moved(group, f"{prefix}model.") for name, group in groups.items()}
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """What the names of a classifier's parameters begin with, there or not."""
+    heads = model.get_classifier()
+    heads = heads if isinstance(heads, tuple | list) else (heads,)
+    return tuple(f"{name}." for name, module in model.named_modules() if any(module is head for head in heads))
+
+
+def _moved(group, prefix: str):
+    """Patterns of a timm group matcher, for names that begin with `prefix`."""
+    if isinstance(group, list | tuple):
+        return [(_moved(pattern, prefix), suffix) for pattern, suffix in group]
+    return None if group is None else f"^{prefix.replace('.', chr(92) + '.')}(?:{group.replace('^', '')})"
+
+
+def choose_taps(strides: list[int], taps: int | list[int]) -> list[int]:
+    """Numbers of the blocks or stages to take maps from: 4 of 24 blocks are 5, 11, 17, 23.
+
+    Raises ValueError for more than there are.
+    """
+    count = len(strides)
+    wanted = taps if isinstance(taps, int) else max(taps) + 1
+    if not 0 < wanted <= count:
+        raise ValueError(f"taps={taps}: the backbone has {count} blocks or stages, numbered from 0")
+    if not isinstance(taps, int):
+        return list(taps)
+    if len(set(strides)) == 1:
+        return [count * (i + 1) // taps - 1 for i in range(taps)]
+    return list(range(count - taps, count))
+
+
+class DenseModel(nn.Module):
+    """A model around `self.backbone`: what timm's optimiser factory asks for, with the backbone's names moved."""
+
+    backbone: Backbone
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.backbone.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        return self.backbone.no_weight_decay(PREFIX)
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        return self.backbone.group_matcher(coarse, PREFIX)
+
+
+def build_backbone(args, img_size: int | tuple[int, int], taps: int | list[int], say=print) -> Backbone:
+    """The backbone of `--model` with `--drop-path`, `--grad-checkpointing` and `--dt-init-backward`.
+
+    Args:
+        img_size: of the training images: the position embeddings get its grid; other sizes resample them.
+        taps: see `Backbone`.
+
+    Raises ConfigError for a model that is unknown or has no such features.
+    """
+    check_model_name("--model", args.model)
+    arguments = {"num_classes": 0, "img_size": img_size, "drop_path_rate": args.drop_path, "dynamic_img_size": True}
+    if is_vim(args.model):
+        arguments["dt_init_backward"] = args.dt_init_backward
+    model = create_model(args.model, say, **arguments)
+    if not hasattr(model, "forward_intermediates"):
+        raise ConfigError(f"--model {args.model} gives no intermediate features; take a Vim, a ViT, a ResNet, ...")
+    with as_config_error(f"--model {args.model}: "):
+        backbone = Backbone(model, taps)
+    if backbone.overlap:
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        left, right, top, bottom = backbone.padding(height, width)
+        model.set_input_size((top + height + bottom, left + width + right))
+    if args.grad_checkpointing:
+        backbone.set_grad_checkpointing(True)
+    return backbone
+
+
+def load_backbone(args, backbone: Backbone, say=print) -> None:
+    """Give `backbone` the weights of `--finetune`, a classifier's or another dense model's; say what was done.
+
+    Position embeddings are resampled to the backbone's grid, as `--pos-embed-resize` says. What comes after the
+    last map (later blocks, last norm, head) is left out and named; anything else must fit.
+    """
+    checkpoint = read_checkpoint(args.finetune, args.trust_checkpoint)
+    weights = checkpoint.weights("model")
+    inner = f"{PREFIX}model."
+    if any(name.startswith(inner) for name in weights):
+        useless = [name for name in weights if not name.startswith(inner)]
+        weights = {name.removeprefix(inner): value for name, value in weights.items() if name.startswith(inner)}
+    else:
+        useless = [name for name in weights if _after_the_maps(backbone, name)]
+        weights = {name: value for name, value in weights.items() if name not in useless}
+    try:
+        report = load_weights(backbone.model, weights, "finetune", args.pos_embed_resize)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}; is it of --model {args.model}?") from error
+    left_out = ", ".join(dict.fromkeys(name.rpartition(".")[0] or name for name in useless))
+    say(
+        f"backbone from {checkpoint.path} (SHA-256 {checkpoint.sha256[:16]}...): {report}"
+        + (f"; left out: {left_out}" if left_out else "")
+    )
+
+
+def _after_the_maps(backbone: Backbone, name: str) -> bool:
+    return name in backbone.pruned or name.startswith(backbone.heads)
+
+
+def resize_maps(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, (B, C, H, W) -> (B, C, *size), computed in float32: logits keep their sums."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x.float(), size=tuple(size), mode="bilinear", align_corners=False)
