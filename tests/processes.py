@@ -4,11 +4,15 @@ A fork server imports the program once; a run then starts within a fraction of a
 """
 
 import argparse
+import atexit
 import hashlib
 import multiprocessing
 import os
 import shlex
+import signal
 import sys
+import threading
+import time
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +44,7 @@ def start(flags: str, out: Path, rank: int = 0, size: int = 1, **environment: st
     process = CONTEXT.Process(target=_main, args=(shlex.split(flags), out, environment))
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the server's own imports need it
         process.start()
+    atexit.register(process.kill)  # before multiprocessing's own, which waits for it
     return process
 
 
@@ -62,7 +67,21 @@ def end(processes: list, seconds: float = 120) -> list[int]:
                 process.kill()
 
 
+def _end_with_parent() -> None:
+    """Die when the tests do, however they ended: a run that hangs on purpose would stay for ever."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_for_a_step(process, out: Path) -> None:
+    """Until a run has printed its first step."""
+    while process.is_alive() and not (out.exists() and "  step " in out.read_text()):
+        time.sleep(0.01)
+
+
 def _main(flags: list[str], out: Path, environment: dict[str, str]) -> None:
+    os.setpgid(0, 0)  # as launchers start it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(environment)
     torch.set_num_threads(1)
     descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

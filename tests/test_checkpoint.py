@@ -248,6 +248,8 @@ def test_web_addresses_are_fetched_once(tmp_path, monkeypatch):
         found = read_checkpoint("https://example.org/weights/vim.pth?download=true")
         assert equal(found.weights(), filled(vim(), 1))
     assert fetched == ["https://example.org/weights/vim.pth?download=true"]
+    read_checkpoint("https://example.org/other/vim.pth")
+    assert len(fetched) == 2, "another file of the same name"
 
 
 def test_web_address_that_cannot_be_reached(tmp_path, monkeypatch):

@@ -99,19 +99,31 @@ def test_preprocessing_is_that_of_the_evaluation(photos):
         [0.229, 0.224, 0.225]))  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", ["no such image", "empty folder", "broken image", "no checkpoint", "no GPU"])
+def test_a_place_for_the_output_that_is_not_there_is_said_before_the_work(photos, capsys):
+    assert run(photos, "--output", str(photos / "absent" / "out.csv")) == 4
+    expected = f"error: --output {photos}/absent/out.csv: its folder does not exist; make it first\n"
+    assert capsys.readouterr().err == expected
+
+
+FAULTS = ["no such image", "empty folder", "broken image", "no checkpoint", "no such device", "no such GPU"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_mistakes_are_one_line(tmp_path, capsys, fault):
     (tmp_path / "photos").mkdir()
     if fault == "broken image":
         (tmp_path / "photos" / "bad.jpg").write_bytes(b"no picture")
-    elif fault != "empty folder":
+    elif fault == "empty folder":
+        (tmp_path / "photos" / "a.jpg").mkdir()
+    else:
         random_image(0).save(tmp_path / "photos" / "a.jpg")
     checkpoint = tmp_path / "absent.pth" if fault == "no checkpoint" else write_checkpoint(tmp_path)
     images = tmp_path / ("absent" if fault == "no such image" else "photos")
-    device = "tpu-v9" if fault == "no GPU" else "cpu"
+    device = {"no such device": "tpu-v9", "no such GPU": "cuda:99"}.get(fault, "cpu")
     assert predict.main([str(images), "--checkpoint", str(checkpoint), "--device", device]) == 4
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert {
         "no such image": "does not exist", "empty folder": "holds no images", "broken image": "bad.jpg",
-        "no checkpoint": "absent.pth does not exist", "no GPU": "--device tpu-v9",
+        "no checkpoint": "absent.pth does not exist", "no such device": "--device tpu-v9",
+        "no such GPU": "--device cuda:99: this torch sees no such device",
     }[fault] in line  # fmt: skip

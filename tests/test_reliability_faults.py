@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -19,11 +20,12 @@ import torch
 
 import distributed
 import faults
+import report
 from checkpoint import CheckpointError, CheckpointWriter, latest_checkpoint, read_checkpoint
 from datasets import ImageDataset
 from helpers import write_image_folder
 from main import main
-from processes import QUICK, STEPS, end, fault, no_pictures, pieces, start_ranks  # noqa: F401
+from processes import QUICK, STEPS, end, fault, no_pictures, pieces, start, start_ranks, wait_for_a_step  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,6 +57,29 @@ def test_a_fault_strikes_at_its_step_on_its_rank_and_not_after_a_restart(monkeyp
         assert faults.before_exchange(3, 1, loss).isnan()
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
         assert faults.before_exchange(3, 1, loss) is loss
+
+
+def test_a_signal_from_outside_ends_the_tests_and_not_the_run_under_test():
+    """conftest.py: else whoever stops pytest would only end one test."""
+    with distributed.StopSignal() as stop:
+        with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received == "SIGTERM"
+
+
+def test_a_run_in_a_thread_leaves_signals_to_the_main_one():
+    """Python has no handlers elsewhere, and to be told so would end the run."""
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def run():
+        with distributed.StopSignal() as stop:
+            seen.append((stop.received, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [(None, before)]
 
 
 # --- R11: no hang
@@ -126,19 +151,13 @@ def test_a_loader_process_that_dies_is_one_line(tmp_path, monkeypatch, capsys):
 
 def test_a_signal_to_the_process_group_spares_the_loader(tmp_path):
     """As torchrun and a terminal send them: the run must be able to finish its step and save."""
-    code = (
-        "import os, signal, sys; os.setpgid(0, 0); sys.path[:0] = ['tests', 'vim']\n"
-        "import processes, engine; from main import main\n"
-        "true_step = engine.training_step\n"
-        "def step(run, *batches):\n"
-        "    if run.progress.step == 3: os.killpg(0, signal.SIGTERM)\n"
-        "    return true_step(run, *batches)\n"
-        "engine.training_step = step\n"
-        f"sys.exit(main({QUICK.split()!r} + ['--num_workers', '2', '--output_dir', {str(tmp_path)!r}]))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == distributed.EXIT_REQUEUE, done.stderr
-    assert read_checkpoint(tmp_path / "checkpoint.pth").step == 4
+    out = tmp_path / "out"
+    process = start(f"{QUICK} --num_workers 2 --epochs 500 --output_dir {tmp_path}", out)
+    wait_for_a_step(process, out)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert end([process]) == [distributed.EXIT_REQUEUE], out.read_text()
+    step = read_checkpoint(tmp_path / "checkpoint.pth").step
+    assert step > 0 and f"stopped by SIGTERM at epoch {1 + step // STEPS}" in out.read_text()
 
 
 # --- R6: one decision
@@ -200,6 +219,17 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(tmp_path, capsy
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_log_that_cannot_be_written_is_one_line(number, tmp_path, monkeypatch, capsys):
+    def write(path, text):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(report, "replace_text", write)
+    assert run(f"{QUICK} --epochs 1 --checkpoint-steps 4", tmp_path) == distributed.EXIT_USAGE
+    assert f"log.txt: {os.strerror(number)}; the last checkpoint is whole" in one_line(capsys)
+    assert read_checkpoint(latest_checkpoint(tmp_path, on_rejected=pytest.fail)).step == 8
+
+
 @pytest.mark.slow
 def test_a_full_disk_of_rank_0_ends_all_ranks(tmp_path):
     flags = f"{QUICK} --batch-size 64 --checkpoint-steps 4 --output_dir {tmp_path}"
@@ -258,8 +288,6 @@ def test_a_disk_of_two_megabytes_keeps_the_first_checkpoint(tmp_path):
 
 def test_the_state_that_is_written_is_that_of_the_call(tmp_path, monkeypatch):
     """Training changes the tensors while the thread writes."""
-    import threading
-
     import checkpoint
 
     gate, true_store = threading.Event(), checkpoint.store_checkpoint

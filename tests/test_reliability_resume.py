@@ -15,7 +15,7 @@ import engine
 from checkpoint import latest_checkpoint, read_checkpoint
 from distributed import EXIT_REQUEUE
 from main import main
-from processes import QUICK, STEPS, end, fault, no_pictures, pieces, start, start_ranks  # noqa: F401
+from processes import QUICK, STEPS, end, fault, no_pictures, pieces, start, start_ranks, wait_for_a_step  # noqa: F401
 
 
 def run(flags: str, folder: Path) -> int:
@@ -32,25 +32,25 @@ def differing(a: Path, b: Path) -> list[str]:
 
 
 STOPS = {
-    "in mid-epoch": ("", 3),
-    "in the last step of an epoch": ("", STEPS - 1),
-    "in the first step of an epoch, without an average": ("--no-model-ema", STEPS),
-    "accumulation, in its short last group": ("--accum-steps 2", 5),
-    "bfloat16": ("--if_amp", 14),
-    "workers, dropout, no repeated augmentation": ("--num_workers 2 --drop 0.1 --no-repeated-aug", 3),
-    "lamb, rate by step, clipped": ("--opt lamb --sched-on-updates --clip-grad 1", 15),
+    "in mid-epoch": ("", "sigusr1@3"),
+    "in the last step of an epoch": ("", f"sigterm@{STEPS - 1}"),
+    "in the first step of an epoch, without an average": ("--no-model-ema", f"sigint@{STEPS}"),
+    "accumulation, in its short last group": ("--accum-steps 2", "sigterm@5"),
+    "bfloat16": ("--if_amp", "sigusr1@14"),
+    "workers, dropout, no repeated augmentation": ("--num_workers 2 --drop 0.1 --no-repeated-aug", "sigint@3"),
+    "lamb, rate by step, clipped": ("--opt lamb --sched-on-updates --clip-grad 1", "sigterm@15"),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", STOPS)
 def test_a_stopped_run_resumes_bit_for_bit(setting, tmp_path):
-    flags, step = STOPS[setting]
+    flags, stop = STOPS[setting]
     flags = f"{QUICK} --seed 3 {flags}"
     assert run(flags, tmp_path / "whole") == 0
-    with fault(f"sigusr1@{step}"):
+    with fault(stop):
         assert run(flags, tmp_path / "parts") == EXIT_REQUEUE
-    assert read_checkpoint(tmp_path / "parts" / "checkpoint.pth").step == step + 1
+    assert read_checkpoint(tmp_path / "parts" / "checkpoint.pth").step == int(stop.partition("@")[2]) + 1
     assert run(flags, tmp_path / "parts") == 0
     assert differing(tmp_path / "whole", tmp_path / "parts") == []
 
@@ -69,7 +69,9 @@ def test_a_run_stopped_during_an_evaluation_finishes_it_first(tmp_path, monkeypa
     assert read_checkpoint(tmp_path / "parts" / "checkpoint.pth").step == STEPS
     assert run(QUICK, tmp_path / "parts") == 0
     assert differing(tmp_path / "whole", tmp_path / "parts") == []
-    assert "on the way: 1 x stopped, 1 x resumed; see incidents.txt" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"checkpoint-{STEPS:08d}.pth (SHA-256 " in text
+    assert "on the way: 1 x stopped, 1 x resumed; see incidents.txt" in text
 
 
 DROPPED = {
@@ -103,12 +105,6 @@ def test_the_comparison_sees_a_lost_average(tmp_path, monkeypatch):
 
 
 # --- R1 and R2: killed without warning
-
-
-def wait_for_a_step(process, out: Path) -> None:
-    """Until a run has printed its first step."""
-    while process.is_alive() and not (out.exists() and "  step " in out.read_text()):
-        time.sleep(0.01)
 
 
 @pytest.mark.slow

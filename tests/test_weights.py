@@ -9,10 +9,12 @@ import timm
 import torch
 
 import hub
+import main
 import models_mamba
 from checkpoint import CheckpointError, load_weights, read_checkpoint
 from oracle_cases import fill
 from pretrained import PUBLISHED
+from processes import QUICK
 from small_weights import CLASS_NAMES, TWO_BLOCKS, small_model, write_checkpoint
 
 
@@ -170,6 +172,18 @@ def test_an_exported_folder_loads_in_timm(tmp_path, capsys):
     assert adapted(torch.randn(1, 3, 16, 32)).shape == (1, 5)
 
 
+@pytest.mark.slow
+def test_fine_tuning_from_a_rectangle_finds_its_grid_in_the_file(tmp_path, capsys):
+    model = timm.create_model("vim_two_blocks", img_size=(8, 12), num_classes=10)
+    args = argparse.Namespace(model="vim_two_blocks", input_size=(8, 12), num_classes=10)
+    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "rectangle.pth")
+    assert hub.grid_of(read_checkpoint(tmp_path / "rectangle.pth")) == (2, 3)
+    assert hub.grid_of(read_checkpoint(write_checkpoint(tmp_path))) is None
+    flags = f"{QUICK} --epochs 1 --input-size 16x8 --no-model-ema --finetune {tmp_path / 'rectangle.pth'}"
+    assert main.main(flags.split()) == 0
+    assert "pos_embed resampled from 2 x 3 to 4 x 2" in capsys.readouterr().out
+
+
 def test_push_uploads_the_same_folder(tmp_path, monkeypatch, capsys):
     """Everything but the network: what would be uploaded loads back."""
     from huggingface_hub import HfApi, RepoUrl
@@ -200,7 +214,7 @@ def test_push_without_a_network_is_one_line(tmp_path, hub_cache, capsys):
     "content, expected",
     [
         ({"head.weight": torch.zeros(2, 3)}, "holds no Vim"),
-        ({"model": {"a": torch.zeros(1)}, "args": argparse.Namespace(model="vit_of_mine")}, "vit_of_mine is not reg"),
+        ({"model": {"a": torch.zeros(1)}, "args": argparse.Namespace(model="vit_of_mine")}, "'vit_of_mine' is not r"),
     ],
 )
 def test_a_file_of_something_else_is_one_line(tmp_path, capsys, content, expected):

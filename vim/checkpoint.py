@@ -128,8 +128,8 @@ def _fetch_from_hub(name: str) -> Path:
 
 
 def _fetch_from_web(url: str) -> Path:
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    file = folder / Path(urlparse(url).path).name
+    folder = Path(torch.hub.get_dir()) / "checkpoints" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    file = folder / Path(urlparse(url).path).name  # many a file is called best_checkpoint.pth
     if file.is_file():
         return file
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -187,7 +188,8 @@ def seed_step(seed: int, micro_batch: int, rank: int) -> None:
 class StopSignal:
     """Remembers that SIGTERM, SIGUSR1 or SIGINT came, so that the loop can finish its step and save.
 
-    A second SIGINT interrupts at once, as a person at a keyboard expects.
+    A second SIGINT interrupts at once, as a person at a keyboard expects. Handlers are put back on leaving, and
+    are Python's to set in the main thread alone: a run in another one is not stopped by signals.
     """
 
     HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -197,12 +199,13 @@ class StopSignal:
         self._previous = {}
 
     def __enter__(self) -> StopSignal:
-        self._previous = {number: signal.signal(number, self._remember) for number in self.HANDLED}
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._remember) for number in self.HANDLED}
         return self
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that Python did not set
 
     def _remember(self, number, frame) -> None:
         if self.received and number == signal.SIGINT:

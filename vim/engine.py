@@ -391,7 +391,8 @@ def restore(run: Run, checkpoint: Checkpoint) -> str:
     if run.scaler.is_enabled() and checkpoint.scaler:
         run.scaler.load_state_dict(checkpoint.scaler)
     restore_progress(run, checkpoint)
-    return f"{checkpoint.path}: {', '.join(known)}; goes on at {run.progress.position}"
+    file = f"{checkpoint.path} (SHA-256 {checkpoint.sha256[:16]}...)"
+    return f"{file}: {', '.join(known)}; goes on at {run.progress.position}"
 
 
 def load_optimizer(run: Run, checkpoint: Checkpoint) -> None:

@@ -47,6 +47,7 @@ def export_onnx(program: ExportedProgram, path: Path) -> None:
     )
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=1)(found.model)
     passes.DeduplicateInitializersPass()(found.model)
+    passes.ClearMetadataAndDocStringPass()(found.model)  # half of the file: where in whose sources each node is from
     found.save(path)
 
 

@@ -5,6 +5,7 @@ Anything that is not named here is a fault of the program and keeps its tracebac
 
 from __future__ import annotations
 
+import errno
 import math
 
 import torch
@@ -16,6 +17,9 @@ from datasets import DataError
 from distributed import EXIT_FAILED, EXIT_NONFINITE, EXIT_USAGE, PeerError
 from engine import NonFiniteError
 
+# A log, a picture or a tracker's file that cannot be written; checkpoints have an error of their own.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
 
 def explain(error: Exception, args=None) -> tuple[int, str] | None:
     """(exit code, one line) for an error that is not the program's fault, else None."""
@@ -25,6 +29,9 @@ def explain(error: Exception, args=None) -> tuple[int, str] | None:
         return EXIT_USAGE, str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return EXIT_USAGE, out_of_memory(error, args)
+    if isinstance(error, OSError) and error.errno in FULL:
+        where = error.filename or getattr(args, "output_dir", "")
+        return EXIT_USAGE, f"{where}: {error.strerror}; the last checkpoint is whole, --resume auto goes on from it"
     if isinstance(error, RuntimeError):
         line = loader_failure(error, args) or lost_rank(error)
         return (EXIT_FAILED, line) if line else None

@@ -5,6 +5,7 @@ python checkpoint.py export FILE --ema OUT [--push OWNER/REPO]
 """
 
 import argparse
+import difflib
 import math
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import timm
+import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from timm.layers import to_2tuple
 from timm.models import push_to_hf_hub, save_for_hf
@@ -48,7 +50,9 @@ def identify(checkpoint: Checkpoint, name: str | None = None) -> Identity:
     if name is not None and name not in VARIANTS and timm.is_model(name):
         return Identity(name, _arguments_of_any(checkpoint, state_dict))
     if name is not None and name not in VARIANTS:
-        raise CheckpointError(f"{checkpoint.path}: its model {name} is not registered with timm; give --model NAME")
+        near = difflib.get_close_matches(name, [*SHORT_NAMES, *timm.list_models()], n=3)
+        advice = f"; did you mean {' or '.join(near)}?" if near else "; give --model NAME"
+        raise CheckpointError(f"{checkpoint.path}: the model {name!r} is not registered with timm{advice}")
     if "patch_embed.proj.weight" not in state_dict or "layers.0.mixer.in_proj.weight" not in state_dict:
         raise CheckpointError(f"{checkpoint.path} holds no Vim ({len(state_dict)} tensors); give --model NAME")
     facts = _shape_facts(state_dict)
@@ -57,6 +61,15 @@ def identify(checkpoint: Checkpoint, name: str | None = None) -> Identity:
     size = getattr(checkpoint.args, "input_size", None) or _image_size(state_dict, defaults, side, checkpoint)
     facts |= {"img_size": size, "stride": _stride(state_dict, defaults, size, facts)}
     return Identity(name, _differing(facts, defaults, side))
+
+
+def grid_of(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """(H, W) in patches of the images that a file's model was built for; None for squares, which need no telling."""
+    size = getattr(checkpoint.args, "input_size", None)
+    if size is None or isinstance(size, int):
+        return None
+    with torch.device("meta"):
+        return tuple(identify(checkpoint).create().patch_embed.grid_size)
 
 
 def _arguments_of_any(checkpoint: Checkpoint, state_dict: dict[str, Tensor]) -> dict:

@@ -97,8 +97,10 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"--device {name}: expected cpu, cuda, mps or auto") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {name}: this torch sees no GPU; use --device cpu or --device auto")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each backend has its own way to say no
+        raise ConfigError(f"--device {name}: this torch sees no such device; use --device cpu or auto") from error
     return device
 
 
@@ -149,7 +151,9 @@ def find_images(paths: list[str]) -> list[Path]:
     found = []
     for path in map(Path, paths):
         if path.is_dir():
-            images = sorted(file for file in path.rglob("*") if file.name.lower().endswith(IMG_EXTENSIONS))
+            images = sorted(
+                file for file in path.rglob("*") if file.name.lower().endswith(IMG_EXTENSIONS) and file.is_file()
+            )
             if not images:
                 raise DataError(f"{path} holds no images (their names end in {' '.join(IMG_EXTENSIONS)})")
             found += images

@@ -21,6 +21,7 @@ from classification import Classification
 from datasets import DataBundle, build_datasets
 from distributed import EXIT_DONE, World, together
 from engine import Run, build_val_loader, fit, restore
+from hub import grid_of
 from report import RunLog
 from subsets import ClassSubset, check_valid_labels, evaluate_real, read_real_labels, valid_labels
 from summary import summary
@@ -70,7 +71,8 @@ def execute(args, world: World) -> int:
         model = build_model(args, data.num_classes, log.say).to(world.device)
         if args.finetune:
             checkpoint = read_checkpoint(args.finetune, args.trust_checkpoint)
-            report = load_weights(model, checkpoint.weights(), "finetune", args.pos_embed_resize)
+            grid = grid_of(checkpoint)
+            report = load_weights(model, checkpoint.weights(), "finetune", args.pos_embed_resize, grid)
             log.say(f"fine-tuning {checkpoint.path} (SHA-256 {checkpoint.sha256[:16]}...): {report}")
     if args.eval:
         return evaluate_checkpoint(args, world, model, data, log)

@@ -79,6 +79,8 @@ def as_json(results: list[dict]) -> str:
 
 
 def command(args: argparse.Namespace) -> None:
+    if args.output and not Path(args.output).absolute().parent.is_dir():
+        raise DataError(f"--output {args.output}: its folder does not exist; make it first")
     files = find_images(args.images)
     classifier = load_classifier(args)
     print(f"{classifier.description}; {len(files)} images on {classifier.device}", file=sys.stderr)

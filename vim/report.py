@@ -149,8 +149,9 @@ class RunLog:
         """Say something that a smooth run would not, and add it to incidents.txt, which outlives the process."""
         self.say(text)
         if self.dir:
-            with open(self.dir / "incidents.txt", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"kind": kind, "step": step, "text": text}) + "\n")
+            path = self.dir / "incidents.txt"
+            before = path.read_text(encoding="utf-8") if path.exists() else ""
+            replace_text(path, before + json.dumps({"kind": kind, "step": step, "text": text}) + "\n")
 
     def incidents(self) -> Counter:
         """How often each of INCIDENTS happened to this run, in all of its processes."""
@@ -224,9 +225,12 @@ def make_folder(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a whole file at once, so that a reader never sees half of it."""
+    """Write a whole file at once, so that nobody ever sees half of it, not after a crash either."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
