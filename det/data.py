@@ -9,6 +9,7 @@ from torch import Tensor
 from augment import counter_randomness, size_of
 from datasets import BrokenImage, DataBundle, DataError, ImageDataset
 from det.coco import CocoSource, coco_source
+from det.digits import scene_source
 from det.views import large_scale_jitter, pixels, targets, whole
 from samplers import SampleKey
 
@@ -65,7 +66,7 @@ def collate(items: list[Item]) -> tuple[list[Tensor], list[dict]]:
 
 def build_datasets(args) -> DataBundle:
     """The data of `--data-path`, or generated scenes, checked. With `args.eval` the held-out half alone is read."""
-    train, val = coco_halves(args)
+    train, val = coco_halves(args) if args.data_path else scene_halves(args)
     size = size_of(args.input_size)
     data_set = None
     if train is not None:
@@ -85,6 +86,12 @@ def coco_halves(args) -> tuple[CocoSource | None, CocoSource]:
     root = Path(args.data_path).expanduser()
     train = None if args.eval else coco_source(root, "train")
     return train, coco_source(root, "val", train and train.categories)
+
+
+def scene_halves(args) -> tuple[CocoSource | None, CocoSource]:
+    side = max(size_of(args.input_size))
+    train = None if args.eval else scene_source("train", side, args.train_scenes)
+    return train, scene_source("val", side, args.val_scenes)
 
 
 def describe(source: CocoSource) -> str:

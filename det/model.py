@@ -21,6 +21,7 @@ from torchvision.models.detection.roi_heads import RoIHeads, paste_masks_in_imag
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import resize_boxes
 
+from dense import Backbone, DenseModel
 from det.cascade import AgnosticPredictor, CascadeRoIHeads, PyramidRoIAlign
 from det.pyramid import SCALES, SimpleFeaturePyramid
 
@@ -42,10 +43,11 @@ class DetectorSettings:
     box_convs: int = 4
     box_width: int = 1024  # of the fully connected layer
     mask_convs: int = 4
+    proposals: int = 1000  # boxes of an image that the heads are shown
     roi_samples: int = 512  # boxes of an image that the heads are trained on
     roi_side: float = 224.0  # a box of this side is read from the level of stride 16
     score_threshold: float = 0.05
-    square: int | None = None  # pad every batch to this side; None: to the largest image of the batch
+    pad: tuple[int, int] | None = None  # height and width that images are filled up to; None: the batch's largest
 
     def __post_init__(self):
         if self.detector not in DETECTORS:
@@ -58,23 +60,23 @@ class DetectorSettings:
             )
 
 
-class Detector(nn.Module):
+class Detector(DenseModel):
     """Images to losses (training) or to detections (evaluation).
 
     Args:
-        backbone: image (B, 3, height, width) -> list whose last entry is a map (B, E, H, W).
-        channels, stride: E, and image pixels to a pixel of that map.
+        backbone: image (B, 3, height, width) -> maps, of which the last one counts, (B, E, H, W).
         num_classes: of objects, background not counted; labels run from 1 to `num_classes`.
     """
 
-    def __init__(self, backbone: nn.Module, channels: int, stride: int, num_classes: int, settings: DetectorSettings):
+    def __init__(self, backbone: Backbone, num_classes: int, settings: DetectorSettings):
         super().__init__()
-        self.square = settings.square
+        channels, stride = backbone.channels[-1], backbone.strides[-1]
+        self.size = settings.pad
         self.backbone = backbone
         self.pyramid = SimpleFeaturePyramid(channels, settings.pyramid_channels, stride, settings.pyramid_scales)
         self.divisor = max(stride, self.pyramid.all_strides[-1])  # so that every level has exactly its stride
-        if self.square is not None and self.square % self.divisor:
-            raise ValueError(f"a square of {self.square} pixels: take a multiple of {self.divisor}")
+        if self.size is not None and any(side % self.divisor for side in self.size):
+            raise ValueError(f"images filled up to {self.size} pixels: take multiples of {self.divisor}")
         self.rpn = build_rpn(settings)
         self.roi_heads = build_roi_heads(settings, self.pyramid, num_classes + 1)
 
@@ -100,16 +102,14 @@ class Detector(nn.Module):
 
     def pad(self, images: list[Tensor]) -> Tensor:
         """B of (3, height, width) -> (B, 3, H, W), zeros to the right and below."""
-        height, width = (
-            self.square or -(-max(image.shape[side] for image in images) // self.divisor) * self.divisor
-            for side in (-2, -1)
+        height, width = self.size or (
+            -(-max(image.shape[side] for image in images) // self.divisor) * self.divisor for side in (-2, -1)
         )
         for image in images:
             if image.shape[-2] > height or image.shape[-1] > width:
-                raise ValueError(f"an image of {tuple(image.shape[-2:])} does not fit a square of {self.square}")
-        return torch.stack(
-            [F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images]
-        )
+                raise ValueError(f"an image of {tuple(image.shape[-2:])} does not fit {self.size}")
+        room = [(0, width - image.shape[-1], 0, height - image.shape[-2]) for image in images]
+        return torch.stack([F.pad(image, sides) for image, sides in zip(images, room)])
 
 
 def build_rpn(settings: DetectorSettings) -> RegionProposalNetwork:
@@ -124,8 +124,8 @@ def build_rpn(settings: DetectorSettings) -> RegionProposalNetwork:
         bg_iou_thresh=0.3,
         batch_size_per_image=256,
         positive_fraction=0.5,
-        pre_nms_top_n={"training": 2000, "testing": 1000},
-        post_nms_top_n={"training": 1000, "testing": 1000},
+        pre_nms_top_n={"training": 2 * settings.proposals, "testing": settings.proposals},
+        post_nms_top_n={"training": settings.proposals, "testing": settings.proposals},
         nms_thresh=0.7,
     )
 

@@ -11,6 +11,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign, box_iou
 
 import models_mamba  # noqa: F401  (registers its models)
+from dense import Backbone
 from det.cascade import AgnosticPredictor, CascadeRoIHeads, PyramidRoIAlign, match, refine
 from det.model import Detector, DetectorSettings, build_roi_heads, build_rpn, in_original
 from det.pyramid import SimpleFeaturePyramid
@@ -21,8 +22,10 @@ SMALL = DetectorSettings(
 )  # fmt: skip
 
 
-class TwoConvolutions(nn.Module):
-    """A backbone of stride 4 that costs nothing."""
+class OneConvolution(nn.Module):
+    """In the place of `dense.Backbone`: stride 4, at no cost."""
+
+    channels, strides = [8], [4]
 
     def __init__(self, channels=8):
         super().__init__()
@@ -35,7 +38,7 @@ class TwoConvolutions(nn.Module):
 def small_detector(detector="cascade", num_classes=3, **settings):
     torch.manual_seed(0)
     settings = DetectorSettings(**{**vars(SMALL), "detector": detector, **settings})
-    return Detector(TwoConvolutions(), 8, 4, num_classes, settings)
+    return Detector(OneConvolution(), num_classes, settings)
 
 
 def scene(height, width, boxes, labels):
@@ -262,7 +265,7 @@ def test_a_batch_of_mixed_sizes_detects_inside_each_image():
 
 @torch.no_grad()
 def test_an_image_is_detected_alike_whatever_stands_beside_it():
-    model = small_detector(score_threshold=0.0, square=64).eval()
+    model = small_detector(score_threshold=0.0, pad=(64, 64)).eval()
     images, _ = two_scenes()
     alone, beside = model(images[:1])[0], model(images)[0]
     torch.testing.assert_close(beside["boxes"], alone["boxes"], rtol=1e-4, atol=1e-3)
@@ -275,14 +278,14 @@ def test_padding_is_zero_to_the_right_and_below_and_in_whole_strides():
     padded = model.pad(images)
     assert padded.shape == (2, 3, 48, 64) and model.divisor == 16
     assert padded[1, :, :17, :33].min() == 1 and padded[1].sum() == 3 * 17 * 33
-    assert small_detector(square=96).pad(images).shape == (2, 3, 96, 96)
+    assert small_detector(pad=(96, 96)).pad(images).shape == (2, 3, 96, 96)
 
 
 def test_an_image_larger_than_the_square_is_refused():
-    with pytest.raises(ValueError, match="does not fit a square of 32"):
-        small_detector(square=32).pad([torch.ones(3, 40, 20)])
-    with pytest.raises(ValueError, match="multiple of 16"):
-        small_detector(square=40)
+    with pytest.raises(ValueError, match="fit"):
+        small_detector(pad=(32, 32)).pad([torch.ones(3, 40, 20)])
+    with pytest.raises(ValueError, match="multiples of 16"):
+        small_detector(pad=(40, 32))
 
 
 def test_anchors_stand_on_every_levels_stride_at_odd_grids():
@@ -340,13 +343,11 @@ def test_the_defaults_are_vitdets():
 def test_a_vim_of_4096_tokens_detects():
     """1024 pixels and patches of 16: one forward and backward pass through the fused block."""
     torch.manual_seed(0)
-    backbone = create_model(
-        "vim_nano_patch4_32", features_only=True, img_size=1024, patch_size=16, depth=1, out_indices=(0,)
-    )
+    vim = create_model("vim_nano_patch4_32", num_classes=0, img_size=1024, patch_size=16, depth=1)
     settings = DetectorSettings(**{
-        **vars(SMALL), "pyramid_scales": (1.0, 0.5), "anchor_sizes": (64, 128, 256), "square": 1024
+        **vars(SMALL), "pyramid_scales": (1.0, 0.5), "anchor_sizes": (64, 128, 256), "pad": (1024, 1024)
     })  # fmt: skip
-    model = Detector(backbone, 64, 16, 3, settings).train()
+    model = Detector(Backbone(vim, 1), 3, settings).train()
     image, target = scene(700, 1000, [[40, 40, 200, 240]], [1])
     sum(model([image], [target]).values()).backward()
     assert all(p.grad.isfinite().all() for p in model.pyramid.parameters())

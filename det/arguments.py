@@ -1,0 +1,135 @@
+"""The command line of `det/train.py`: the shared flags of `vim/arguments.py` and a detector's own.
+
+Defaults are ViTDet's for COCO, as Vim's authors used them: images of 1024 pixels, 100 epochs of batches of 64.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from arguments import COMMON_FLAGS, ConfigError, Program, fraction, image_size, natural_int, parse_args, positive_int
+from augment import size_of
+from det.model import DETECTORS, DetectorSettings
+from det.pyramid import SCALES
+
+PADS = ("square", "batch")
+
+
+def add_scene_flags(parser) -> None:
+    add = parser.add_argument_group("generated scenes").add_argument
+    add("--train-scenes", default=2000, type=positive_int, help="to train on where there is no --data-path")
+    add("--val-scenes", default=200, type=positive_int, help="to evaluate on, of digits that are in no other")
+
+
+def add_view_flags(parser) -> None:
+    add = parser.add_argument_group("what the model sees").add_argument
+    add(
+        "--input-size",
+        default=1024,
+        type=image_size,
+        help="pixels into which an image is fitted: 1024, or 768x1024 for height x width",
+    )
+    add(
+        "--scale-range",
+        default=[0.1, 2.0],
+        type=float,
+        nargs=2,
+        metavar="FACTOR",
+        help="large-scale jitter: training images are scaled by so much of fitting --input-size, then cut to it",
+    )
+    add("--flip-prob", default=0.5, type=fraction, metavar="P", help="of mirroring a training image")
+    add(
+        "--pad",
+        default="square",
+        choices=PADS,
+        help="fill images up to --input-size, or to the largest of the batch, which keeps rectangles",
+    )
+
+
+def add_detector_flags(parser) -> None:
+    add, default = parser.add_argument_group("detector").add_argument, DetectorSettings()
+    add("--detector", default="cascade", choices=DETECTORS, help="Cascade Mask R-CNN or plain Mask R-CNN")
+    add("--pyramid-channels", default=default.pyramid_channels, type=positive_int, help="of every level")
+    add(
+        "--pyramid-scales",
+        default=list(SCALES),
+        type=float,
+        nargs="+",
+        metavar="FACTOR",
+        help="sizes of the levels over the backbone's map; one more level follows by itself",
+    )
+    add(
+        "--anchor-sizes",
+        default=list(default.anchor_sizes),
+        type=float,
+        nargs="+",
+        metavar="PIXELS",
+        help="sides of the boxes that proposals start from, one a level, the last level's too",
+    )
+    add("--rpn-convs", default=default.rpn_convs, type=positive_int, help="convolutions of the proposal network")
+    add("--box-convs", default=default.box_convs, type=natural_int, help="convolutions of a box head")
+    add("--box-width", default=default.box_width, type=positive_int, help="of a box head's fully connected layer")
+    add("--mask-convs", default=default.mask_convs, type=positive_int, help="convolutions of the mask head")
+    add("--proposals", default=default.proposals, type=positive_int, help="boxes of an image that the heads are shown")
+    add("--roi-samples", default=default.roi_samples, type=positive_int, help="boxes of an image that train the heads")
+    add(
+        "--roi-side",
+        default=default.roi_side,
+        type=float,
+        metavar="PIXELS",
+        help="a box of this side is read from the level of stride 16, one of half from the level before",
+    )
+    add("--score-threshold", default=default.score_threshold, type=fraction, help="least score of a detection")
+
+
+def settings_of(args: argparse.Namespace) -> DetectorSettings:
+    """The detector that the flags describe. Raises ConfigError for one that cannot be."""
+    names = ("detector", "pyramid_channels", "rpn_convs", "box_convs", "box_width", "mask_convs", "proposals",
+             "roi_samples", "roi_side", "score_threshold")  # fmt: skip
+    lists = {name: tuple(getattr(args, name)) for name in ("pyramid_scales", "anchor_sizes")}
+    pad = size_of(args.input_size) if args.pad == "square" else None
+    try:
+        return DetectorSettings(**{name: getattr(args, name) for name in names}, **lists, pad=pad)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def check(args: argparse.Namespace) -> None:
+    low, high = args.scale_range
+    if not 0 < low <= high:
+        raise ConfigError(f"--scale-range {low:g} {high:g}: expected two factors above 0, the smaller one first")
+    if args.compile:
+        raise ConfigError("--compile: a detector's boxes change in number at every step; leave it out")
+    if not args.data_path and not args.flip_prob == 0:
+        raise ConfigError(f"--flip-prob {args.flip_prob:g}: a mirrored digit is none; generated scenes need 0")
+    settings_of(args)
+
+
+PROGRAM = Program(
+    prog="train.py",
+    description="Train and evaluate Cascade Mask R-CNN or Mask R-CNN on a Vim, or on any plain timm backbone.",
+    epilog="--data-path takes COCO's folder. Without it, scenes are composed from scikit-learn's digits.",
+    groups=(*COMMON_FLAGS, add_scene_flags, add_view_flags, add_detector_flags),
+    resolve=lambda args: None,
+    check=check,
+    defaults={
+        "model": "vim_tiny_patch16_224",
+        "epochs": 100,
+        "lr": 1e-4,
+        "unscale_lr": True,
+        "weight_decay": 0.1,
+        "layer_decay": 0.837,
+        "sched": "multistep",
+        "sched_on_updates": True,
+        "decay_milestones": [88.89, 96.30],
+        "warmup_steps": 250,
+        "warmup_lr": 1e-7,
+        "model_ema": False,
+        "dist_eval": True,
+    },
+)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """As `arguments.parse_args`, for this program."""
+    return parse_args(argv, PROGRAM)

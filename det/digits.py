@@ -1,0 +1,38 @@
+"""The generated scenes of `vim/scenes.py` in COCO's form: real handwriting to detect without a download."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as rle
+
+from det.coco import CocoSource
+from scenes import CLASS_NAMES, Scene, Scenes
+
+
+def scene_source(split: str, size: int, count: int) -> CocoSource:
+    """`count` square scenes of `size` pixels, "train" or "val"; the digits 0 to 9 are the categories 1 to 10."""
+    found = [scene for scene in Scenes(split, size, count)]
+    pictures = [scene.image for scene in found]
+    categories = {number: name for number, name in enumerate(CLASS_NAMES, start=1)}
+    images = [{"id": i, "file_name": f"{split} #{i}", "width": size, "height": size} for i in range(count)]
+    content = {
+        "images": images,
+        "annotations": [one for i, scene in enumerate(found) for one in annotations(scene, i)],
+        "categories": [{"id": number, "name": name} for number, name in categories.items()],
+    }
+    return CocoSource("generated scenes", content, lambda entry: Image.fromarray(pictures[entry["id"]]), categories)
+
+
+def annotations(scene: Scene, image_id: int) -> list[dict]:
+    """A scene's digits as COCO writes objects."""
+    shapes = [rle.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in scene.masks]
+    return [
+        {
+            "image_id": image_id,
+            "category_id": int(label) + 1,
+            "bbox": rle.toBbox(shape).tolist(),
+            "segmentation": shape,
+        }
+        for shape, label in zip(shapes, scene.labels)
+    ]
