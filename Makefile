@@ -20,7 +20,7 @@ PACKAGE_SOURCES := $(foreach package,$(PACKAGES),\
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast test-gpu test-slurm lint bench bench-quick bench-gpu
+.PHONY: help install demo demo-det test test-fast test-gpu test-slurm lint bench bench-quick bench-gpu
 
 help: ## list these commands
 	@echo "Vision Mamba. Commands (the first one makes $(VENV): about 2 minutes and 6 GB):"
@@ -37,6 +37,14 @@ demo: $(VENV)/.installed ## train MODEL on scikit-learn's digits, evaluate it, s
 	@echo "Pictures of this run (training curves, confusion matrix, most confident mistakes):"
 	@ls $(DEMO_OUT)/*.png
 	@echo "The same run for a DeiT of equal width and depth: make demo MODEL=deit_nano_patch4_32"
+
+demo-det: $(VENV)/.installed-det ## train a detector on generated scenes of digits, evaluate it, draw what it finds
+	$(BIN)/python det/train.py --config det/configs/demo.yaml --output_dir output/demo-det
+	$(BIN)/python det/train.py --config det/configs/demo.yaml --eval \
+		--resume output/demo-det/best_checkpoint.pth --output_dir output/demo-det/eval
+	@echo
+	@echo "Pictures of this run (what was found in held-out scenes, on the left, and the truth; training curves):"
+	@ls output/demo-det/eval/*.png output/demo-det/*.png
 
 # The packages' tests use all cores. The program's start processes of their own, most of them several at a time,
 # and are faster with one thread each.
@@ -55,7 +63,7 @@ test-slurm: $(VENV)/.installed-dev ## a run that SLURM stops and requeues; insta
 
 lint: $(VENV)/.installed-dev ## ruff and shellcheck
 	$(BIN)/python -m ruff check .
-	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR vim/scripts/*.sh vim/scripts/*.sbatch tests/slurm/*.sh .ci/run
+	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR vim/scripts/*.sh det/scripts/*.sh vim/scripts/*.sbatch tests/slurm/*.sh .ci/run
 
 bench: $(VENV)/.installed-bench ## Vim against DeiT and the kernels against their peers, on the CPU (20 minutes)
 	$(BIN)/python benchmarks/run.py --device cpu
@@ -81,6 +89,10 @@ $(VENV)/.installed: vim/vim_requirements.txt $(PACKAGE_SOURCES) | $(BIN)/pip
 
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --requirement requirements-dev.txt
+	@touch $@
+
+$(VENV)/.installed-det: det/det_requirements.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --requirement det/det_requirements.txt
 	@touch $@
 
 $(VENV)/.installed-bench: benchmarks/requirements.txt $(VENV)/.installed-dev

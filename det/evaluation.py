@@ -129,4 +129,4 @@ def average_precisions(truth: dict, found: list[dict], kind: str) -> dict[str, f
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
-    return {name: float("nan") if value < 0 else 100 * value for name, value in zip(MEASURES, evaluator.stats)}
+    return {name: float("nan") if value < 0 else 100 * float(value) for name, value in zip(MEASURES, evaluator.stats)}

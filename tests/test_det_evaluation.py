@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 from pycocotools import mask as rle
 
+import det.evaluation
 import det_sets
 from det.coco import coco_source
 from det.data import EvalDataset, collate
 from det.drawing import draw, save_pictures
 from det.evaluation import MEASURES, as_results, average_precisions, evaluate, summarise
 from distributed import World
+from samplers import EvalSampler
 
 CPU = World(0, 1, torch.device("cpu"))
 
@@ -140,6 +142,25 @@ def test_evaluation_maps_detections_back_to_the_files(source):
     assert result.box["AP"] == pytest.approx(100)
     assert result.mask["AP50"] == pytest.approx(100)  # a full mask in its box
     assert sorted(result.shown) == [0, 1, 2] and [len(result.shown[i]) for i in range(3)] == [0, 2, 2]
+
+
+def test_the_ranks_detections_come_together_once(source, monkeypatch):
+    """Rank 0 of two, as if rank 1 had found the truth of its share."""
+    loader = torch.utils.data.DataLoader(
+        EvalDataset(source, (32, 32)), sampler=EvalSampler(3, num_ranks=2, rank=0), collate_fn=collate
+    )
+    others = [one for one in perfect(source) if one["image_id"] == source.image_id(1)]
+    gathered = []
+
+    def gather(found):
+        gathered.append({one["image_id"] for one in found})
+        return [found, others]
+
+    monkeypatch.setattr(det.evaluation, "gather_objects", gather)
+    args = SimpleNamespace(if_amp=False, amp_dtype="bfloat16", dist_eval=True)
+    result = evaluate(Knowing(source, [0, 2]), loader, args, CPU)
+    assert gathered == [{source.image_id(2)}]  # the first image holds nothing
+    assert result.box["AP"] == pytest.approx(100) and result.images == 3
 
 
 def test_a_drawing_shows_box_and_mask_in_the_colour_of_the_class():

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# What the pt-*.sh and ft-*.sh scripts share. They set the recipe, source this file and call `launch`.
+# What the pt-*.sh and ft-*.sh scripts share. They set the recipe, source this file and call `launch`. Scripts of
+# other programs first set LAUNCHED, the file to run, and DATA_FOLDER, what DATA_PATH is to be.
 #
 # From the environment:
 #   DATA_PATH    image folder with train/ and val/, one sub-folder per class (required)
@@ -63,7 +64,7 @@ read_machine() {
 }
 
 read_paths() {
-    [[ -n ${DATA_PATH:-} ]] || fail "set DATA_PATH to the image folder that has train/ and val/."
+    [[ -n ${DATA_PATH:-} ]] || fail "set DATA_PATH to ${DATA_FOLDER:-the image folder that has train/ and val/}."
     [[ -d $DATA_PATH ]] || fail "DATA_PATH='$DATA_PATH' is not a folder."
     OUTPUT_DIR=${OUTPUT_DIR:-$REPO_DIR/output/$SCRIPT_NAME}
     if [[ -z ${PYTHON:-} ]]; then
@@ -93,7 +94,7 @@ split_batch() {
         fail "$ranks GPUs x BATCH=$BATCH do not divide the recipe's whole batch of $whole; choose other GPUS or BATCH."
 }
 
-# launch WHOLE_BATCH BATCH_PER_GPU FLAG...: runs main.py under torchrun, through launch.py.
+# launch WHOLE_BATCH BATCH_PER_GPU FLAG...: runs LAUNCHED, by default main.py, under torchrun, through launch.py.
 launch() {
     local whole=$1 per_gpu=$2
     shift 2
@@ -106,7 +107,7 @@ launch() {
             --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
     fi
     local command=("$PYTHON" "$VIM_DIR/launch.py" "${rendezvous[@]}" --nproc_per_node "$GPUS"
-        "$VIM_DIR/main.py" --data-path "$DATA_PATH" --output_dir "$OUTPUT_DIR" --resume auto
+        "${LAUNCHED:-$VIM_DIR/main.py}" --data-path "$DATA_PATH" --output_dir "$OUTPUT_DIR" --resume auto
         --batch-size "$BATCH" --accum-steps "$ACCUM_STEPS" "$@")
     if [[ ${DRY_RUN:-0} == 1 ]]; then
         printf '%q ' "${command[@]}"

@@ -1,0 +1,296 @@
+"""`det/train.py` as users call it: train, evaluate, resume, several ranks, its refusals, its scripts and its demo."""
+
+import csv
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import det_sets
+import tiny  # noqa: F401  (registers the tests' model)
+from checkpoint import read_checkpoint
+from det.arguments import PROGRAM, parse, settings_of
+from det.digits import scene_source
+from det.program import build_detector, main
+from optim import build_optimizer
+from scenes import Scenes
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+MODEL = (
+    "--device cpu --model vim_two_blocks --pyramid-channels 8 --pyramid-scales 1 0.5 --anchor-sizes 16 24 32 "
+    "--rpn-convs 1 --box-convs 0 --box-width 16 --mask-convs 1 --proposals 20 --roi-samples 8 --roi-side 96"
+)
+QUICK = f"{MODEL} --num_workers 0 --batch-size 2 --epochs 2 --lr 1e-3 --warmup-steps 1 --drop-path 0.2 --log-every 1"
+
+
+def det(*flags, quick=QUICK, size=48):
+    return main([*quick.split(), "--input-size", str(size), *map(str, flags)])
+
+
+@pytest.fixture
+def coco(tmp_path):
+    return det_sets.write_tiny(tmp_path / "coco", train=5, val=3)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+# ---- train and evaluate
+
+
+def test_a_coco_folder_is_trained_on_evaluated_and_pictured(coco, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert det("--data-path", coco, "--output_dir", out) == 0
+    said = capsys.readouterr().out
+    assert "instances_train2017.json: 5 images, 8 objects of 3 classes; images without objects, kept: 1" in said
+    assert "held-out raw weights: box AP " in said and "; mask AP " in said and "best box AP " in said
+    (first, last) = rows(out)
+    assert {"test_box_AP", "test_box_AP50", "test_mask_AP", "test_mask_APs"} <= first.keys()
+    assert math.isfinite(last["train_loss"]) and last["step"] == 4
+    assert Image.open(out / "detections.png").size[0] > 600
+    with open(out / "metrics.csv") as file:
+        assert [float(row["test_box_AP"]) for row in csv.DictReader(file)] == [
+            first["test_box_AP"],
+            last["test_box_AP"],
+        ]
+
+    assert det("--data-path", coco, "--eval", "--resume", out / "checkpoint.pth", "--output_dir", out / "eval") == 0
+    said = capsys.readouterr().out
+    assert f"checkpoint.pth (SHA-256 {read_checkpoint(out / 'checkpoint.pth').sha256[:16]}...): 3 images; " in said
+    assert f"raw weights: box AP {last['test_box_AP']:.2f} " in said
+    assert "train2017" not in said and (out / "eval" / "detections.png").exists()
+
+
+@pytest.mark.parametrize("detector", ["cascade", "mask"])
+def test_generated_scenes_train_where_there_is_no_folder(detector, tmp_path, capsys):
+    scenes = ("--train-scenes", 4, "--val-scenes", 2, "--flip-prob", 0, "--pad", "batch", "--epochs", 1)
+    assert det("--detector", detector, *scenes, "--output_dir", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "generated scenes: 4 images, " in said and "objects of 10 classes" in said
+    assert (
+        "roi_heads.stages.2.box_predictor.bbox_pred.weight" in read_checkpoint(tmp_path / "checkpoint.pth").model
+    ) == (detector == "cascade")
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(coco, tmp_path):
+    """Two epochs at once, and one epoch, a new process's worth of state, then the other."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert det("--data-path", coco, "--output_dir", whole, "--sched", "constant") == 0
+    for epochs in (1, 2):
+        flags = ("--data-path", coco, "--output_dir", parts, "--resume", "auto", "--sched", "constant")
+        torch.manual_seed(epochs)  # what a process happens to start with must not matter
+        assert det(*flags, "--epochs", epochs) == 0
+    assert rows(whole) == rows(parts)
+    one, other = (read_checkpoint(folder / "checkpoint.pth") for folder in (whole, parts))
+    assert one.model.keys() == other.model.keys() and one.step == other.step == 4
+    assert all(torch.equal(value, other.model[name]) for name, value in one.model.items())
+
+
+def test_gradient_checkpointing_and_accumulation_run(coco, tmp_path):
+    flags = ("--grad-checkpointing", "--accum-steps", 2, "--epochs", 1, "--model-ema", "--model-ema-decay", 0.5)
+    assert det("--data-path", coco, "--output_dir", tmp_path, *flags) == 0
+    (row,) = rows(tmp_path)
+    assert row["step"] == 1 and "test_ema_box_AP" in row
+
+
+@pytest.mark.slow
+def test_two_ranks_share_training_and_evaluation(coco, tmp_path, capsys):
+    """Each image is detected in once: two ranks and one process come to the same precisions."""
+    flags = ["--data-path", str(coco), "--input-size", "48", "--epochs", "1", "--score-threshold", "0"]
+    quick = QUICK.replace("vim_two_blocks", "vim_nano_patch4_32")  # which torchrun's processes know
+    command = [*TORCHRUN, str(ROOT / "det" / "train.py"), *quick.split()]
+    done = subprocess.run(
+        [*command, *flags, "--output_dir", str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("instances_train2017.json: 5 images") == 1, "one rank speaks for all"
+    (row,) = rows(tmp_path)
+    assert row["step"] == 1  # five images, two ranks of two
+    alone = ("--eval", "--resume", tmp_path / "checkpoint.pth", "--output_dir", tmp_path / "alone")
+    assert det(*flags, *alone, quick=quick) == 0
+    assert f"box AP {row['test_box_AP']:.2f} " in capsys.readouterr().out
+
+
+# ---- model from flags
+
+
+def test_every_block_of_the_backbone_has_its_own_rate_and_the_rest_the_whole():
+    args = parse([*QUICK.split(), "--data-path", "x", "--layer-decay", "0.5", "--input-size", "48"])
+    model = build_detector(args, 3, print)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = build_optimizer(args, model, 1.0).param_groups
+    scale = {names[id(p)]: group.get("lr_scale", 1.0) for group in groups for p in group["params"]}
+    assert scale.keys() == dict(model.named_parameters()).keys()
+    for name, factor in scale.items():
+        block = name.removeprefix("backbone.model.layers.").split(".")[0]
+        place = int(block) + 1 if block.isdigit() else 0 if name.startswith("backbone.") else 3
+        assert factor == 0.5 ** (3 - place), name
+    decay = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+    assert decay["backbone.model.pos_embed"] == 0 and decay["pyramid.levels.p2.1.weight"] == 0  # a norm
+    assert decay["pyramid.levels.p2.0.weight"] == 0.1
+
+
+def test_a_classifiers_weights_become_the_backbones(tmp_path, capsys):
+    """Trained at 8 pixels, two patches a side; position embeddings of 48 pixels are resampled."""
+    from main import main as classify
+
+    flags = "--device cpu --model vim_two_blocks --input-size 8 --num_workers 0 --epochs 1 --batch-size 512"
+    assert classify([*flags.split(), "--output_dir", str(tmp_path)]) == 0
+    trained = read_checkpoint(tmp_path / "checkpoint.pth").model
+    args = parse(
+        [*QUICK.split(), "--data-path", "x", "--input-size", "48", "--finetune", str(tmp_path / "checkpoint.pth")]
+    )
+    model = build_detector(args, 3, print)
+    assert "left out: " in capsys.readouterr().out
+    own = model.backbone.model.state_dict()
+    assert torch.equal(own["layers.1.mixer.in_proj.weight"], trained["layers.1.mixer.in_proj.weight"])
+    assert own["pos_embed"].shape[1] == 12 * 12 + 1
+    assert torch.equal(own["pos_embed"][:, 72], trained["pos_embed"][:, 2])  # the class token, in the middle
+
+
+def test_the_defaults_are_the_published_recipe():
+    args = parse(["--device", "cpu", "--data-path", "x"])
+    assert (args.opt, args.lr, args.unscale_lr, args.weight_decay) == ("adamw", 1e-4, True, 0.1)
+    assert (args.layer_decay, args.drop_path, args.epochs, args.warmup_steps) == (0.837, 0.1, 100, 250)
+    assert (args.input_size, args.scale_range, args.flip_prob) == (1024, [0.1, 2.0], 0.5)
+    steps = 118287 // 64
+    milestones = [round(epoch * steps) for epoch in args.decay_milestones]
+    assert milestones == pytest.approx([163889, 177546], rel=5e-3)
+    assert settings_of(args).pad == (1024, 1024) and settings_of(args).detector == "cascade"
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--scale-range 2 0.1", "--scale-range 2 0.1: expected two factors above 0"),
+        ("--scale-range 0 1", "--scale-range 0 1: expected two factors above 0"),
+        ("--compile", "--compile: a detector's boxes change in number"),
+        ("--data-path= --flip-prob 0.5", "--flip-prob 0.5: a mirrored digit is none"),
+        ("--anchor-sizes 8 16", "2 anchor sizes for 3 levels"),
+        ("--pyramid-scales 1 3", "pyramid scale 3.0: expected some of 4.0, 2.0, 1.0, 0.5"),
+        ("--pyramid-scales 0.5 1", "pyramid scales (0.5, 1.0): expected some of"),
+        ("--input-size 50", "images filled up to (50, 50) pixels: take multiples of 16"),
+        ("--data-path nowhere", "nowhere/annotations/instances_train2017.json cannot be read"),
+        ("--model resnet999", "--model resnet999 is not registered with timm"),
+        ("--batch-size 9", "5 training images do not fill one batch of 9"),
+        ("--eval", "--eval needs --resume CKPT"),
+    ],
+)
+def test_what_cannot_work_is_one_line(flags, said, coco, capsys):
+    assert det("--data-path", coco, *flags.split()) == 4
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and error.count("\n") == 1
+
+
+def test_a_folder_with_nothing_to_train_on_is_one_line(tmp_path, capsys):
+    for split in ("train", "val"):
+        crowd = det_sets.annotation(1, 3, (0, 0, 4, 4), iscrowd=1, segmentation=det_sets.run_length(np.ones((8, 8))))
+        det_sets.write_half(tmp_path, split, {1: (8, 8)}, [crowd])
+    assert det("--data-path", tmp_path) == 4
+    error = capsys.readouterr().err
+    assert "has nothing to train on: " in error and "crowd regions, left out of training: 1" in error
+
+
+def test_a_damaged_image_ends_the_run_with_its_name(coco, capsys):
+    (coco / "train2017" / "000000000102.png").write_bytes(b"no image")
+    assert det("--data-path", coco) == 4
+    error = capsys.readouterr().err
+    assert "000000000102.png" in error and "mend the file" in error and error.count("\n") == 1
+
+
+def test_a_flag_of_another_program_is_refused(capsys):
+    assert det("--mixup", "0.8") == 2
+    assert "train.py: error: unrecognized arguments: --mixup" in capsys.readouterr().err
+
+
+def test_the_file_runs_from_any_folder(tmp_path):
+    command = [sys.executable, str(ROOT / "det" / "train.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Cascade Mask R-CNN" in done.stdout and "--layer-decay" in done.stdout
+
+
+# ---- generated scenes
+
+
+def test_scenes_are_annotated_exactly():
+    source, scenes = scene_source("val", 96, 3), Scenes("val", 96, 3)
+    for i, scene in enumerate(scenes):
+        assert np.array_equal(np.asarray(source.read(i)), scene.image)
+        assert [instance.label for instance in source.instances(i)] == (scene.labels + 1).tolist()
+        own = [one for one in source.truth["annotations"] if one["image_id"] == source.image_id(i)]
+        boxes = np.array([one["bbox"] for one in own])
+        assert np.array_equal(boxes[:, :2] + boxes[:, 2:], scene.boxes[:, 2:])
+        assert [one["area"] for one in own] == scene.masks.sum((1, 2)).tolist()
+    assert source.class_names == [str(digit) for digit in range(10)]
+
+
+# ---- scripts and demonstration
+
+
+SCRIPTS = sorted((ROOT / "det" / "scripts").glob("*.sh"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("gpus", [1, 2, 8])
+def test_a_script_is_the_recipe_on_any_number_of_gpus(script, gpus, coco, tmp_path):
+    weights = tmp_path / "classifier.pth"
+    weights.touch()
+    variables = {"DATA_PATH": coco, "CKPT": weights, "GPUS": gpus, "DRY_RUN": 1, "PYTHON": sys.executable}
+    clean = {k: v for k, v in os.environ.items() if k not in ("BATCH", "NNODES", "OUTPUT_DIR", "NODE_RANK")}
+    done = subprocess.run(
+        ["bash", str(script), "--device", "cpu"],
+        env=clean | {key: str(value) for key, value in variables.items()},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout)
+    program = next(i for i, word in enumerate(words) if word.endswith("train.py"))
+    assert Path(words[program]).resolve() == ROOT / "det" / "train.py"
+    args = parse(words[program + 1 :])
+    assert args.batch_size * args.accum_steps * gpus == 64
+    assert args.finetune == str(weights) and args.data_path == str(coco)
+    for name, value in PROGRAM.defaults.items():
+        if name != "model":
+            assert getattr(args, name) == value, name
+
+
+def test_there_is_a_script_for_each_size():
+    assert [script.stem for script in SCRIPTS] == [f"cascade-vim-{size}" for size in "bst"]
+
+
+def test_the_demonstration_trains_and_then_evaluates_its_own_checkpoint():
+    done = subprocess.run(
+        ["make", "--dry-run", "demo-det", "VENV=no-such-environment"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines()]
+    runs = [words[2:] for words in lines if words[1:2] == ["det/train.py"]]
+    runs = [[f"--config={ROOT / words[1]}", *words[2:]] for words in runs]
+    train, evaluate = (parse([*words, "--device", "cpu"]) for words in runs)
+    assert not train.eval and not train.data_path and train.model == evaluate.model
+    assert evaluate.eval and Path(evaluate.resume).parent == Path(train.output_dir)
+    assert train.batch_size * (train.train_scenes // train.batch_size) * train.epochs <= 12000  # it has to end soon
