@@ -1,0 +1,86 @@
+"""Predictions as colours laid over the image."""
+
+from __future__ import annotations
+
+import colorsys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
+
+from datasets import DataBundle
+from seg.evaluation import Segmented
+from seg.views import IGNORED
+
+OPACITY = 0.55
+MOST_ROWS = 8
+MOST_BARS = 40
+
+
+def palette(num_classes: int) -> np.ndarray:
+    """A colour for each class, uint8 (256, 3): hues a golden ratio apart; grey for what is ignored."""
+    colours = np.full((256, 3), 128, np.uint8)
+    for i in range(num_classes):
+        hue, light = i * 0.618034 % 1, (0.95, 0.7, 0.5)[i // 12 % 3]
+        colours[i] = [round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, 0.8, light)]
+    return colours
+
+
+def overlay(image: np.ndarray, classes: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """An image (H, W, 3) under the colours of its pixels' classes (H, W), both uint8."""
+    mixed = (1 - OPACITY) * image + OPACITY * colours[classes]
+    return mixed.round().astype(np.uint8)
+
+
+def write(folder: Path, result: Segmented, data: DataBundle) -> list[Path]:
+    """overlays/NAME.png for every sample, and two pictures of all: samples.png and classes.png."""
+    colours = palette(data.num_classes)
+    (folder / "overlays").mkdir(exist_ok=True)
+    for sample in result.samples:
+        mixed = overlay(np.asarray(data.val.raw(sample.index)), sample.predicted, colours)
+        name = Path(data.val.name(sample.index)).stem.replace(" ", "-")
+        Image.fromarray(mixed).save(folder / "overlays" / f"{name}.png")
+    draw_samples(result, data, colours, folder / "samples.png")
+    draw_classes(result, data.class_names, folder / "classes.png")
+    return [folder / "samples.png", folder / "classes.png", folder / "overlays"]
+
+
+def draw_samples(result: Segmented, data: DataBundle, colours: np.ndarray, path: Path) -> None:
+    """Image, label, prediction and what is wrong of the first samples, a row each."""
+    samples = result.samples[:MOST_ROWS]
+    figure = Figure(figsize=(10, 0.9 + 2.5 * max(1, len(samples))), layout="constrained")
+    figure.suptitle(f"{result.words}; {result.images:,} images")
+    panels = figure.subplots(max(1, len(samples)), 4, squeeze=False)
+    for panel, title in zip(panels[0], ("image", "label", "prediction", "wrong pixels")):
+        panel.set_title(title, fontsize=9)
+    for panel in panels.flat:
+        panel.axis("off")
+    shown = set()
+    for row, sample in zip(panels, samples):
+        image = np.asarray(data.val.raw(sample.index))
+        wrong = (sample.label != sample.predicted) & (sample.label != IGNORED)
+        pictures = (image, overlay(image, sample.label, colours), overlay(image, sample.predicted, colours), wrong)
+        for panel, picture in zip(row, pictures):
+            panel.imshow(picture, interpolation="nearest", cmap="gray", vmin=0, vmax=1)
+        shown |= set(np.unique(sample.label)) | set(np.unique(sample.predicted))
+    handles = [Patch(color=colours[label] / 255, label=data.class_names[label]) for label in sorted(shown - {IGNORED})]
+    if handles:
+        figure.legend(handles=handles[:MOST_BARS], loc="outside lower center", ncols=8, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def draw_classes(result: Segmented, names: list[str], path: Path) -> None:
+    """Intersection over union of each class, the worst first where there are many."""
+    iou = result.iou
+    order = [label for label in iou.argsort().tolist() if not iou[label].isnan()][:MOST_BARS]
+    order = sorted(order) if len(names) <= MOST_BARS else order
+    figure = Figure(figsize=(7, 1.2 + 0.24 * len(order)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh([names[label] for label in order], [iou[label].item() for label in order], color="#4477aa")
+    axes.axvline(result.score, color="black", linewidth=1, label=f"mean {result.score:.1f} %")
+    axes.set(xlabel="intersection over union, %", xlim=(0, 100))
+    axes.invert_yaxis()
+    axes.legend(loc="lower left", fontsize=8)
+    figure.savefig(path, dpi=110)
