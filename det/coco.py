@@ -69,12 +69,20 @@ class CocoSource:
         title: what a person calls the file. content: what it holds, as COCO writes it.
         read: from an entry of `content["images"]` to its image, RGB; raises BrokenImage.
         categories: category number -> name, by which labels are numbered from 1 in rising order of the numbers.
+        held_out: keep what evaluation compares with, `truth`; for training it would be gigabytes for nothing.
 
     `left_out` counts the annotations that are no training targets, by reason, and `clipped` those that reach
-    beyond their image. `truth` is what evaluation compares with.
+    beyond their image.
     """
 
-    def __init__(self, title: str, content: dict, read: Callable[[dict], Image.Image], categories: dict[int, str]):
+    def __init__(
+        self,
+        title: str,
+        content: dict,
+        read: Callable[[dict], Image.Image],
+        categories: dict[int, str],
+        held_out: bool,
+    ):
         self.title = title
         self._read = read
         self.categories = categories
@@ -85,7 +93,7 @@ class CocoSource:
         self.left_out: Counter = Counter()
         self.clipped = 0
         self.objects = Packed(self._instances(content))
-        self.truth = ground_truth(content)
+        self.truth = ground_truth(content) if held_out else None
 
     def _instances(self, content: dict) -> list[list[Instance]]:
         label_of = {category: label for label, category in enumerate(self.category_ids, start=1)}
@@ -211,7 +219,11 @@ def coco_source(root: Path, split: str, categories: dict[int, str] | None = None
         strange = next(f"{number} {name!r}" for number, name in own.items() if categories.get(number) != name)
         raise DataError(f"{file}: category {strange} is not one of the training file's; the two must agree")
     check_files(file, folder, [image["file_name"] for image in content["images"]])
-    return CocoSource(str(file), content, lambda entry: read_image(folder / entry["file_name"]), categories or own)
+
+    def read(entry: dict) -> Image.Image:
+        return read_image(folder / entry["file_name"])
+
+    return CocoSource(str(file), content, read, categories or own, held_out=split == "val")
 
 
 def read_content(root: Path, file: Path) -> dict:

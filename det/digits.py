@@ -21,7 +21,11 @@ def scene_source(split: str, size: int, count: int) -> CocoSource:
         "annotations": [one for i, scene in enumerate(found) for one in annotations(scene, i)],
         "categories": [{"id": number, "name": name} for number, name in categories.items()],
     }
-    return CocoSource("generated scenes", content, lambda entry: Image.fromarray(pictures[entry["id"]]), categories)
+
+    def read(entry: dict) -> Image.Image:
+        return Image.fromarray(pictures[entry["id"]])
+
+    return CocoSource("generated scenes", content, read, categories, held_out=split == "val")
 
 
 def annotations(scene: Scene, image_id: int) -> list[dict]:

@@ -18,7 +18,7 @@ from det.views import View, large_scale_jitter, scaled_size, targets, whole
 from samplers import SampleKey
 
 
-def one_image(tmp_path, *annotations, size=(40, 60), split="train"):
+def one_image(tmp_path, *annotations, size=(40, 60), split="val"):
     """The source of one image, numbered 7, with these annotations."""
     det_sets.write_half(tmp_path, split, {7: size}, list(annotations))
     return coco_source(tmp_path, split)
@@ -178,14 +178,14 @@ def test_a_damaged_file_is_one_line(tmp_path):
 
 def test_an_image_of_another_size_than_its_annotations_is_one_line(tmp_path):
     source = one_image(tmp_path, det_sets.annotation(7, 3, (2, 2, 12, 12)))
-    Image.new("RGB", (40, 60)).save(tmp_path / "train2017" / "000000000007.png")
+    Image.new("RGB", (40, 60)).save(tmp_path / "val2017" / "000000000007.png")
     with pytest.raises(DataError, match="has 40 x 60 pixels and its annotations are for 60 x 40"):
         read(source, 0)
 
 
 def test_an_image_that_cannot_be_read_is_one_line(tmp_path):
     source = one_image(tmp_path, det_sets.annotation(7, 3, (2, 2, 12, 12)))
-    (tmp_path / "train2017" / "000000000007.png").write_bytes(b"no image")
+    (tmp_path / "val2017" / "000000000007.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"000000000007.png: .*; mend the file, or take the image out of"):
         read(source, 0)
 

@@ -103,6 +103,13 @@ def test_gradient_checkpointing_and_accumulation_run(coco, tmp_path):
     assert row["step"] == 1 and "test_ema_box_AP" in row
 
 
+@pytest.mark.parametrize("detector", ["cascade", "mask"])
+def test_mixed_precision_trains_and_evaluates(detector, coco, tmp_path):
+    flags = ("--if_amp", "--amp-dtype", "bfloat16", "--detector", detector, "--epochs", 1, "--score-threshold", 0)
+    assert det("--data-path", coco, "--output_dir", tmp_path, *flags) == 0
+    assert math.isfinite(rows(tmp_path)[0]["train_loss"])
+
+
 @pytest.mark.slow
 def test_two_ranks_share_training_and_evaluation(coco, tmp_path, capsys):
     """Each image is detected in once: two ranks and one process come to the same precisions."""
@@ -142,6 +149,17 @@ def test_every_block_of_the_backbone_has_its_own_rate_and_the_rest_the_whole():
     decay = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
     assert decay["backbone.model.pos_embed"] == 0 and decay["pyramid.levels.p2.1.weight"] == 0  # a norm
     assert decay["pyramid.levels.p2.0.weight"] == 0.1
+
+
+@pytest.mark.parametrize("name", ["deit_nano_patch4_32", "resnet10t"])
+def test_other_backbones_than_a_vim_detect(name):
+    """A transformer of stride 4 and a convolutional network of stride 32, on a rectangle."""
+    flags = [*QUICK.split(), "--data-path", "x", "--input-size", "128", "--pad", "batch", "--model", name]
+    model = build_detector(parse(flags), 3, print).eval()
+    assert model.pyramid.strides == ([4, 8] if name.startswith("deit") else [32, 64])
+    with torch.no_grad():
+        (found,) = model([torch.randn(3, 100, 128)])
+    assert found["boxes"].shape == (len(found["scores"]), 4)
 
 
 def test_a_classifiers_weights_become_the_backbones(tmp_path, capsys):
@@ -184,7 +202,7 @@ def test_the_defaults_are_the_published_recipe():
         ("--compile", "--compile: a detector's boxes change in number"),
         ("--data-path= --flip-prob 0.5", "--flip-prob 0.5: a mirrored digit is none"),
         ("--anchor-sizes 8 16", "2 anchor sizes for 3 levels"),
-        ("--pyramid-scales 1 3", "pyramid scale 3.0: expected some of 4.0, 2.0, 1.0, 0.5"),
+        ("--pyramid-scales 3 1", "pyramid scale 3.0: expected some of 4.0, 2.0, 1.0, 0.5"),
         ("--pyramid-scales 0.5 1", "pyramid scales (0.5, 1.0): expected some of"),
         ("--input-size 50", "images filled up to (50, 50) pixels: take multiples of 16"),
         ("--data-path nowhere", "nowhere/annotations/instances_train2017.json cannot be read"),
