@@ -25,6 +25,19 @@ struct BimambaArguments {
     Direction<float> gradients[2];
 };
 
+// The mixer with both of its projections. `mixer` describes what lies between them: forward writes its xz, contiguous,
+// if it has to save anything; backward reads that and writes y and dxz, and its dy is not used. Embedding and channels
+// are multiples of the vector length.
+struct BlockArguments {
+    BimambaArguments mixer;
+    int64_t embedding;
+    const float *hidden, *in_proj, *out_proj;  // (B, L, E) contiguous, (2 D, E), (E, D)
+    float* out;                                // (B, L, E) contiguous
+    // Backward only; the gradients of both weights are products of what it writes.
+    const float* dout;  // (B, L, E) contiguous
+    float* dhidden;     // (B, L, E) contiguous
+};
+
 // A (B, D, L) tensor of any strides.
 struct Sequence {
     void* data;

@@ -104,18 +104,32 @@ void copy_vector(const BimambaShape& s, VectorParameters p, const Direction<F>& 
     }
 }
 
+// x_proj's weight transposed, with the columns of the padded projected row: (padded, row).
+void pack_x_proj_in(const BimambaShape& s, const float* x_proj, float* packed) {
+    for (int64_t column = 0; column < s.row; column += VL)
+        for (int64_t c = 0; c < s.padded; c += VL) {
+            const int lanes = s.lanes(c / VL);
+            vf block[VL];
+            for (int i = 0; i < VL; ++i) {
+                const int64_t row = column + i < s.columns ? x_proj_row(s, column + i) : -1;
+                block[i] = row < 0 ? vf{} : load(x_proj + row * s.channels + c, lanes);
+            }
+            transpose(block);
+            for (int i = 0; i < VL; ++i) store(packed + (c + i) * s.row + column, block[i]);
+        }
+}
+
 void pack_direction(const BimambaShape& s, const Direction<const float>& d, PackedDirection& p, bool reversed) {
     memset(p.vectors, 0, s.vectors * VectorParameters::floats(s) * sizeof(float));
     for (int64_t v = 0; v < s.vectors; ++v)
         copy_vector<const float>(s, VectorParameters(p.vectors, s, v), d, v, reversed,
                                  [](float* packed, const float* plain) { *packed = *plain; });
-    for (int64_t column = 0; column < s.row; ++column) {
-        int64_t row = x_proj_row(s, column);
-        for (int64_t c = 0; c < s.padded; ++c) {
-            float w = row >= 0 && c < s.channels ? d.x_proj[row * s.channels + c] : 0.f;
-            if (p.x_proj_in) p.x_proj_in[c * s.row + column] = w;
-            if (p.x_proj_out && column < s.columns) p.x_proj_out[column * s.padded + c] = w;
-        }
+    if (p.x_proj_in) pack_x_proj_in(s, d.x_proj, p.x_proj_in);
+    for (int64_t column = 0; p.x_proj_out && column < s.columns; ++column) {
+        const int64_t row = x_proj_row(s, column);
+        memset(p.x_proj_out + column * s.padded, 0, s.padded * sizeof(float));
+        if (row >= 0)
+            memcpy(p.x_proj_out + column * s.padded, d.x_proj + row * s.channels, s.channels * sizeof(float));
     }
     if (p.dt_rows) {
         memset(p.dt_rows, 0, s.padded * s.rank_row * sizeof(float));
@@ -131,6 +145,12 @@ template <class T> struct Bimamba {
     PackedDirection packed[2];
 
     explicit Bimamba(const BimambaArguments& arguments) : a(arguments), s(arguments) {}
+
+    // By the threads of the enclosing parallel region.
+    void pack_directions() {
+#pragma omp for schedule(static)
+        for (int dir = 0; dir < 2; ++dir) pack_direction(s, a.parameters[dir], packed[dir], dir == 1);
+    }
 
     const T* x_rows(int64_t b, int64_t v) const { return (const T*)a.xz + b * a.xz_batch + v * VL; }
     const T* z_rows(int64_t b, int64_t v) const { return x_rows(b, v) + s.channels; }
@@ -229,10 +249,23 @@ template <class T> struct Bimamba {
         }
     }
 
+    // Rows of a tile: of the gate z and of the output y. Null: another direction comes later and writes y.
+    struct Gate {
+        const T* z = nullptr;
+        int64_t z_step = 0;
+        T* y = nullptr;
+        int64_t y_step = 0;
+        const T* z_all = nullptr;  // row 0 of the sequence, where the next tile's z is to be fetched ahead
+    };
+    Gate gate_of(int64_t b, int64_t tile) const {
+        return {z_rows(b, 0) + tile * TILE * a.xz_token, a.xz_token, y_rows(b, 0) + tile * TILE * s.channels,
+                s.channels, z_rows(b, 0)};
+    }
+
     // A direction's scan of a tile over vectors [first, last). rows: the tile's projected rows; sum: row 0 of the
-    // sequence; `second`: sum holds the other direction's output, so complete it and write y.
+    // sequence, which with a gate holds the other direction's output, so complete it and write y.
     void scan(int64_t b, int dir, int64_t tile, int64_t first, int64_t last, const float* rows, const float* tile_x,
-              float* state, float* sum, int64_t sum_step, bool second) const {
+              float* state, float* sum, int64_t sum_step, Gate gate) const {
         const int n = s.tokens(tile), start = dir == 0 ? 0 : n - 1;
         const int64_t sign = dir == 0 ? 1 : -1, t0 = tile * TILE, per_vector = s.padded_states * VL;
         const float* row = rows + start * s.row;
@@ -241,7 +274,7 @@ template <class T> struct Bimamba {
             Ahead ahead;
             fetch_tile(ahead, 0, x_rows(b, v), a.xz_token, tile + sign);
             fetch_tile(ahead, 1, sum + v * VL, sum_step, tile + sign);
-            if (second) fetch_tile(ahead, 2, z_rows(b, v), a.xz_token, tile + sign);
+            if (gate.z_all) fetch_tile(ahead, 2, gate.z_all + v * VL, gate.z_step, tile + sign);
             VectorParameters p(packed[dir].vectors, s, v);
             const float* x = tile_x + v * VL;
             float *h = state + v * per_vector, *total = sum + t0 * sum_step + v * VL;
@@ -251,7 +284,7 @@ template <class T> struct Bimamba {
             scan_tile<true>(s.padded_states, n, work.d + start * VL, work.dx + start * VL, sign * VL,
                             {row + s.B_at, sign * s.row, false}, {row + s.C_at, sign * s.row, false}, p.A, h,
                             work.y + start * VL, ahead);
-            second ? put_output(b, v, t0, n, load(p.D), x, work.y, total, sum_step)
+            gate.y ? put_output(gate, v, n, load(p.D), x, work.y, total, sum_step)
                    : put_sum(v, n, load(p.D), x, work.y, total, sum_step);
         }
     }
@@ -264,16 +297,15 @@ template <class T> struct Bimamba {
     }
 
     // The gated output from both directions' y + D x.
-    INLINE void put_output(int64_t b, int64_t v, int64_t t0, int n, vf D, const float* x, const float* y, float* sum,
+    INLINE void put_output(const Gate& gate, int64_t v, int n, vf D, const float* x, const float* y, float* sum,
                            int64_t sum_step) const {
         const int lanes = s.lanes(v), sum_lanes = sum_step == s.padded ? VL : lanes;
         const vf scale = set1((float)a.scale);
-        const T* z = z_rows(b, v) + t0 * a.xz_token;
-        T* out = y_rows(b, v) + t0 * s.channels;
         for (int t = 0; t < n; ++t) {
             vf total = fma(D, load(x + t * s.padded), load(y + t * VL)) + load(sum + t * sum_step, sum_lanes);
             if (a.saved) store(sum + t * sum_step, total, sum_lanes);
-            store(out + t * s.channels, total * scale * silu(load(z + t * a.xz_token, lanes)), lanes);
+            vf z = load(gate.z + t * gate.z_step + v * VL, lanes);
+            store(gate.y + t * gate.y_step + v * VL, total * scale * silu(z), lanes);
         }
     }
 };
@@ -291,6 +323,7 @@ inline Split choose_split(const BimambaShape& s, int64_t threads, int64_t* group
 template <class T> struct BimambaForward : Bimamba<T> {
     using Bimamba<T>::a;
     using Bimamba<T>::s;
+    using typename Bimamba<T>::Gate;
     explicit BimambaForward(const BimambaArguments& arguments) : Bimamba<T>(arguments) {}
 
     float *rows = nullptr, *sums = nullptr, *tile_x = nullptr, *states = nullptr;
@@ -304,16 +337,12 @@ template <class T> struct BimambaForward : Bimamba<T> {
         return a.saved ? this->saved_rows(b, dir) : rows + (2 * b + dir) * s.saved_rows();
     }
 
-    // Steps [from, to) of a direction's tiles, in its order of time, everything fused.
-    void run_direction(int64_t b, int dir, int64_t from, int64_t to, float* state, float* x, bool second) const {
-        if (from == 0) memset(state, 0, s.state_floats() * sizeof(float));
-        for (int64_t i = from; i < to; ++i) {
-            const int64_t tile = dir == 0 ? i : s.tiles - 1 - i;
-            float* tile_rows = rows_of(b, dir) + tile * TILE * s.row;
-            this->convolve_any(b, dir, tile, 0, s.vectors, x);
-            this->project(dir, s.tokens(tile), x, tile_rows);
-            this->scan(b, dir, tile, 0, s.vectors, tile_rows, x, state, sum_of(b), sum_step(), second);
-        }
+    // A tile of one direction, everything fused.
+    void run_tile(int64_t b, int dir, int64_t tile, float* state, float* x, Gate gate) const {
+        float* tile_rows = rows_of(b, dir) + tile * TILE * s.row;
+        this->convolve_any(b, dir, tile, 0, s.vectors, x);
+        this->project(dir, s.tokens(tile), x, tile_rows);
+        this->scan(b, dir, tile, 0, s.vectors, tile_rows, x, state, sum_of(b), sum_step(), gate);
     }
 
     // All of a direction for one group of channels, from projected rows.
@@ -323,65 +352,88 @@ template <class T> struct BimambaForward : Bimamba<T> {
             const int64_t tile = dir == 0 ? i : s.tiles - 1 - i;
             this->convolve_any(b, dir, tile, first, last, x);
             this->scan(b, dir, tile, first, last, rows_of(b, dir) + tile * TILE * s.row, x, state, sum_of(b),
-                       sum_step(), dir == 1);
+                       sum_step(), dir == 1 ? this->gate_of(b, tile) : Gate{});
         }
+    }
+
+    // What a call needs from the workspace; own_sums: also the sum of both directions.
+    void take(Arena& arena, Split split, int64_t threads, bool own_sums) {
+        for (int dir = 0; dir < 2; ++dir) take_packed(arena, s, this->packed[dir], false);
+        rows = arena.take(a.saved ? 0 : s.batch * 2 * s.saved_rows());
+        sums = arena.take(own_sums ? s.batch * s.length * s.padded : 0);
+        tile_x = arena.take(threads * TILE * s.padded);
+        states = arena.take((split == Split::DIRECTIONS ? 2 * s.batch : threads) * s.state_floats());
+    }
+
+    // Deals out all tiles to the threads of the enclosing parallel region, for splits of whole channels.
+    // run(b, dir, tile, state, x, second) does one of them; what it needs of the same direction comes before it.
+    template <class Run> void run_whole(Split split, int64_t slot, Run run) const {
+        float* x = tile_x + slot * TILE * s.padded;
+        auto direction = [&](int64_t b, int dir, int64_t from, int64_t to, float* state, bool second) {
+            if (from == 0) memset(state, 0, s.state_floats() * sizeof(float));
+            for (int64_t i = from; i < to; ++i) run(b, dir, dir == 0 ? i : s.tiles - 1 - i, state, x, second);
+        };
+        if (split == Split::ITEMS) {
+#pragma omp for schedule(dynamic)
+            for (int64_t b = 0; b < s.batch; ++b)
+                for (int dir = 0; dir < 2; ++dir)
+                    direction(b, dir, 0, s.tiles, states + slot * s.state_floats(), dir == 1);
+            return;
+        }
+        // Direction 0 does the first half of its tiles while direction 1 does the rest of them, then they swap.
+        for (int half = 0; half < 2; ++half) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < 2 * s.batch; ++i) {
+                const int64_t middle = i % 2 ? s.tiles - s.tiles / 2 : s.tiles / 2;
+                direction(i / 2, (int)(i % 2), half ? middle : 0, half ? s.tiles : middle,
+                          states + i * s.state_floats(), half == 1);
+            }
+        }
+    }
+
+    // The same for groups of channels: all projected rows first.
+    void run_split(int64_t groups, int64_t slot) const {
+        float *x = tile_x + slot * TILE * s.padded, *state = states + slot * s.state_floats();
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < 2 * s.batch * s.tiles; ++i) {
+            const int64_t b = i / (2 * s.tiles), tile = i % s.tiles;
+            const int dir = (int)(i / s.tiles % 2);
+            this->convolve_any(b, dir, tile, 0, s.vectors, x);
+            this->project(dir, s.tokens(tile), x, rows_of(b, dir) + tile * TILE * s.row);
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < s.batch * groups; ++i)
+            for (int dir = 0; dir < 2; ++dir)
+                run_group(i / groups, dir, i % groups * s.vectors / groups, (i % groups + 1) * s.vectors / groups, state,
+                          x);
     }
 };
 
 template <class T> int bimamba_forward(const BimambaArguments& a) {
     BimambaForward<T> op(a);
-    const BimambaShape& s = op.s;
     const int64_t threads = larger<int64_t>(1, a.threads);
     int64_t groups;
-    const Split split = choose_split(s, threads, &groups);
-    const int64_t state_count = split == Split::DIRECTIONS ? 2 * s.batch : threads;
+    const Split split = choose_split(op.s, threads, &groups);
     op.sum_in_y = !a.saved && sizeof(T) == sizeof(float);
 
     Arena arena;
     for (int pass = 0; pass < 2; ++pass) {
         arena.used = 0;
-        for (int dir = 0; dir < 2; ++dir) take_packed(arena, s, op.packed[dir], false);
-        op.rows = arena.take(a.saved ? 0 : s.batch * 2 * s.saved_rows());
-        op.sums = arena.take(a.saved || op.sum_in_y ? 0 : s.batch * s.length * s.padded);
-        op.tile_x = arena.take(threads * TILE * s.padded);
-        op.states = arena.take(state_count * s.state_floats());
+        op.take(arena, split, threads, !a.saved && !op.sum_in_y);
         if (pass == 0 && !(arena.base = mamba_ssm_workspace(arena.used))) return 1;
     }
-    for (int dir = 0; dir < 2; ++dir) pack_direction(s, a.parameters[dir], op.packed[dir], dir == 1);
 
 #pragma omp parallel num_threads((int)threads)
     {
         const FlushSubnormals flush;
         const int64_t slot = omp_get_thread_num();
-        float *x = op.tile_x + slot * TILE * s.padded, *state = op.states + slot * s.state_floats();
-        if (split == Split::ITEMS) {
-#pragma omp for schedule(dynamic)
-            for (int64_t b = 0; b < s.batch; ++b)
-                for (int dir = 0; dir < 2; ++dir) op.run_direction(b, dir, 0, s.tiles, state, x, dir == 1);
-        } else if (split == Split::DIRECTIONS) {
-            // Direction 0 does the first half of its tiles while direction 1 does the rest of them, then they swap.
-            for (int half = 0; half < 2; ++half) {
-#pragma omp for schedule(static)
-                for (int64_t i = 0; i < 2 * s.batch; ++i) {
-                    const int64_t middle = i % 2 ? s.tiles - s.tiles / 2 : s.tiles / 2;
-                    op.run_direction(i / 2, (int)(i % 2), half ? middle : 0, half ? s.tiles : middle,
-                                     op.states + i * s.state_floats(), x, half == 1);
-                }
-            }
-        } else {
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < 2 * s.batch * s.tiles; ++i) {
-                const int64_t b = i / (2 * s.tiles), tile = i % s.tiles;
-                const int dir = (int)(i / s.tiles % 2);
-                op.convolve_any(b, dir, tile, 0, s.vectors, x);
-                op.project(dir, s.tokens(tile), x, op.rows_of(b, dir) + tile * TILE * s.row);
-            }
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < s.batch * groups; ++i)
-                for (int dir = 0; dir < 2; ++dir)
-                    op.run_group(i / groups, dir, i % groups * s.vectors / groups,
-                                 (i % groups + 1) * s.vectors / groups, state, x);
-        }
+        op.pack_directions();
+        if (split == Split::CHANNELS)
+            op.run_split(groups, slot);
+        else
+            op.run_whole(split, slot, [&](int64_t b, int dir, int64_t tile, float* state, float* x, bool second) {
+                op.run_tile(b, dir, tile, state, x, second ? op.gate_of(b, tile) : typename BimambaForward<T>::Gate{});
+            });
     }
     return 0;
 }

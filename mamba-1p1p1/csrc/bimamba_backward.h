@@ -56,7 +56,8 @@ template <class T> struct BimambaBackward : Bimamba<T> {
     }
     T* dxz_rows(int64_t b, int64_t v) const { return (T*)a.dxz + b * s.length * 2 * s.channels + v * VL; }
 
-    // Gradient of the sum of both directions' scans, dy * scale * silu(z), for a tile and vector; with GATE also z's.
+    // Gradient of the sum of both directions' scans, dy * scale * silu(z), for a tile and vector; with GATE also z's,
+    // and once more the output, if it is asked for.
     template <bool GATE> INLINE void gated_gradient(int64_t b, int64_t v, int64_t t0, int n, float* out) const {
         const int lanes = s.lanes(v);
         const T *dy = dy_rows(b, v) + t0 * s.channels, *z = this->z_rows(b, v) + t0 * a.xz_token;
@@ -67,8 +68,10 @@ template <class T> struct BimambaBackward : Bimamba<T> {
             vf zt = load(z + t * a.xz_token, lanes), sig = sigmoid(zt);
             vf scaled = load(dy + t * s.channels, lanes) * scale;
             store(out + t * VL, scaled * zt * sig);
-            if (GATE)
-                store(dz + t * 2 * s.channels, scaled * load(total + t * s.padded) * silu_slope(zt, sig), lanes);
+            if (!GATE) continue;
+            vf sum = load(total + t * s.padded);
+            store(dz + t * 2 * s.channels, scaled * sum * silu_slope(zt, sig), lanes);
+            if (a.y) store(this->y_rows(b, v) + (t0 + t) * s.channels, sum * scale * zt * sig, lanes);
         }
     }
 
@@ -78,16 +81,19 @@ template <class T> struct BimambaBackward : Bimamba<T> {
         BackwardTile* tiles;  // [vectors]
         float *dB, *dC, *draw, *tile_x, *tile_slope, *tile_dx;
 
+        // dB and dC lie half a page apart modulo a page: were it none, a load of one would wait for the store of the
+        // other, whose address has the same low bits.
+        static constexpr int64_t COUPLING = TILE * BACK_GROUP * VL, APART = 512;
         static int64_t floats(const BimambaShape& s) {
-            return round_up(s.vectors * (int64_t)(sizeof(BackwardTile) / sizeof(float)) +
-                                2 * TILE * BACK_GROUP * VL + 4 * TILE * s.padded,
+            return round_up(s.vectors * (int64_t)(sizeof(BackwardTile) / sizeof(float)) + 2 * COUPLING + APART +
+                                4 * TILE * s.padded,
                             16);
         }
         Scratch(float* base, const BimambaShape& s) {
             tiles = (BackwardTile*)base;
             dB = base + s.vectors * (sizeof(BackwardTile) / sizeof(float));
-            dC = dB + TILE * BACK_GROUP * VL;
-            draw = dC + TILE * BACK_GROUP * VL;
+            dC = dB + COUPLING + APART;
+            draw = dC + COUPLING;
             tile_x = draw + TILE * s.padded;
             tile_slope = tile_x + TILE * s.padded;
             tile_dx = tile_slope + TILE * s.padded;
@@ -129,17 +135,20 @@ template <class T> struct BimambaBackward : Bimamba<T> {
         const int n = s.tokens(tile), start = dir == 0 ? 0 : n - 1;
         const int64_t sign = dir == 0 ? 1 : -1, per_vector = s.padded_states * VL;
         const float* row = this->saved_rows(b, dir) + (tile * TILE + start) * s.row;
+        const float* saved = this->saved_states(b, dir) + tile * s.state_floats();
         for (int64_t g = 0; g < s.padded_states; g += BACK_GROUP) {
-            memset(k.dB, 0, 2 * TILE * BACK_GROUP * VL * sizeof(float));
+            memset(k.dB, 0, Scratch::COUPLING * sizeof(float));
+            memset(k.dC, 0, Scratch::COUPLING * sizeof(float));
             for (int64_t v = first; v < last; ++v) {
                 BackwardTile& t = k.tiles[v];
                 const int64_t at = start * VL, state = v * per_vector + g * VL;
+                for (int j = 0; j < BACK_GROUP; ++j)  // of the vector after the next
+                    __builtin_prefetch(saved + state + 2 * per_vector + j * VL);
                 const float* A = VectorParameters(packed[dir].vectors, s, v).A + g * VL;
                 float* dA = VectorParameters(sums.vectors, s, v).A + g * VL;
                 scan_tile_backward<false>(n, t.d + at, t.dx + at, t.dy + at, sign * VL,
                                           {row + s.B_at + g, sign * s.row, false},
-                                          {row + s.C_at + g, sign * s.row, false}, A,
-                                          this->saved_states(b, dir) + tile * s.state_floats() + state, nullptr,
+                                          {row + s.C_at + g, sign * s.row, false}, A, saved + state, nullptr,
                                           {t.g_B + at, t.g_d + at, dA, k.dB, k.dC, carry + state},
                                           fetch_ahead(b, v, tile - sign, g));
             }
@@ -345,19 +354,37 @@ template <class T> struct BackwardCall : BimambaBackward<T> {
     Carried carried_of(int64_t unit) const { return Carried(carried + unit * Carried::floats(s), s); }
     int64_t tile_of(int dir, int64_t step) const { return dir == 0 ? s.tiles - 1 - step : step; }
 
-    // Steps [from, to) of a direction's tiles, backwards in its time, everything fused.
-    void run_direction(int64_t b, int dir, int64_t from, int64_t to, int64_t slot, Carried carry, bool second) const {
+    // A tile of one direction, everything fused. Of two directions, the `second` to come to it completes dxz.
+    void run_tile(int64_t b, int dir, int64_t tile, int64_t slot, Carried carry, bool second) const {
         const Scratch k = scratch_of(slot);
         const GradientSums mine = sums_of(slot, dir);
         float* drow = rows_of(b, 0, dir);
         float* kept = partial ? partial + b * s.length * s.padded : (float*)this->dxz_rows(b, 0);
-        if (from == 0) memset(carry.states, 0, s.state_floats() * sizeof(float));
-        for (int64_t i = from; i < to; ++i) {
-            const int64_t tile = tile_of(dir, i);
-            this->convolve(b, dir, tile, 0, s.vectors, k);
-            this->scan_backward(b, dir, tile, 0, s.vectors, k.tile_dx, drow, mine, k, carry.states, second);
-            this->project_backward(dir, tile, k.tile_dx, this->roll(dir, tile, carry.window), drow, mine, k);
-            this->filter_tile(b, dir, tile, carry.window, mine, kept, partial ? s.padded : 2 * s.channels, second);
+        this->convolve(b, dir, tile, 0, s.vectors, k);
+        this->scan_backward(b, dir, tile, 0, s.vectors, k.tile_dx, drow, mine, k, carry.states, second);
+        this->project_backward(dir, tile, k.tile_dx, this->roll(dir, tile, carry.window), drow, mine, k);
+        this->filter_tile(b, dir, tile, carry.window, mine, kept, partial ? s.padded : 2 * s.channels, second);
+    }
+
+    // Deals out all tiles to the threads of the enclosing parallel region, for splits of whole channels: per direction
+    // backwards in its time. run(b, dir, tile, carry, second) does one of them.
+    template <class Run> void run_whole(Split split, int64_t slot, Run run) const {
+        auto direction = [&](int64_t b, int dir, int64_t from, int64_t to, Carried carry, bool second) {
+            if (from == 0) memset(carry.states, 0, s.state_floats() * sizeof(float));
+            for (int64_t i = from; i < to; ++i) run(b, dir, tile_of(dir, i), carry, second);
+        };
+        if (split == Split::ITEMS) {
+#pragma omp for schedule(static)
+            for (int64_t b = 0; b < s.batch; ++b)
+                for (int dir = 0; dir < 2; ++dir) direction(b, dir, 0, s.tiles, carried_of(slot), dir == 1);
+            return;
+        }
+        for (int half = 0; half < 2; ++half) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < 2 * s.batch; ++i) {
+                const int64_t middle = i % 2 ? s.tiles - s.tiles / 2 : s.tiles / 2;
+                direction(i / 2, (int)(i % 2), half ? middle : 0, half ? s.tiles : middle, carried_of(i), half == 1);
+            }
         }
     }
 
@@ -408,60 +435,64 @@ template <class T> struct BackwardCall : BimambaBackward<T> {
     }
 };
 
-template <class T> int bimamba_backward(const BimambaArguments& a) {
+// Takes what a call needs from the workspace.
+template <class T> void take_backward(Arena& arena, BackwardCall<T>& op, Split split, int64_t threads) {
     using Call = BackwardCall<T>;
-    Call op(a);
     const BimambaShape& s = op.s;
-    const int64_t threads = larger<int64_t>(1, a.threads), sum_floats = 2 * GradientSums::floats(s);
-    const Split split = choose_split(s, threads, &op.groups);
     const bool whole_channels = split != Split::CHANNELS, is_wide = sizeof(T) == sizeof(float);
-    const int64_t carried_count = split == Split::DIRECTIONS ? 2 * s.batch : threads;
+    for (int dir = 0; dir < 2; ++dir) take_packed(arena, s, op.packed[dir], true);
+    op.carried = arena.take((split == Split::DIRECTIONS ? 2 * s.batch : threads) * Call::Carried::floats(s));
+    op.drows = arena.take(s.batch * op.groups * 2 * s.saved_rows());
+    op.sums = arena.take(threads * 2 * GradientSums::floats(s));
+    op.scratch = arena.take(threads * Call::Scratch::floats(s));
+    op.partial = whole_channels && !is_wide ? arena.take(s.batch * s.length * s.padded) : nullptr;
+    op.dx_conv = whole_channels ? nullptr : arena.take(s.batch * 2 * s.length * s.padded);
+}
+
+// Before and after the work of a call's parallel region: sums from zero, and over all threads in a fixed order.
+template <class T> void begin_sums(const BackwardCall<T>& op, int64_t threads) {
+    const int64_t floats = 2 * GradientSums::floats(op.s);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < threads; ++i) memset(op.sums + i * floats, 0, floats * sizeof(float));
+}
+
+template <class T> void finish_sums(const BackwardCall<T>& op, int64_t threads) {
+    const int64_t floats = 2 * GradientSums::floats(op.s);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < floats; i += VL) {
+        vf total = load(op.sums + i);
+        for (int64_t other = 1; other < threads; ++other) total += load(op.sums + other * floats + i);
+        store(op.sums + i, total);
+    }
+}
+
+template <class T> int bimamba_backward(const BimambaArguments& a) {
+    BackwardCall<T> op(a);
+    const int64_t threads = larger<int64_t>(1, a.threads);
+    const Split split = choose_split(op.s, threads, &op.groups);
 
     Arena arena;
     for (int pass = 0; pass < 2; ++pass) {
         arena.used = 0;
-        for (int dir = 0; dir < 2; ++dir) take_packed(arena, s, op.packed[dir], true);
-        op.carried = arena.take(carried_count * Call::Carried::floats(s));
-        op.drows = arena.take(s.batch * op.groups * 2 * s.saved_rows());
-        op.sums = arena.take(threads * sum_floats);
-        op.scratch = arena.take(threads * Call::Scratch::floats(s));
-        op.partial = whole_channels && !is_wide ? arena.take(s.batch * s.length * s.padded) : nullptr;
-        op.dx_conv = whole_channels ? nullptr : arena.take(s.batch * 2 * s.length * s.padded);
+        take_backward(arena, op, split, threads);
         if (pass == 0 && !(arena.base = mamba_ssm_workspace(arena.used))) return 1;
     }
-    for (int dir = 0; dir < 2; ++dir) pack_direction(s, a.parameters[dir], op.packed[dir], dir == 1);
 
 #pragma omp parallel num_threads((int)threads)
     {
         const FlushSubnormals flush;
         const int64_t slot = omp_get_thread_num();
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < threads; ++i) memset(op.sums + i * sum_floats, 0, sum_floats * sizeof(float));
-        if (split == Split::ITEMS) {
-#pragma omp for schedule(static)
-            for (int64_t b = 0; b < s.batch; ++b)
-                for (int dir = 0; dir < 2; ++dir)
-                    op.run_direction(b, dir, 0, s.tiles, slot, op.carried_of(slot), dir == 1);
-        } else if (split == Split::DIRECTIONS) {
-            for (int half = 0; half < 2; ++half) {
-#pragma omp for schedule(static)
-                for (int64_t i = 0; i < 2 * s.batch; ++i) {
-                    const int64_t middle = i % 2 ? s.tiles - s.tiles / 2 : s.tiles / 2;
-                    op.run_direction(i / 2, (int)(i % 2), half ? middle : 0, half ? s.tiles : middle, slot,
-                                     op.carried_of(i), half == 1);
-                }
-            }
-        } else {
+        op.pack_directions();
+        begin_sums(op, threads);
+        if (split == Split::CHANNELS)
             op.run_split(slot);
-        }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < sum_floats; i += VL) {
-            vf total = load(op.sums + i);
-            for (int64_t other = 1; other < threads; ++other) total += load(op.sums + other * sum_floats + i);
-            store(op.sums + i, total);
-        }
+        else
+            op.run_whole(split, slot, [&](int64_t b, int dir, int64_t tile, auto carry, bool second) {
+                op.run_tile(b, dir, tile, slot, carry, second);
+            });
+        finish_sums(op, threads);
     }
-    for (int dir = 0; dir < 2; ++dir) unpack_gradients(s, a.gradients[dir], op.sums_of(0, dir), dir == 1);
+    for (int dir = 0; dir < 2; ++dir) unpack_gradients(op.s, a.gradients[dir], op.sums_of(0, dir), dir == 1);
     return 0;
 }
 

@@ -1,5 +1,5 @@
 // All kernels for one instruction set, named by the macro ISA; compiled once for each (setup.py).
-#include "bimamba_backward.h"
+#include "block.h"
 #include "norm.h"
 #include "selective_scan_backward.h"
 
@@ -16,6 +16,10 @@ EXPORT(bimamba_forward)(const BimambaArguments* a) {
 EXPORT(bimamba_backward)(const BimambaArguments* a) {
     return a->dtype == BFLOAT16 ? bimamba_backward<bf16>(*a) : bimamba_backward<float>(*a);
 }
+
+EXPORT(block_forward)(const BlockArguments* a) { return block_forward(*a); }
+
+EXPORT(block_backward)(const BlockArguments* a) { return block_backward(*a); }
 
 EXPORT(selective_scan_forward)(const ScanArguments* a) {
     return a->dtype == BFLOAT16 ? scan_forward<bf16>(*a) : scan_forward<float>(*a);

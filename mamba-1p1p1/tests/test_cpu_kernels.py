@@ -140,6 +140,68 @@ def test_workspace_left_by_another_call_does_not_matter():
     check_mixer(B=2, L=100, D=24, N=16, R=4, W=4, dtype=torch.float32)
 
 
+# ---- the mixer with its projections ------------------------------------------------------------------------
+
+
+def check_block(B, L, E, D, N=16, R=4, W=4, conv_bias=True):
+    torch.manual_seed(0)
+    hidden, dout = torch.randn(B, L, E), torch.randn(B, L, E)
+    in_proj, out_proj = torch.randn(2 * D, E) * E**-0.5, torch.randn(E, D) * D**-0.5
+    params = [direction(D, N, R, W, seed, conv_bias) for seed in (1, 2)]
+    wide_params = [widened(p) for p in params]
+    wide_hidden, wide_dout, wide_in, wide_out = widened((hidden, dout, in_proj, out_proj))
+    xz = wide_hidden @ wide_in.t()
+    y, _ = reference.bimamba_forward(xz, *wide_params, 0.5, False)
+    dxz, *grads = reference.bimamba_backward(wide_dout @ wide_out, xz, *wide_params, 0.5, None)
+    for save in (False, True):
+        out, mine_xz, saved = cpu.block_forward(hidden, in_proj, out_proj, *params, 0.5, save)
+        check(f"out, save={save}", out, y @ wide_out.t(), limit(torch.float32))
+    check("xz", mine_xz, xz, limit(torch.float32))
+    mine = cpu.block_backward(dout, hidden, in_proj, out_proj, *params, 0.5, mine_xz, saved)
+    expected = {
+        "hidden": dxz @ wide_in,
+        "in_proj": dxz.flatten(0, 1).t() @ wide_hidden.flatten(0, 1),
+        "out_proj": wide_dout.flatten(0, 1).t() @ y.flatten(0, 1),
+    }
+    for (name, want), got in zip(expected.items(), mine):
+        check(f"d{name}", got, want, limit(torch.float32))
+    names = ("conv_weight", "conv_bias", "x_proj_weight", "dt_weight", "dt_bias", "A", "D")
+    for side, actual, wanted in zip(("forward", "backward"), mine[3:], grads):
+        for name, got, want in zip(names, actual, wanted):
+            check(f"{side} d{name}", got, want, limit(torch.float32))
+
+
+@pytest.mark.parametrize("L", [1, 2, 63, 64, 65, 197])
+def test_block_lengths(isa, L):
+    check_block(B=3, L=L, E=16, D=48)
+
+
+def test_block_long(isa):
+    check_block(B=1, L=730, E=32, D=64)
+
+
+@pytest.mark.parametrize("case", [{"E": 80, "D": 16}, {"E": 64, "D": 112, "N": 5, "W": 2, "conv_bias": False}], ids=str)
+def test_block_widths(isa, case):
+    """Panels of three vectors, and the one or two that are left over."""
+    check_block(B=2, L=37, **case)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("B", [1, 2, 3])
+def test_block_threads(B, threads):
+    torch.set_num_threads(threads)
+    check_block(B=B, L=131, E=32, D=80)
+
+
+def test_widths_that_the_block_does_not_serve_are_named(monkeypatch):
+    monkeypatch.setenv(cpu.ISA_VARIABLE, "portable")
+    assert "portable" in cpu.block_unsupported(192, 384)
+    if "avx2" in ISAS:
+        monkeypatch.setenv(cpu.ISA_VARIABLE, "avx2")
+        assert cpu.block_unsupported(192, 384) is None
+        assert "multiples of 8" in cpu.block_unsupported(190, 380)
+
+
 # ---- selective scan ----------------------------------------------------------------------------------------
 
 

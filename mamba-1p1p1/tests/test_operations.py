@@ -7,13 +7,14 @@ import sys
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from torch.utils.flop_counter import FlopCounterMode
 
 import mamba_ssm as package
 from mamba_ssm import Mamba, selective_scan_fn
 from mamba_ssm.ops import backend, reference
-from mamba_ssm.ops.bimamba import DirectionParameters, bimamba
+from mamba_ssm.ops.bimamba import DirectionParameters, _serves_block, bimamba, bimamba_block
 from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
 from mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn
 
@@ -56,6 +57,15 @@ def mixer_inputs(B=2, L=5, D=6, N=3, R=2, W=3, dtype=torch.float64, conv_bias=Tr
     xz = torch.randn(B, L, 2 * D, dtype=dtype, requires_grad=True)
     return xz, direction(D, N, R, W, dtype, 1, conv_bias), direction(D, N, R, W, dtype, 2, conv_bias)
 
+
+class Double(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+needs_block = pytest.mark.skipif(
+    not _serves_block(16, 32, 3, 3), reason="the CPU kernels that take the projections along are not built"
+)
 
 # ---- references against each other --------------------------------------------------------------------------
 
@@ -145,6 +155,51 @@ def test_mixer_registration(dtype, conv_bias):
     y, saved = torch.ops.mamba_ssm.bimamba(xz, *plain, 0.5, True)
     arguments = (torch.randn_like(y), xz, *plain, saved, 0.5)
     torch.library.opcheck(torch.ops.mamba_ssm.bimamba_backward.default, arguments)
+
+
+@needs_block
+def test_block_registration():
+    _, ahead, behind = mixer_inputs(D=32, dtype=torch.float32)
+    hidden, in_proj, out_proj = (torch.randn(s, requires_grad=True) for s in ((2, 5, 16), (64, 16), (16, 32)))
+    torch.library.opcheck(
+        torch.ops.mamba_ssm.bimamba_block.default, (hidden, in_proj, out_proj, *ahead, *behind, 0.5, True)
+    )
+    plain = [None if t is None else t.detach() for t in (hidden, in_proj, out_proj, *ahead, *behind)]
+    out, xz, saved = torch.ops.mamba_ssm.bimamba_block(*plain, 0.5, True)
+    arguments = (torch.randn_like(out), *plain, xz, saved, 0.5)
+    torch.library.opcheck(torch.ops.mamba_ssm.bimamba_block_backward.default, arguments)
+
+
+@needs_block
+def test_block_counts_the_flops_of_its_parts():
+    _, ahead, behind = mixer_inputs(D=32, dtype=torch.float32)
+    hidden, in_proj, out_proj = (torch.randn(s, requires_grad=True) for s in ((2, 5, 16), (64, 16), (16, 32)))
+
+    def flops(function):
+        with FlopCounterMode(display=False) as counter:
+            function().sum().backward()
+        return counter.get_total_flops()
+
+    whole = flops(lambda: bimamba_block(hidden, in_proj, out_proj, ahead, behind))
+    parts = flops(lambda: F.linear(bimamba(F.linear(hidden, in_proj), ahead, behind), out_proj))
+    assert whole == parts
+
+
+@needs_block
+@pytest.mark.parametrize("change", ["hook", "adapter", "bias"])
+def test_a_projection_that_is_more_than_a_product_is_called(change):
+    """The block in one op takes the projections' weights alone: what else they do must not be lost."""
+    torch.manual_seed(0)
+    module, x = Mamba(16, bimamba_type="v2", if_divide_out=True), torch.randn(2, 5, 16)
+    expected = 2 * module(x)
+    if change == "hook":
+        module.out_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+    elif change == "adapter":
+        module.out_proj = torch.nn.Sequential(module.out_proj, Double())
+    else:
+        module.out_proj.bias = torch.nn.Parameter(torch.ones(16))
+        expected = expected / 2 + 1
+    torch.testing.assert_close(module(x), expected)
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])

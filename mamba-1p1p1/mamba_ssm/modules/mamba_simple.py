@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_ssm.ops import reference
-from mamba_ssm.ops.bimamba import DirectionParameters, bimamba
+from mamba_ssm.ops.bimamba import DirectionParameters, bimamba, bimamba_block
 from mamba_ssm.ops.selective_scan_interface import (
     bimamba_inner_fn,
     bimamba_inner_ref,
@@ -147,11 +147,14 @@ class Mamba(nn.Module):
             _negative_exp(A_log), getattr(self, "D" + suffix),
         )  # fmt: skip
 
-    def _mix_v2(self, xz: Tensor) -> Tensor:
-        """(B, L, 2 D) -> (B, L, E)."""
+    def _mix_v2(self, hidden_states: Tensor) -> Tensor:
+        """The mixer "v2" with its projections: (B, L, E) -> (B, L, E)."""
+        directions = self._parameters_of(""), self._parameters_of("_b")
+        scale = 0.5 if self.if_divide_out else 1.0
+        if self.use_fast_path and _is_plain(self.in_proj) and _is_plain(self.out_proj):
+            return bimamba_block(hidden_states, self.in_proj.weight, self.out_proj.weight, *directions, scale)
         mixer = bimamba if self.use_fast_path else reference.bimamba
-        y = mixer(xz, self._parameters_of(""), self._parameters_of("_b"), 0.5 if self.if_divide_out else 1.0)
-        return self.out_proj(y)
+        return self.out_proj(mixer(self.in_proj(hidden_states), *directions, scale))
 
     def _mix_channels_first(self, xz: Tensor) -> Tensor:
         """The mixers "none" and "v1": (B, L, 2 D) -> (B, L, E)."""
@@ -177,8 +180,10 @@ class Mamba(nn.Module):
             raise ValueError(f"hidden_states must be (B, L, {self.d_model}), not {tuple(hidden_states.shape)}")
         if inference_params is not None:
             return self._forward_cached(hidden_states, inference_params)
-        xz = self.in_proj(hidden_states)
-        out = self._mix_v2(xz) if self.bimamba_type == "v2" else self._mix_channels_first(xz)
+        if self.bimamba_type == "v2":
+            out = self._mix_v2(hidden_states)
+        else:
+            out = self._mix_channels_first(self.in_proj(hidden_states))
         return out if self.init_layer_scale is None else out * self.gamma
 
     def _forward_cached(self, hidden_states: Tensor, inference_params) -> Tensor:
@@ -231,6 +236,12 @@ class Mamba(nn.Module):
                 f"inference_params with bimamba_type={self.bimamba_type!r}: a bidirectional layer needs the whole "
                 "sequence; call forward without a cache, or use bimamba_type='none'"
             )
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether calling this projection is a product with its weight and nothing else: no adapter, bias or hook."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks
+    return type(linear) is nn.Linear and linear.bias is None and not hooks
 
 
 def _negative_exp(A_log: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ convolution and a scan from the last token to the first, so that nothing is flip
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -142,11 +143,128 @@ def _backward_flops(dy_shape, xz_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * _forward_flops(xz_shape, *args)
 
 
+# ---- with its projections --------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("mamba_ssm::bimamba_block", mutates_args=())
+def _bimamba_block(
+    hidden: Tensor,
+    in_proj: Tensor,
+    out_proj: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    conv_weight_b: Tensor,
+    conv_bias_b: Tensor | None,
+    x_proj_weight_b: Tensor,
+    dt_weight_b: Tensor,
+    dt_bias_b: Tensor,
+    A_b: Tensor,
+    D_b: Tensor,
+    scale: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    forward = DirectionParameters(conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D)
+    backward = DirectionParameters(conv_weight_b, conv_bias_b, x_proj_weight_b, dt_weight_b, dt_bias_b, A_b, D_b)
+    kernels = _kernels(hidden, A, conv_weight)
+    return kernels.block_forward(hidden, in_proj, out_proj, forward, backward, scale, save)
+
+
+@_bimamba_block.register_fake
+def _(hidden, in_proj, out_proj, conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D, *rest):
+    out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    if not rest[-1]:
+        return out, hidden.new_empty(0), hidden.new_empty(0, dtype=torch.uint8)
+    xz = hidden.new_empty(*hidden.shape[:2], in_proj.shape[0])
+    size = _saved_bytes(_kernels(hidden, A, conv_weight), xz, conv_weight, dt_weight, A)
+    return out, xz, hidden.new_empty(size, dtype=torch.uint8)
+
+
+@torch.library.custom_op("mamba_ssm::bimamba_block_backward", mutates_args=())
+def _bimamba_block_backward(
+    dout: Tensor,
+    hidden: Tensor,
+    in_proj: Tensor,
+    out_proj: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    conv_weight_b: Tensor,
+    conv_bias_b: Tensor | None,
+    x_proj_weight_b: Tensor,
+    dt_weight_b: Tensor,
+    dt_bias_b: Tensor,
+    A_b: Tensor,
+    D_b: Tensor,
+    xz: Tensor,
+    saved: Tensor,
+    scale: float,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+]:  # fmt: skip
+    forward = DirectionParameters(conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D)
+    backward = DirectionParameters(conv_weight_b, conv_bias_b, x_proj_weight_b, dt_weight_b, dt_bias_b, A_b, D_b)
+    kernels = _kernels(hidden, A, conv_weight)
+    check_saved(saved, _saved_bytes(kernels, xz, conv_weight, dt_weight, A))
+    with torch.autocast(hidden.device.type, enabled=False):
+        *projections, forward_grads, backward_grads = kernels.block_backward(
+            dout, hidden, in_proj, out_proj, forward, backward, scale, xz, saved
+        )
+    grads = (*projections, *forward_grads, *backward_grads)
+    return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@_bimamba_block_backward.register_fake
+def _(dout, *inputs):
+    tensors = inputs[: 3 + 2 * COUNT]
+    return tuple(dout.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
+
+
+def _setup_block_context(ctx, inputs, output):
+    *tensors, ctx.scale, _ = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _block_autograd(ctx, dout, *_):
+    *inputs, xz, saved = ctx.saved_tensors
+    grads = _bimamba_block_backward(dout, *inputs, xz, saved, ctx.scale)
+    return *(None if t is None else grad for t, grad in zip(inputs, grads)), None, None
+
+
+_bimamba_block.register_autograd(_block_autograd, setup_context=_setup_block_context)
+
+
+@register_flop_formula(torch.ops.mamba_ssm.bimamba_block)
+def _block_flops(hidden_shape, in_shape, out_proj_shape, *parameters, out_shape=None, **kwargs) -> int:
+    batch, length, embedding = hidden_shape
+    projections = 2 * batch * length * embedding * (in_shape[0] + out_proj_shape[1])
+    return projections + _forward_flops((batch, length, in_shape[0]), *parameters)
+
+
+@register_flop_formula(torch.ops.mamba_ssm.bimamba_block_backward)
+def _block_backward_flops(dout_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * _block_flops(*args)
+
+
 def _check(xz: Tensor, forward: DirectionParameters, backward: DirectionParameters) -> None:
     if xz.dim() != 3 or xz.shape[1] == 0 or xz.shape[2] != 2 * forward.D.shape[0]:
         raise ValueError(
             f"xz must be (B, L, 2 D) with L >= 1 and D = {forward.D.shape[0]} as the parameters, not {tuple(xz.shape)}"
         )
+    _check_parameters(xz, forward, backward)
+
+
+def _check_parameters(x: Tensor, forward: DirectionParameters, backward: DirectionParameters) -> None:
     channels, d_state = forward.A.shape
     rank, width = forward.dt_weight.shape[1], forward.conv_weight.shape[1]
     shapes = DirectionParameters(
@@ -157,8 +275,8 @@ def _check(xz: Tensor, forward: DirectionParameters, backward: DirectionParamete
         for name, tensor, shape in zip(DirectionParameters._fields, parameters, shapes):
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"{direction} {name} must have shape {shape}, not {tuple(tensor.shape)}")
-            if tensor is not None and tensor.device != xz.device:
-                raise ValueError(f"{direction} {name} is on {tensor.device} and xz on {xz.device}: move them together")
+            if tensor is not None and tensor.device != x.device:
+                raise ValueError(f"{direction} {name} is on {tensor.device}, its input on {x.device}: move it there")
 
 
 def bimamba(xz: Tensor, forward: DirectionParameters, backward: DirectionParameters, scale: float = 0.5) -> Tensor:
@@ -175,3 +293,57 @@ def bimamba(xz: Tensor, forward: DirectionParameters, backward: DirectionParamet
     _check(xz, forward, backward)
     save = needs_grad(xz, *forward, *backward)
     return _bimamba(xz, *forward, *backward, scale, save)[0]
+
+
+def bimamba_block(
+    hidden: Tensor,
+    in_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    forward: DirectionParameters,
+    backward: DirectionParameters,
+    scale: float = 0.5,
+) -> Tensor:
+    """`bimamba` with its two projections, without bias: out_proj(bimamba(in_proj(hidden))).
+
+    On a CPU in float32 a tile of tokens passes through all of it while it is in the cache; elsewhere it is the three of
+    them in a row.
+
+    Args:
+        hidden: (B, L, E). in_proj_weight: (2 D, E), x before z. out_proj_weight: (E, D).
+        forward, backward, scale: as of `bimamba`.
+
+    Returns (B, L, E) in the dtype that `bimamba` gets.
+    """
+    inputs = (hidden, in_proj_weight, out_proj_weight)
+    if not _runs_as_block(inputs, forward, backward):
+        return F.linear(bimamba(F.linear(hidden, in_proj_weight), forward, backward, scale), out_proj_weight)
+    _check_block(*inputs, forward.D.shape[0])
+    _check_parameters(hidden, forward, backward)
+    save = needs_grad(*inputs, *forward, *backward)
+    return _bimamba_block(*inputs, *forward, *backward, scale, save)[0]
+
+
+def _runs_as_block(inputs: tuple, forward: DirectionParameters, backward: DirectionParameters) -> bool:
+    hidden = inputs[0]
+    if hidden.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    if any(t is not None and t.dtype != torch.float32 for t in (*inputs, *forward, *backward)):
+        return False
+    return _serves_block(hidden.shape[-1], *forward.A.shape, forward.conv_weight.shape[1])
+
+
+@torch.compiler.assume_constant_result
+def _serves_block(embedding: int, channels: int, d_state: int, d_conv: int) -> bool:
+    """Whether the CPU's backend has the block in one, for these widths."""
+    kernels = backend.choose("bimamba", torch.device("cpu"), torch.float32, d_state=d_state, d_conv=d_conv)
+    return hasattr(kernels, "block_forward") and kernels.block_unsupported(embedding, channels) is None
+
+
+def _check_block(hidden: Tensor, in_proj: Tensor, out_proj: Tensor, channels: int) -> None:
+    embedding = hidden.shape[-1]
+    if hidden.dim() != 3 or hidden.shape[1] == 0:
+        raise ValueError(f"hidden must be (B, L, E) with L >= 1, not {tuple(hidden.shape)}")
+    shapes = {"in_proj": (in_proj, (2 * channels, embedding)), "out_proj": (out_proj, (embedding, channels))}
+    for name, (weight, shape) in shapes.items():
+        if tuple(weight.shape) != shape:
+            raise ValueError(f"{name}'s weight must have shape {shape}, not {tuple(weight.shape)}")

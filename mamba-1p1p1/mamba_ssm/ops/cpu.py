@@ -46,6 +46,16 @@ class _BimambaArguments(ctypes.Structure):
     ]
 
 
+class _BlockArguments(ctypes.Structure):
+    """Mirrors BlockArguments of csrc/arguments.h."""
+
+    _fields_ = [
+        ("mixer", _BimambaArguments),
+        *_fields(integers="embedding"),
+        *_fields("hidden in_proj out_proj out dout dhidden"),
+    ]
+
+
 class _Sequence(ctypes.Structure):
     _fields_ = _fields("data", "batch channel token")
 
@@ -284,16 +294,30 @@ def _direction(parameters) -> _Direction:
     return _Direction(*(_pointer(p) for p in parameters))
 
 
-def _bimamba_arguments(xz: Tensor, parameters, scale: float, saved: Tensor | None) -> _BimambaArguments:
-    batch, length, double = xz.shape
+def _mixer_arguments(batch: int, length: int, dtype: torch.dtype, parameters, scale: float) -> _BimambaArguments:
     forward, backward = parameters
+    channels, states = forward[5].shape
     arguments = _BimambaArguments(
-        batch=batch, length=length, channels=double // 2, states=forward[5].shape[1], rank=forward[3].shape[1],
-        width=forward[0].shape[1], dtype=DTYPES[xz.dtype], threads=torch.get_num_threads(), scale=scale,
-        xz=xz.data_ptr(), xz_batch=xz.stride(0), xz_token=xz.stride(1), saved=_pointer(saved),
+        batch=batch, length=length, channels=channels, states=states, rank=forward[3].shape[1],
+        width=forward[0].shape[1], dtype=DTYPES[dtype], threads=torch.get_num_threads(), scale=scale,
     )  # fmt: skip
     arguments.parameters = (_Direction * 2)(_direction(forward), _direction(backward))
     return arguments
+
+
+def _bimamba_arguments(xz: Tensor, parameters, scale: float, saved: Tensor | None) -> _BimambaArguments:
+    arguments = _mixer_arguments(*xz.shape[:2], xz.dtype, parameters, scale)
+    arguments.xz, arguments.xz_batch, arguments.xz_token = xz.data_ptr(), xz.stride(0), xz.stride(1)
+    arguments.saved = _pointer(saved)
+    return arguments
+
+
+def _empty_saved(batch: int, length: int, parameters, dtype: torch.dtype, save: bool) -> Tensor:
+    if not save:
+        return torch.empty(0, dtype=torch.uint8)
+    (channels, d_state), rank, width = parameters[5].shape, parameters[3].shape[1], parameters[0].shape[1]
+    size = bimamba_saved_bytes(batch, length, channels, d_state, rank, width, dtype)
+    return torch.empty(size, dtype=torch.uint8)
 
 
 def bimamba_forward(xz, forward_params, backward_params, scale, save):
@@ -302,11 +326,7 @@ def bimamba_forward(xz, forward_params, backward_params, scale, save):
     parameters = [[_plain(p) for p in params] for params in (forward_params, backward_params)]
     batch, length, double = xz.shape
     y = xz.new_empty(batch, length, double // 2)
-    size = 0
-    if save:
-        d_state, rank, width = parameters[0][5].shape[1], parameters[0][3].shape[1], parameters[0][0].shape[1]
-        size = bimamba_saved_bytes(batch, length, double // 2, d_state, rank, width, xz.dtype)
-    saved = torch.empty(size, dtype=torch.uint8)
+    saved = _empty_saved(batch, length, parameters[0], xz.dtype, save)
     arguments = _bimamba_arguments(xz, parameters, scale, saved if save else None)
     arguments.y = y.data_ptr()
     _call("bimamba_forward", arguments)
@@ -324,7 +344,62 @@ def bimamba_backward(dy, xz, forward_params, backward_params, scale, saved):
     arguments.dy, arguments.dxz = dy.data_ptr(), dxz.data_ptr()
     arguments.gradients = (_Direction * 2)(*(_direction(g) for g in grads))
     _call("bimamba_backward", arguments)
-    return dxz, *(tuple(None if g is None else g.to(p.dtype) for g, p in zip(*pair)) for pair in zip(grads, originals))
+    return dxz, *_cast_gradients(grads, originals)
+
+
+def _cast_gradients(grads, originals) -> list[tuple]:
+    return [tuple(None if g is None else g.to(p.dtype) for g, p in zip(*pair)) for pair in zip(grads, originals)]
+
+
+# ---- the mixer with its projections ------------------------------------------------------------------------
+
+
+def block_unsupported(embedding: int, channels: int) -> str | None:
+    """Why `block_forward` does not serve these widths here, or None."""
+    lanes = _lanes()
+    if _isa() == "portable":
+        return "the products of the portable kernels are slower than torch's"
+    if embedding % lanes or channels % lanes:
+        return f"widths {embedding} and {channels}: multiples of {lanes} are served"
+    return None
+
+
+def _block_arguments(mixer: _BimambaArguments, **tensors: Tensor) -> _BlockArguments:
+    embedding = tensors["in_proj"].shape[1]
+    return _BlockArguments(mixer=mixer, embedding=embedding, **{name: _pointer(t) for name, t in tensors.items()})
+
+
+def block_forward(hidden, in_proj, out_proj, forward_params, backward_params, scale, save):
+    """out_proj(mixer(in_proj(hidden))) in float32, a tile of tokens at a time: (out (B, L, E), xz, saved)."""
+    hidden, in_proj, out_proj = map(_plain, (hidden, in_proj, out_proj))
+    parameters = [[_plain(p) for p in params] for params in (forward_params, backward_params)]
+    batch, length, _ = hidden.shape
+    out = torch.empty_like(hidden)
+    xz = torch.empty(batch, length, in_proj.shape[0]) if save else torch.empty(0)
+    saved = _empty_saved(batch, length, parameters[0], hidden.dtype, save)
+    mixer = _mixer_arguments(batch, length, hidden.dtype, parameters, scale)
+    if save:
+        mixer.xz, mixer.saved = xz.data_ptr(), saved.data_ptr()
+    _call("block_forward", _block_arguments(mixer, hidden=hidden, in_proj=in_proj, out_proj=out_proj, out=out))
+    return out, xz, saved
+
+
+def block_backward(dout, hidden, in_proj, out_proj, forward_params, backward_params, scale, xz, saved):
+    """Gradients of `block_forward`: (dhidden, din_proj, dout_proj, forward gradients, backward gradients)."""
+    dout, hidden, in_proj, out_proj = map(_plain, (dout, hidden, in_proj, out_proj))
+    originals = (forward_params, backward_params)
+    parameters = [[_plain(p) for p in params] for params in originals]
+    grads = [[None if p is None else torch.empty_like(p) for p in params] for params in parameters]
+    dhidden, dxz = torch.empty_like(hidden), torch.empty_like(xz)
+    y = torch.empty(*hidden.shape[:2], out_proj.shape[1])
+    mixer = _bimamba_arguments(xz, parameters, scale, saved)
+    mixer.y, mixer.dxz = y.data_ptr(), dxz.data_ptr()
+    mixer.gradients = (_Direction * 2)(*(_direction(g) for g in grads))
+    tensors = {"hidden": hidden, "in_proj": in_proj, "out_proj": out_proj, "dout": dout, "dhidden": dhidden}
+    _call("block_backward", _block_arguments(mixer, **tensors))
+    din_proj = dxz.flatten(0, 1).t() @ hidden.flatten(0, 1)  # (2 D, E)
+    dout_proj = dout.flatten(0, 1).t() @ y.flatten(0, 1)  # (E, D)
+    return dhidden, din_proj, dout_proj, *_cast_gradients(grads, originals)
 
 
 # ---- add and norm ------------------------------------------------------------------------------------------
