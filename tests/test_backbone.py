@@ -10,7 +10,9 @@ import pytest
 import timm
 import torch
 from timm.optim import create_optimizer_v2
+from torch.utils.flop_counter import FlopCounterMode
 
+import main
 import models_mamba  # noqa: F401  (registers its models with timm)
 from mamba_ssm import BiMamba, Mamba
 from mamba_ssm.modules.mamba_simple import Mamba as MambaModule
@@ -140,9 +142,9 @@ def test_other_channels_from_rgb_weights(name, channels):
         3, *source.patch_embed.img_size)}}  # fmt: skip
     model = create(name, in_chans=channels, num_classes=5, **arguments).eval()
     assert model(images_for(model)).shape == (2, 5)
-    grey = source.patch_embed.proj.weight.sum(1, keepdim=True)
-    if channels == 1:
-        torch.testing.assert_close(model.patch_embed.proj.weight, grey)
+    rgb = source.patch_embed.proj.weight
+    expected = rgb.sum(1, keepdim=True) if channels == 1 else torch.cat([rgb, rgb[:, :1]], dim=1) * 3 / 4
+    torch.testing.assert_close(model.patch_embed.proj.weight, expected)
     torch.testing.assert_close(model.norm_f.weight, source.norm_f.weight)
 
 
@@ -184,6 +186,26 @@ def test_every_name_compiles_into_one_graph(registered):
     with torch.no_grad():
         torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
     torch.compiler.reset()
+
+
+def flops_of(model):
+    """By operation, for one image."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(images_for(model, 1))
+    return {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
+
+
+def test_the_summary_counts_parameters_and_both_directions(capsys):
+    """It needs no GPU and no data. The second direction is a convolution, two projections and a scan a block."""
+    assert main.main(["--summary", "--model", "vim_nano_patch4_32", "--input-size", "32"]) == 0
+    text = capsys.readouterr().out
+    model = timm.create_model("vim_nano_patch4_32")
+    both, one = flops_of(model), flops_of(timm.create_model("vim_nano_patch4_32", bidirectional="none"))
+    count = sum(p.numel() for p in model.parameters())
+    assert f"total {count:>29,} {sum(both.values()) / 1e9:>10.3f}" in text
+    length, channels, states, rank, width, depth = 65, 128, 16, 4, 4, 4
+    second = 2 * length * channels * (width + (rank + 2 * states) + rank) * depth + one["mamba_ssm.selective_scan"]
+    assert sum(both.values()) - sum(one.values()) == second
 
 
 # ---- the block alone

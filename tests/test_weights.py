@@ -11,7 +11,10 @@ import torch
 import hub
 import main
 import models_mamba
+import predict
 from checkpoint import CheckpointError, load_weights, read_checkpoint
+from helpers import random_image
+from inference import load_classifier
 from oracle_cases import fill
 from pretrained import PUBLISHED
 from processes import QUICK
@@ -172,6 +175,29 @@ def test_an_exported_folder_loads_in_timm(tmp_path, capsys):
     assert adapted(torch.randn(1, 3, 16, 32)).shape == (1, 5)
 
 
+@pytest.mark.parametrize("settings", [{"data_set": "DIGITS"}, {"data_set": "IMNET", "eval_crop_ratio": 0.6}], ids=str)
+def test_an_exported_folder_has_the_preprocessing_of_its_run(settings, tmp_path):
+    model = small_model(img_size=40, in_chans=1)
+    args = argparse.Namespace(**settings, input_size=40, in_chans=1)
+    path = write_checkpoint(tmp_path, model=model.state_dict(), args=args)
+    assert hub.main(["export", str(path), "--raw", str(tmp_path / "folder")]) == 0
+    random_image(0, 70, 50).save(tmp_path / "photo.png")
+    images = []
+    for checkpoint in (path, tmp_path / "folder"):
+        flags = ["x", "--checkpoint", str(checkpoint), "--device", "cpu"]
+        images.append(load_classifier(predict.build_parser().parse_args(flags)).load_image(tmp_path / "photo.png"))
+    assert torch.equal(*images) and images[0].shape == (1, 40, 40)
+    data = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True))
+    assert data["input_size"] == (1, 40, 40) and data["crop_pct"] == settings.get("eval_crop_ratio", 1.0)
+    assert len(data["mean"]) == 1
+
+
+def test_an_export_into_a_file_is_one_line(tmp_path, capsys):
+    path = write_checkpoint(tmp_path)
+    assert hub.main(["export", str(path), str(path)]) == 4
+    assert capsys.readouterr().err == f"error: {path} cannot be made a folder to export to: File exists\n"
+
+
 @pytest.mark.slow
 def test_fine_tuning_from_a_rectangle_finds_its_grid_in_the_file(tmp_path, capsys):
     model = timm.create_model("vim_two_blocks", img_size=(8, 12), num_classes=10)
@@ -223,3 +249,5 @@ def test_a_file_of_something_else_is_one_line(tmp_path, capsys, content, expecte
         hub.identify(read_checkpoint(tmp_path / "other.pth"))
     assert hub.main(["inspect", str(tmp_path / "other.pth")]) == 4
     assert capsys.readouterr().err.count("\n") == 1
+    assert hub.main(["inspect", str(tmp_path / "other.pth"), "--model", "vim_tny_patch16_224"]) == 4
+    assert "not registered with timm; did you mean vim_tiny_patch16_224" in capsys.readouterr().err

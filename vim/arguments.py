@@ -540,7 +540,9 @@ def resolve_defaults(args: argparse.Namespace) -> None:
         args.nonfinite = "skip" if args.if_continue_inf else "stop"
 
 
-def resolve_data_set(args: argparse.Namespace) -> None:
+def resolve_classifier(args: argparse.Namespace) -> None:
+    if args.summary:
+        args.device = "cpu"  # counting needs no other
     if args.data_set is None:
         args.data_set = "IMNET" if args.data_path else "DIGITS"
 
@@ -606,7 +608,7 @@ CLASSIFIER = Program(
         add_loss_flags,
         add_accuracy_flags,
     ),
-    resolve=resolve_data_set,
+    resolve=resolve_classifier,
     check=check_classifier,
 )
 

@@ -110,6 +110,12 @@ class GaussianBlur:
         return image.filter(ImageFilter.GaussianBlur(random.uniform(self.low, self.high)))
 
 
+def crop_ratio(args) -> float:
+    """The share of a resized image that evaluation keeps: all of small ones and of digits."""
+    whole = max(size_of(args.input_size)) <= SMALL_SIDE or args.data_set == "DIGITS"
+    return 1.0 if whole else args.eval_crop_ratio
+
+
 def build_transform(args, train: bool, num_channels: int = 3) -> transforms.Compose:
     """PIL RGB image -> float32 tensor (num_channels, height, width), normalised.
 
@@ -121,8 +127,7 @@ def build_transform(args, train: bool, num_channels: int = 3) -> transforms.Comp
     size = size_of(args.input_size)
     to_tensor = [ToChannels(num_channels), transforms.ToTensor(), _normalize(num_channels)]
     if not train:
-        whole = max(size) <= SMALL_SIDE or args.data_set == "DIGITS"
-        return transforms.Compose(_centre(size, 1.0 if whole else args.eval_crop_ratio) + to_tensor)
+        return transforms.Compose(_centre(size, crop_ratio(args)) + to_tensor)
     if args.src and not args.ThreeAugment:
         raise ConfigError("--src (simple random crop) is part of 3-Augment: add --ThreeAugment or drop --src")
     if args.data_set == "DIGITS":

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import models_baseline  # noqa: F401  (registers its models with timm)
 from arguments import OneLineParser
+from augment import channel_statistics, crop_ratio
 from checkpoint import Checkpoint, CheckpointError, load_weights, read_checkpoint
 from models_mamba import CLS_TOKENS, VARIANTS
 from pretrained import published_weights
@@ -205,9 +206,9 @@ def choose_entry(checkpoint: Checkpoint, identity: Identity, weights: str = "aut
     return "model" if checkpoint.model is not None else "model_ema"
 
 
-def inspect(checkpoint: Checkpoint) -> str:
-    """What a file holds and which model it fits, for people."""
-    identity = identify(checkpoint)
+def inspect(checkpoint: Checkpoint, name: str | None = None) -> str:
+    """What a file holds and which model it fits, for people; `name` is the model where the file does not tell."""
+    identity = identify(checkpoint, name)
     lines = [f"file       {checkpoint.path}", f"sha256     {checkpoint.sha256}"]
     lines.append(f"holds      {', '.join(checkpoint.keys) or 'a state dict alone'}")
     for entry in ("model", "model_ema"):
@@ -226,11 +227,33 @@ def inspect(checkpoint: Checkpoint) -> str:
     return "\n".join(lines)
 
 
+def evaluation_settings(model: nn.Module, settings: argparse.Namespace) -> argparse.Namespace:
+    """What `augment.build_transform` reads for the evaluation of `model`; `settings` are its run's arguments."""
+    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    height, width = built_for or model.pretrained_cfg["input_size"][1:]
+    return argparse.Namespace(
+        input_size=(height, width),
+        data_set=getattr(settings, "data_set", "IMNET"),
+        eval_crop_ratio=getattr(settings, "eval_crop_ratio", 0.875),
+    )
+
+
+def preprocessing(model: nn.Module, source: Checkpoint) -> dict:
+    """How `main.py --eval` prepares images for `model`, in timm's words."""
+    args, channels = evaluation_settings(model, source.args or argparse.Namespace()), getattr(model, "in_chans", 3)
+    mean, std = channel_statistics(channels)
+    return {"input_size": (channels, *args.input_size), "crop_pct": crop_ratio(args), "mean": mean, "std": std}
+
+
 def export_folder(model: nn.Module, folder: Path, identity: Identity, source: Checkpoint, names: list[str]) -> None:
     """Write `folder` as `timm.create_model("local-dir:FOLDER", pretrained=True)` and the Hub take it.
 
     model.safetensors, config.json (name, arguments, preprocessing, class names) and README.md, the model card.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be made a folder to export to: {error.strerror}") from error
     config = {"label_names": names} if names else {}
     save_for_hf(model, str(folder), model_config=config, model_args=_json_arguments(identity), safe_serialization=True)
     card = model_card(identity, source)
@@ -307,6 +330,7 @@ def export(args, checkpoint: Checkpoint) -> None:
     entry = choose_entry(checkpoint, identity, args.weights)
     model = identity.create().eval()
     load_weights(model, checkpoint.weights(entry))
+    model.pretrained_cfg = model.pretrained_cfg | preprocessing(model, checkpoint)
     names = list(checkpoint.extra.get("class_names", []))
     export_folder(model, Path(args.out), identity, checkpoint, names)
     print(f"{args.out}: {identity.name}, entry {entry!r} of {checkpoint.path} (SHA-256 {checkpoint.sha256})")
@@ -321,7 +345,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         checkpoint = read_checkpoint(args.file, args.trust_checkpoint)
         if args.command == "inspect":
-            print(inspect(checkpoint))
+            print(inspect(checkpoint, args.model))
         else:
             export(args, checkpoint)
     except (CheckpointError, OSError) as error:

@@ -17,7 +17,7 @@ from arguments import ConfigError
 from augment import build_transform
 from checkpoint import CheckpointError, load_weights, read_checkpoint
 from datasets import BrokenImage, DataError, read_image
-from hub import choose_entry, identify
+from hub import choose_entry, evaluation_settings, identify
 
 IMAGENET_CLASSES = 1000
 
@@ -62,7 +62,8 @@ def load_classifier(args: argparse.Namespace) -> Classifier:
     if Path(args.checkpoint).is_dir():
         model, names = _load_folder(Path(args.checkpoint)), None
         names = list(model.pretrained_cfg.get("label_names") or [])
-        settings, description = argparse.Namespace(), args.checkpoint
+        settings = argparse.Namespace(eval_crop_ratio=model.pretrained_cfg["crop_pct"])
+        description = args.checkpoint
     else:
         checkpoint = read_checkpoint(args.checkpoint, args.trust_checkpoint)
         identity = identify(checkpoint, args.model)
@@ -106,14 +107,7 @@ def choose_device(name: str) -> torch.device:
 
 def evaluation_transform(model: nn.Module, settings: argparse.Namespace) -> Callable:
     """PIL image -> tensor as `main.py --eval` makes it for this model; `settings` are its run's arguments."""
-    height, width = (
-        getattr(getattr(model, "patch_embed", None), "img_size", None) or (model.pretrained_cfg["input_size"][1:])
-    )
-    args = argparse.Namespace(
-        input_size=(height, width),
-        data_set=getattr(settings, "data_set", "IMNET"),
-        eval_crop_ratio=getattr(settings, "eval_crop_ratio", 0.875),
-    )
+    args = evaluation_settings(model, settings)
     return build_transform(args, train=False, num_channels=getattr(model, "in_chans", 3))
 
 

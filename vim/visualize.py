@@ -237,7 +237,7 @@ def draw_explanation(explanation: Explanation, name: str, layer: int, path: Path
     both = sum(explanation.reads.values())
     draw_overlay(axes[0, 3], picture, both, f"block {layer}: what the class token reads")
     for column, (direction, values) in enumerate(explanation.reads.items()):
-        draw_overlay(axes[1, column], picture, values, f"{direction} direction alone: {SPANS[direction]}")
+        draw_overlay(axes[1, column], picture, values, f"{direction} direction alone:\n{SPANS[direction]}")
     for column, direction in enumerate(explanation.reads, start=2):
         if direction in explanation.matrices:
             draw_matrix(figure, axes[1, column], explanation.matrices[direction], f"attention, {direction}")
