@@ -275,10 +275,20 @@ def check_annotations(file: Path, content: dict) -> None:
         box = annotation["bbox"]
         if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)):
             raise DataError(f"{where} has bbox {box}: expected [x, y, width, height]")
-        shape = annotation.get("segmentation")
-        size = shape.get("size") if isinstance(shape, dict) else None
-        if size is not None and list(size) != [image["height"], image["width"]]:
-            raise DataError(f"{where} has a mask of {size} for an image of {[image['height'], image['width']]}")
+        check_segmentation(where, annotation.get("segmentation"), (image["height"], image["width"]))
+
+
+def check_segmentation(where: str, shape, size: tuple[int, int]) -> None:
+    """Raise DataError for what is no mask of an image of `size` (height, width); a missing one is none."""
+    if isinstance(shape, list) and not all(isinstance(polygon, list) for polygon in shape):
+        raise DataError(f"{where} has a flat list for a mask: expected polygons [[x, y, x, y, ...], ...]")
+    if not isinstance(shape, dict):
+        return
+    if "size" in shape and list(shape["size"]) != list(size):
+        raise DataError(f"{where} has a mask of {shape['size']} for an image of {list(size)}")
+    counts = shape.get("counts")
+    if isinstance(counts, list) and sum(counts) != size[0] * size[1]:  # pycocotools would write beyond the mask
+        raise DataError(f"{where} has run lengths of {sum(counts)} pixels for an image of {size[0] * size[1]}")
 
 
 def check_files(file: Path, folder: Path, names: list[str]) -> None:

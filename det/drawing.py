@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import colormaps
+from matplotlib.font_manager import findfont
 from PIL import Image
 from pycocotools import mask as rle
 from torch import Tensor
@@ -18,6 +19,7 @@ from det.views import targets, whole
 
 SMALLEST_SIDE = 320  # images below this are enlarged, so that names can be read
 LEAST_SCORE = 0.5  # of what is drawn
+GAP = 4  # pixels between a picture and its truth
 
 
 def colour(label: int) -> tuple[int, int, int]:
@@ -41,7 +43,18 @@ def draw(image: Image.Image, boxes: Tensor, labels: list[int], masks: Tensor, na
     picture = draw_segmentation_masks(picture, masks, alpha=0.45, colors=colours)
     boxes = (boxes * factor).round()
     boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 1)
-    return draw_bounding_boxes(picture, boxes, names, colours, width=2)
+    return draw_bounding_boxes(
+        picture,
+        boxes,
+        names,
+        colours,
+        width=2,
+        font=findfont("DejaVu Sans"),  # matplotlib brings it along
+        font_size=16,
+        label_colors="white",
+        label_background_colors=colours,
+        fill_labels=True,
+    )
 
 
 def draw_found(image: Image.Image, found: list[dict], source: CocoSource) -> Tensor:
@@ -68,10 +81,12 @@ def save_pictures(shown: dict[int, list[dict]], source: CocoSource, path: Path, 
     pairs = []
     for index, found in sorted(shown.items()):
         image = source.read(index)
-        pairs.append(torch.cat([draw_found(image, found, source), draw_truth(image, index, source)], dim=2))
+        left, right = draw_found(image, found, source), draw_truth(image, index, source)
+        gap = left.new_full((3, left.shape[1], GAP), 255)
+        pairs.append(torch.cat([left, gap, right], dim=2))
     height, width = (max(pair.shape[side] for pair in pairs) for side in (1, 2))
     padded = [fit(pair, height, width) for pair in pairs]
-    to_pil_image(make_grid(padded, nrow=columns, padding=8, pad_value=255)).save(path)
+    to_pil_image(make_grid(padded, nrow=columns, padding=4 * GAP, pad_value=255)).save(path)
 
 
 def fit(picture: Tensor, height: int, width: int) -> Tensor:

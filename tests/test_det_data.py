@@ -145,6 +145,11 @@ def drop(key, kind):
             lambda c: c["annotations"][0].update(segmentation={"size": [3, 4], "counts": [12]}),
             r"a mask of \[3, 4\] for an image of \[64, 40\]",
         ),
+        (
+            lambda c: c["annotations"][0].update(segmentation={"size": [64, 40], "counts": [10, 20]}),
+            "run lengths of 30 pixels for an image of 2560",
+        ),
+        (lambda c: c["annotations"][0].update(segmentation=[1, 2, 3, 4, 5, 6]), "a flat list for a mask"),
         (lambda c: c["images"][0].update(width="64"), "expected whole pixels"),
         (lambda c: c["images"][1].update(id=100), "2 images have the id 100"),
         (lambda c: c["categories"][1].update(id=17), "2 categories have the id 17"),

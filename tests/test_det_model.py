@@ -6,7 +6,7 @@ from timm.models import create_model
 from torch import nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign, box_iou
 
@@ -248,8 +248,51 @@ def test_a_batch_of_empty_images_trains_too(detector):
     assert losses["loss_mask"] == 0
 
 
+class Pyramid(nn.Module):
+    """Backbone and pyramid of a detector as torchvision wants them: one module, which knows its channels."""
+
+    def __init__(self, detector):
+        super().__init__()
+        self.detector, self.out_channels = detector, detector.pyramid.out_channels
+
+    def forward(self, x):
+        return self.detector.pyramid(self.detector.backbone(x)[-1])
+
+
+def as_torchvision(detector):
+    """torchvision's own Mask R-CNN around the modules of `detector`."""
+    heads = detector.roi_heads
+    return MaskRCNN(
+        Pyramid(detector), min_size=64, max_size=64, image_mean=[0] * 3, image_std=[1] * 3, size_divisible=16,
+        _skip_resize=True,  # in training it would draw a random number
+        rpn_anchor_generator=detector.rpn.anchor_generator, rpn_head=detector.rpn.head,
+        rpn_pre_nms_top_n_train=2000, rpn_pre_nms_top_n_test=1000, rpn_post_nms_top_n_train=1000,
+        rpn_post_nms_top_n_test=1000, box_roi_pool=heads.box_roi_pool, box_head=heads.box_head,
+        box_predictor=heads.box_predictor, box_score_thresh=0.0, box_batch_size_per_image=SMALL.roi_samples,
+        mask_roi_pool=heads.mask_roi_pool, mask_head=heads.mask_head, mask_predictor=heads.mask_predictor,
+    )  # fmt: skip
+
+
 def test_plain_mask_r_cnn_is_torchvisions():
-    assert type(small_detector("mask").roi_heads) is RoIHeads
+    """The same losses and detections as `torchvision.models.detection.MaskRCNN` around the same modules."""
+    ours = small_detector("mask", score_threshold=0.0)
+    theirs = as_torchvision(ours)
+    scenes = scene(64, 64, [[4, 4, 20, 24], [30, 10, 50, 36]], [1, 3]), scene(64, 64, [[20, 22, 40, 41]], [2])
+    images, targets = (list(items) for items in zip(*scenes))
+    losses = []
+    for model in (ours.train(), theirs.train()):
+        torch.manual_seed(5)
+        losses.append(model(images, targets))
+    assert losses[0].keys() == losses[1].keys()
+    for name, value in losses[0].items():
+        torch.testing.assert_close(value, losses[1][name], rtol=1e-5, atol=1e-7)
+    with torch.no_grad():
+        for mine, other in zip(ours.eval()(images), theirs.eval()(images)):
+            mine = in_original(mine, (64, 64), (64, 64))
+            assert len(mine["boxes"]) > 20 and torch.equal(mine["labels"], other["labels"])
+            torch.testing.assert_close(mine["boxes"], other["boxes"], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(mine["scores"], other["scores"], rtol=1e-4, atol=1e-6)
+            assert torch.equal(mine["masks"], other["masks"][:, 0] >= 0.5)
 
 
 @torch.no_grad()
