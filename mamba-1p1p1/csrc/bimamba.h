@@ -404,8 +404,8 @@ template <class T> struct BimambaForward : Bimamba<T> {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < s.batch * groups; ++i)
             for (int dir = 0; dir < 2; ++dir)
-                run_group(i / groups, dir, i % groups * s.vectors / groups, (i % groups + 1) * s.vectors / groups, state,
-                          x);
+                run_group(i / groups, dir, i % groups * s.vectors / groups, (i % groups + 1) * s.vectors / groups,
+                          state, x);
     }
 };
 

@@ -81,9 +81,6 @@ template <class T> struct BimambaBackward : Bimamba<T> {
         BackwardTile* tiles;  // [vectors]
         float *dB, *dC, *draw, *tile_x, *tile_slope, *tile_dx;
 
-        // dB and dC lie half a page apart modulo a page: were it none, a load of one would wait for the store of the
-        // other, whose address has the same low bits.
-        static constexpr int64_t COUPLING = TILE * BACK_GROUP * VL, APART = 512;
         static int64_t floats(const BimambaShape& s) {
             return round_up(s.vectors * (int64_t)(sizeof(BackwardTile) / sizeof(float)) + 2 * COUPLING + APART +
                                 4 * TILE * s.padded,
@@ -137,8 +134,8 @@ template <class T> struct BimambaBackward : Bimamba<T> {
         const float* row = this->saved_rows(b, dir) + (tile * TILE + start) * s.row;
         const float* saved = this->saved_states(b, dir) + tile * s.state_floats();
         for (int64_t g = 0; g < s.padded_states; g += BACK_GROUP) {
-            memset(k.dB, 0, Scratch::COUPLING * sizeof(float));
-            memset(k.dC, 0, Scratch::COUPLING * sizeof(float));
+            memset(k.dB, 0, COUPLING * sizeof(float));
+            memset(k.dC, 0, COUPLING * sizeof(float));
             for (int64_t v = first; v < last; ++v) {
                 BackwardTile& t = k.tiles[v];
                 const int64_t at = start * VL, state = v * per_vector + g * VL;

@@ -1,9 +1,9 @@
 // The mixer together with both of its projections: from hidden (B, L, E) to out (B, L, E), and back.
 //
 // A tile of tokens is projected in, mixed and projected out by one thread while it is in that thread's cache, and no
-// thread waits for another between the products. The direction that comes to a tile first computes its x, the second its
-// z and the output; unless backward needs them, x is the only part of xz that is written to memory, and z and y live for
-// one tile. Backward likewise: dy by the first direction, dhidden by the second.
+// thread waits for another between the products. The direction that comes to a tile first computes its x, the second
+// its z and the output; unless backward needs them, x is the only part of xz that is written to memory, and z and y
+// live for one tile. Backward likewise: dy by the first direction, dhidden by the second.
 #pragma once
 
 #include "bimamba_backward.h"
@@ -30,7 +30,7 @@ struct BlockForward : BimambaForward<float> {
     const BlockArguments& block;
     const int64_t E, D;
     float *in_panels = nullptr, *out_panels = nullptr;
-    float* x_all = nullptr;  // (B, L, D); xz (B, L, 2 D) where that is saved, or needed whole because channels are split
+    float* x_all = nullptr;  // (B, L, D); where z is kept too, xz (B, L, 2 D)
     float *z_tiles = nullptr, *y_tiles = nullptr;  // (threads, TILE, D); where channels are split y is (B, L, D)
 
     BlockForward(const BlockArguments& arguments, const BimambaArguments& mixer)
@@ -43,6 +43,7 @@ struct BlockForward : BimambaForward<float> {
                   {pack_panel, block.out_proj, E, D, out_panels}});
     }
 
+    // It is saved, or needed whole because channels are split.
     bool keeps_z() const { return a.xz_token == 2 * D; }
     float* x_of(int64_t b, int64_t tile) const { return x_all + (b * s.length + tile * TILE) * a.xz_token; }
 

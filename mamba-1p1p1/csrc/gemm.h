@@ -1,9 +1,10 @@
-// A small matrix product out of registers: C (M, N) += A (M, K) B (K, N), with N a multiple of VL.
+// Small matrix products out of registers, for one thread whose operands are in its cache.
 //
-// A is read one element at a time and may have any strides (so it may be transposed); rows of B and C are
-// contiguous. Serves the skinny products of the block (N or K of about 48) better than a general library:
-// no packing, no threads to wake, and the operands are still in cache. For the block's own projections there is a second
-// form whose weights are packed first.
+// gemm_add: C (M, N) += A (M, K) B (K, N), with N a multiple of VL. A is read one element at a time and may have any
+// strides (so it may be transposed); rows of B and C are contiguous. Serves the skinny products of the mixer (N or K of
+// about 48) better than a general library: no packing, no threads to wake.
+//
+// gemm_panels: the block's own projections, whose weights are packed first.
 #pragma once
 
 #include "simd.h"

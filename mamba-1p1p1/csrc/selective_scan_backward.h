@@ -16,14 +16,14 @@ template <class T> struct ScanBackward : Scan<T> {
         float *carry, *states, *dB, *dC;  // carry, states: [blocks][padded_states][VL]
         static int64_t floats(const ScanShape& s) {
             return s.blocks * (int64_t)(sizeof(ScanTile) / sizeof(float)) + 2 * s.blocks * s.block_states +
-                   2 * TILE * BACK_GROUP * VL;
+                   2 * COUPLING + APART;
         }
         Scratch(float* base, const ScanShape& s) {
             tiles = (ScanTile*)base;
             carry = base + s.blocks * (sizeof(ScanTile) / sizeof(float));
             states = carry + s.blocks * s.block_states;
             dB = states + s.blocks * s.block_states;
-            dC = dB + TILE * BACK_GROUP * VL;
+            dC = dB + COUPLING + APART;
         }
     };
 
@@ -106,7 +106,8 @@ template <class T> struct ScanBackward : Scan<T> {
             for (int64_t n = 0; n < s.padded_states; n += BACK_GROUP)
                 for (int64_t k = first; k < last;) {
                     const int64_t end = smaller(last, (s.group(k) + 1) * s.group_blocks), start = k;
-                    memset(w.dB, 0, 2 * TILE * BACK_GROUP * VL * sizeof(float));
+                    memset(w.dB, 0, COUPLING * sizeof(float));
+                    memset(w.dC, 0, COUPLING * sizeof(float));
                     for (; k < end; ++k) adjoint(b, tile, k, n, sums, w);
                     put_matrices(b, tile, start, n, dB, dC, w);
                 }

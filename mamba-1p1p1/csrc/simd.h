@@ -138,9 +138,9 @@ INLINE float scalar(bf16 value) {
     return result;
 }
 
-// Exponents are measured in units of ln 2 / EXP_STEPS, so that one instruction looks up the fraction's 2^(j / EXP_STEPS)
-// by the low bits of the rounded number. Entry j has j << EXP_SHIFT taken off, which adding the rounded number's bits at
-// EXP_SHIFT brings back, together with the whole part in the exponent's place.
+// Exponents are measured in units of ln 2 / EXP_STEPS, so that one instruction looks up the fraction's
+// 2^(j / EXP_STEPS) by the low bits of the rounded number. Entry j has j << EXP_SHIFT taken off, which adding the
+// rounded number's bits at EXP_SHIFT brings back, together with the whole part in the exponent's place.
 #if SIMD_AVX512
 constexpr int EXP_STEPS = 16, EXP_SHIFT = 19;
 alignas(64) constexpr uint32_t EXP_TABLE[] = {
@@ -166,10 +166,10 @@ INLINE vf clamp_power(vf x) {
 #endif
 }
 
-// exp(EXP_UNIT d a). Nearest-integer reduction d a = n + f, then 2^(n / EXP_STEPS) (1 + f q(f)) with q the minimax fit of
-// (2^(f / EXP_STEPS) - 1) / f in relative error, which is at most 1.1e-7 with 16 steps, 8.6e-7 with 8 and 4.7e-7 with
-// one. It is the relative error of the decay rate, what the error of a slow state is made of, and the value at 0 is
-// exactly 1. Beyond the range of float32 the result is next to zero or beyond 2^126; not a number gives not a number.
+// exp(EXP_UNIT d a). Nearest-integer reduction d a = n + f, then 2^(n / EXP_STEPS) (1 + f q(f)) with q the minimax fit
+// of (2^(f / EXP_STEPS) - 1) / f in relative error, which is at most 1.1e-7 with 16 steps, 8.6e-7 with 8 and 4.7e-7
+// with one. It is the relative error of the decay rate, what the error of a slow state is made of, and the value at 0
+// is exactly 1. Beyond the range of float32 the result is next to zero or beyond 2^126; not a number gives itself.
 INLINE vf exp_of_product(vf d, vf a) {
     const vf magic = set1(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
     vf product = d * a;

@@ -1,6 +1,6 @@
-// The recurrence h[t] = exp(EXP_UNIT d[t] A) h[t-1] + B[t] x[t], y[t] = <C[t], h[t]>, over a tile of tokens for one vector of
-// channels, and its adjoint. NG states at a time stay in registers. d is the time step in units of
-// EXP_UNIT and x is delta * u; the direction of time is the sign of the steps.
+// The recurrence h[t] = exp(EXP_UNIT d[t] A) h[t-1] + B[t] x[t], y[t] = <C[t], h[t]>, over a tile of tokens for one
+// vector of channels, and its adjoint. NG states at a time stay in registers. d is the time step in units of EXP_UNIT
+// and x is delta * u; the direction of time is the sign of the steps.
 #pragma once
 
 #include "simd.h"
@@ -105,6 +105,10 @@ struct TileGradients {
 };
 
 constexpr int BACK_GROUP = 4;
+
+// Floats of a tile's dB or dC. The two lie half a page apart modulo a page: were it none, a load of one would wait for
+// the store of the other, whose address has the same low bits.
+constexpr int64_t COUPLING = TILE * BACK_GROUP * VL, APART = 512;
 
 template <bool CONST_B, bool CONST_C, bool OUTPUT>
 void states_backward(int tokens, const float* d, const float* x, const float* dy, int64_t step, const float* B,
