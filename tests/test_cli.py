@@ -1,13 +1,15 @@
 """The command line as a contract: names, defaults, YAML, and what a wrong flag says."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import arguments
 from arguments import ConfigError as Refused
 from arguments import Switch, build_parser, parse_args, save_arguments
 
@@ -271,20 +273,44 @@ def test_arguments_survive_the_file_beside_the_checkpoints(tmp_path):
     assert yaml.safe_load((tmp_path / "args.yaml").read_text())["input_size"] == "96x160"
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    lr=st.floats(1e-12, 1e3),
-    betas=st.lists(st.floats(0, 1), min_size=1, max_size=3),
-    ema=st.booleans(),
-    amp=st.sampled_from(["--if_amp", "--no_amp"]),
-    output=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=12),
-)
-def test_any_arguments_survive_yaml(tmp_path_factory, lr, betas, ema, amp, output):
-    args = parse_args(
-        [*ON_CPU, f"--lr={lr}", "--opt-betas", *map(str, betas), amp, f"--output_dir={output}"]
-        + (["--model-ema"] if ema else ["--no-model-ema"])
-    )
-    assert vars(round_trip(args, tmp_path_factory.mktemp("yaml"))) == vars(args)
+VALUES = {
+    None: st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=9),
+    int: st.integers(-(10**9), 10**9),
+    float: st.floats(allow_nan=False, allow_infinity=False),
+    arguments.positive_int: st.integers(1, 10**9),
+    arguments.natural_int: st.integers(0, 10**9),
+    arguments.at_least_two: st.integers(2, 10**9),
+    arguments.fraction: st.floats(0, 1),
+    arguments.image_size: st.sampled_from(["224", "96x160"]),
+    arguments.data_set: st.sampled_from(["DIGITS", "hfds/someone/name"]),
+    arguments.tracker_list: st.sampled_from(["", "tensorboard", "tensorboard,wandb"]),
+}
+
+
+def flag_with_value(action):
+    """Anything that a flag accepts, as words of a command line."""
+    if isinstance(action, Switch):
+        return st.sampled_from([[name] for name in action.option_strings])
+    value = st.sampled_from(list(action.choices)) if action.choices else VALUES[action.type]
+    if action.nargs is None:
+        return value.map(lambda v: [f"{action.option_strings[0]}={v}"])
+    sizes = (1, 3) if action.nargs == "+" else (action.nargs, action.nargs)
+    values = st.lists(value.filter(lambda v: "-" not in str(v)), min_size=sizes[0], max_size=sizes[1])
+    return values.map(lambda vs: [action.option_strings[0], *map(str, vs)])
+
+
+FLAGS = [a for a in build_parser()._actions if a.dest not in ("help", "config", "device")]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(FLAGS).flatmap(flag_with_value), max_size=8))
+def test_any_arguments_survive_yaml(tmp_path_factory, flags):
+    """All flags, with anything that they accept; combinations that are refused have no file to survive."""
+    try:
+        args = parse_args([*ON_CPU, *itertools.chain(*flags)])
+    except Refused:
+        assume(False)
+    assert vars(round_trip(args, tmp_path_factory.getbasetemp())) == vars(args)
 
 
 # --- refusals

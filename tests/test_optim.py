@@ -72,6 +72,41 @@ def test_rates_are_positive_and_continuous_over_steps(name, epochs, warmup, step
     assert max(abs(a - b) for a, b in itertools.pairwise(rates)) <= 1e-3 * 6 / steps
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(SCHEDULES),
+    epochs=st.integers(5, 40),
+    warmup=st.integers(1, 3),
+    by_step=st.booleans(),
+    noise=st.booleans(),
+    metrics=st.lists(st.floats(0, 100), min_size=40, max_size=40),
+)
+def test_no_schedule_ever_gives_a_negative_rate(name, epochs, warmup, by_step, noise, metrics):
+    """Nor one that is no number, whatever the metric does: a negative rate climbs."""
+    by_step = by_step and name != "plateau"
+    decay = 0.5 if name == "wsd" else 3
+    flags = f"--sched {name} --epochs {epochs} --warmup-epochs {warmup} --decay-epochs {decay} --decay-milestones 2 5"
+    flags += " --lr-noise 0.2 0.9" * noise + " --sched-on-updates" * by_step
+    s = schedule(*flags.split(), steps_per_epoch=3)
+    for epoch in range(epochs):
+        for step in range(3 * epoch, 3 * epoch + 3):
+            assert 0 <= s.set(epoch, step) < math.inf
+        s.observe(epoch, metrics[epoch])
+
+
+@settings(max_examples=30, deadline=None)
+@given(name=st.sampled_from(["step", "multistep"]), start=st.integers(3, 30), by_step=st.booleans())
+def test_schedules_in_stairs_are_flat_between_their_stairs(name, start, by_step):
+    """Within an epoch of where they are meant to jump, by `--decay-rate`, and nowhere else."""
+    flags = f"--sched {name} --epochs 32 --warmup-epochs 0 --decay-epochs {start} --decay-milestones {start}"
+    s = schedule(*flags.split(), *["--sched-on-updates"] * by_step, steps_per_epoch=4)
+    rates = [s.set(step // 4, step) for step in range(32 * 4)]
+    jumps = [(step, b / a) for step, (a, b) in enumerate(itertools.pairwise(rates), start=1) if a != b]
+    stairs = [epoch for epoch in range(start, 31, start if name == "step" else 32)]
+    assert [ratio for _, ratio in jumps] == pytest.approx([0.1] * len(stairs))
+    assert all(abs(step - 4 * epoch) <= 4 for (step, _), epoch in zip(jumps, stairs))
+
+
 def test_plateau_lowers_the_rate_when_the_metric_stalls_and_its_state_can_be_saved():
     flags = ("--sched", "plateau", "--patience-epochs", "1", "--warmup-epochs", "0", "--decay-rate", "0.5")
     s = schedule(*flags)
@@ -91,6 +126,8 @@ def test_no_schedule_leaves_the_rate_alone():
 def test_unknown_names_are_refused_with_near_ones():
     with pytest.raises(ConfigError, match=r"--sched cosin is not one of .* did you mean cosine"):
         schedule("--sched", "cosin")
+    with pytest.raises(ConfigError, match=r"--sched wsd: .*requires 0 < decay_epochs <= epochs"):
+        schedule("--sched", "wsd", "--epochs", "8", "--decay-epochs", "9")
     with pytest.raises(ConfigError, match="--opt adamww is no optimiser of timm; did you mean"):
         build_optimizer(run_args("--opt", "adamww"), torch.nn.Linear(1, 1), 1e-3)
 

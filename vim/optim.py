@@ -72,7 +72,10 @@ class Schedule:
             values = scheduler_kwargs(args)
             if args.warmup_steps is not None:
                 values["warmup_epochs"] = args.warmup_steps / steps_per_epoch
-            self.timm, _ = create_scheduler_v2(optimizer, **values, updates_per_epoch=steps_per_epoch)
+            try:
+                self.timm, _ = create_scheduler_v2(optimizer, **values, updates_per_epoch=steps_per_epoch)
+            except ValueError as error:  # timm's way to refuse lengths that do not fit together
+                raise ConfigError(f"--sched {args.sched}: {error}") from error
         self.optimizer = optimizer
         self.follows_metric = args.sched == "plateau"
         self.on_updates = args.sched_on_updates
