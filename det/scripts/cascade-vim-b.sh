@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train Cascade Mask R-CNN on Vim-B (98 M without its heads)
+# Train Cascade Mask R-CNN on Vim-B (155 M parameters, 55 M of them in pyramid and heads)
 # on COCO 2017, images of 1024 pixels (4,096 tokens).
 #
 #   CKPT=vim_b_midclstok_81p9acc.pth DATA_PATH=/data/coco bash det/scripts/cascade-vim-b.sh [flags of train.py]
