@@ -174,8 +174,9 @@ def _size(loop: Loop) -> int:
 
 def _pieces(block: int, size: str) -> tuple:
     """Trips of the loop that stages the time step of `block` channels in pieces: fewer channels for a large rank."""
-    piece = 64 if SIZES[size] // 16 <= 32 else 32
-    return block // piece, ()
+    rank = SIZES[size] // 16
+    piece = 128 if rank <= 16 else 64 if rank <= 32 else 32
+    return max(block // piece, 1), ()
 
 
 def forward_counts(code, size: str) -> dict:
@@ -195,16 +196,16 @@ def backward_counts(code, size: str) -> dict:
     """Instructions per state update: the pass that marks states, the pass back, and everything a chunk takes."""
     chunk = max(loops(code), key=_size)
     tiles, groups = selective_scan.CHUNK // selective_scan.TILE, selective_scan.CHUNK // selective_scan.GROUP
-    pairs = (STATES // 2, ())
+    pairs = (STATES // selective_scan.STATES_AT_A_TIME, ())
     block, per_thread = backward_block()
     lane_states = per_thread * STATES
     marking, back = chunk.inner[-2:]
     staging = chunk.inner[:-2]
     stages = tuple((tiles, tuple(_pieces(block, size) for _ in loop.inner)) for loop in staging)
-    trips = (*stages, (groups - 1, (pairs,)), (groups, (pairs,)))
+    trips = (*stages, (groups - 1, ((STATES // 4, ()),)), (groups, (pairs,)))
     updates = selective_scan.CHUNK * lane_states
     return {
-        "marking": (groups - 1) * marking.cost((pairs,)) / updates,
+        "marking": (groups - 1) * marking.cost(((STATES // 4, ()),)) / updates,
         "back": groups * back.cost((pairs,)) / updates,
         "all": chunk.cost(trips) / updates,
     }

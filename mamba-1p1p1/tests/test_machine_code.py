@@ -43,11 +43,12 @@ def test_no_register_is_spilled_to_memory(results, target):
 
 
 def test_instructions_per_state_update(results):
-    """Forward's recurrence meets its target of 6.5. Backward's 20 is not met: 22.8 in its two passes."""
-    for kernels in results["sm_90"].values():
+    """Forward's recurrence: the target is 6.5. Backward's two passes: 20, which Ti meets; S and B are 1 % above."""
+    limits = {"tiny": 20.0, "small": 20.1, "base": 20.25}
+    for size, kernels in results["sm_90"].items():
         assert kernels["scan_forward_kernel"]["per_state_update"]["recurrence"] <= 6.5
         back = kernels["scan_backward_kernel"]["per_state_update"]
-        assert back["marking"] + back["back"] <= 23
+        assert back["marking"] + back["back"] <= limits[size]
 
 
 @pytest.mark.skipif(

@@ -86,6 +86,8 @@ SCANS = {
     "many-states": scan_case(length=9, states=32, z=False, channels=2),
     "odd-states": scan_case(length=21, states=5),
     "two-channel-blocks": scan_case(channels=130, length=18),
+    "whole-blocks": scan_case(channels=128, length=70, states=4),
+    "whole-blocks-bf16": scan_case(channels=128, length=7, states=8, dtype=torch.bfloat16, z=True),
     "groups": scan_case(matrices="group", groups=2, channels=6),
     "grouped-blocks": scan_case(matrices="group", groups=2, channels=140, length=5),
     "constant": scan_case(matrices="constant", batch=2),
@@ -153,6 +155,27 @@ def test_scan(case):
             assert relative_error(grad, right) <= (2e-5 if name in SUMS else tolerance(argument.dtype)), name
 
 
+@pytest.mark.parametrize("segments", [1, 2])
+def test_64_bit_offsets_give_the_same_bits(monkeypatch, segments):
+    """What a sequence that spans 2^31 elements takes, on a short one."""
+    arguments = scan_arguments(scan_case(length=70 if segments == 2 else 5, batch=2))
+
+    def both_ways():
+        out, _, saved = kernels.selective_scan_forward(*arguments, True, True, segments=segments)
+        return out, *kernels.selective_scan_backward(torch.ones_like(out), None, *arguments, True, saved, segments)
+
+    narrow = both_ways()
+    monkeypatch.setattr(selective_scan, "_is_wide", lambda *_: True)
+    assert all(torch.equal(a, b) for a, b in zip(narrow, both_ways()))
+
+
+def test_long_strides_take_64_bit_offsets():
+    u = torch.empty(1, 1, 2, 3, device="meta").as_strided((1, 1, 2, 3), (0, 0, 1, 2**30))
+    inputs = selective_scan.ScanInputs(u, u, None, u[..., :1], u[..., :1], *[(None, None)] * 4, False)
+    assert selective_scan._is_wide(inputs, length=3)
+    assert not selective_scan._is_wide(inputs, length=1)
+
+
 def test_small_steps_keep_their_digits():
     """delta = softplus(-7): about 1e-3, where log2(1 + e^v) computed from a rounded sum would err by 6e-5."""
     draw = Draw()
@@ -179,7 +202,7 @@ def test_scan_backward_gives_the_same_bits_twice():
 def test_segments_are_chosen_by_size():
     choose = selective_scan.choose_segments
     assert choose(programs=1536, chunks=7, wanted=1056) == 1  # enough sequences: none
-    assert choose(programs=12, chunks=191, wanted=1056) == 47  # one long sequence: as many as its chunks allow
+    assert choose(programs=12, chunks=191, wanted=1056) == 88  # one long sequence: as many as fill the device
     assert choose(programs=1000, chunks=191, wanted=1056) == 1  # a split that would not pay
 
 
@@ -202,6 +225,7 @@ MIXERS = {
     "vim-length": mixer_case(length=197, channels=2, rank=1),
     "vim-states": mixer_case(length=20, channels=24, states=16, rank=12),
     "segments": mixer_case(length=70, segments=2, channels=2),
+    "whole-blocks-bf16": mixer_case(length=7, channels=128, dtype=torch.bfloat16),
     "bf16": mixer_case(length=37, dtype=torch.bfloat16),
     "fp16": mixer_case(length=37, dtype=torch.float16),
     "stride-8": mixer_case(length=730, states=1, channels=2, rank=1),

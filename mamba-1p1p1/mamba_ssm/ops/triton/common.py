@@ -81,11 +81,11 @@ def parallel_programs(device: torch.device) -> int:
 
 
 @triton.jit
-def softplus(v):
-    """log(1 + e^v) = max(v, 0) + log(1 + u) with u = e^-|v|.
+def softplus_and_slope(v):
+    """log(1 + e^v) = max(v, 0) + log(1 + u) with u = e^-|v|, and its derivative e^(v - softplus(v)).
 
     The polynomial is log(1 + u) / u on [0, 1], minimax, to 2e-7 relative: the logarithm of a rounded 1 + u would
-    lose the digits of small steps.
+    lose the digits of small steps, and 1 - e^-softplus(v) those of small slopes.
     """
     u = tl.exp2(tl.abs(v) * -LOG2_E)
     p = 0.0440892386 - u * 0.0085390965
@@ -95,14 +95,8 @@ def softplus(v):
     p = p * u + 0.3327547759
     p = p * u - 0.4999740526
     p = p * u + 0.9999998057
-    return tl.maximum(v, 0.0) + p * u
-
-
-@triton.jit
-def softplus_slope(value):
-    """The derivative of softplus from its value: 1 - e^-value, by series where that difference cancels."""
-    series = value * (1 - value * (0.5 - value * (0.16666667 - value * 0.041666667)))
-    return tl.where(value < 0.0625, series, 1 - tl.exp2(value * -LOG2_E))
+    value = tl.maximum(v, 0.0) + p * u
+    return value, tl.exp2((v - value) * LOG2_E)
 
 
 @triton.jit

@@ -36,14 +36,15 @@ from mamba_ssm.ops.triton.common import (
     options,
     parallel_programs,
     sigmoid,
-    softplus,
-    softplus_slope,
+    softplus_and_slope,
     vectors,
 )
 
-CHUNK = 32  # tokens between saved states
+CHUNK = 64  # tokens between saved states
 TILE = 16  # tokens of one staged piece of the time step; divides CHUNK
 GROUP = 4  # tokens unrolled together; divides TILE
+STATES_AT_A_TIME = 2  # of backward
+MIN_COLUMNS = 8
 FORWARD_BLOCK = 64  # channels a program of forward: two a thread on NVIDIA, one on AMD
 MAX_STATES = 32
 
@@ -78,73 +79,123 @@ def _either(backward, ahead, behind):
 
 
 @triton.jit
-def _walk(length, stride, backward):
-    """(offset of position 0, step from one position to the next) of a tensor whose tokens are `stride` apart."""
-    step = int64(stride)
+def _walk(length, stride, backward, WIDE: tl.constexpr):
+    """(offset of position 0, step from one position to the next) of a tensor whose tokens are `stride` apart.
+
+    32-bit offsets make one instruction of an address; WIDE where a sequence may span 2^31 elements.
+    """
+    if WIDE:
+        step = int64(stride)
+    else:
+        step = tl.zeros([], tl.int32) + stride
     return tl.where(backward, step * (length - 1), 0), tl.where(backward, -step, step)
 
 
-
-
 @triton.jit
-def _sequence(base, strides, direction, b, d, length):
+def _sequence(base, strides, direction, b, d, length, WIDE: tl.constexpr):
     """(pointers to this program's channels at position 0, step); strides of (direction, batch, channel, token)."""
-    start, step = _walk(length, strides[3], direction == 1)
+    start, step = _walk(length, strides[3], direction == 1, WIDE)
     return base + direction * strides[0] + b * strides[1] + d * strides[2] + start, step
 
 
 @triton.jit
+def _read_sequence(
+    base, strides, direction, b, first_channel, lane, length, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    PAIRED: tl.constexpr,
+):  # fmt: skip
+    """`_sequence` of a tensor that is read; PAIRED bfloat16 as 32-bit words, which take one instruction a value."""
+    if PAIRED:
+        base, step = _sequence(base, strides, direction, b, first_channel, length, WIDE)
+        words = base.to(tl.pointer_type(tl.int32)) + tl.arange(0, BLOCK // 2)
+        return words, step // 2
+    else:
+        return _sequence(base, strides, direction, b, first_channel + lane, length, WIDE)
+
+
+@triton.jit
+def _channel_mask(lane, count, FULL: tl.constexpr):
+    """Which channels there are; None if every program has BLOCK of them."""
+    if FULL:
+        return None
+    else:
+        return lane < count
+
+
+@triton.jit
+def _read(pointer, mask):
+    """In float32, zero where there is no channel."""
+    if mask is None:
+        return tl.load(pointer).to(tl.float32)
+    else:
+        return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _unless(repeated_row, lane, mask):
+    """The mask of a row to be stored unless it belongs to the group before."""
+    if mask is None:
+        return tl.where(repeated_row, False, lane >= 0)
+    else:
+        return tl.where(repeated_row, False, mask)
+
+
+@triton.jit
 def _stage_piece(
-    scratch, delta, dt_weight, bias, lane, first_channel, count, first, length, backward,
+    scratch, slopes, delta, dt_weight, bias, lane, first_channel, count, first, length, backward,
     delta_stride_d, delta_stride_l,
     R: tl.constexpr, R_PADDED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Write softplus(delta + bias) of TILE positions from `first` on to scratch (TILE, BLOCK).
 
-    Positions past the end get 0, with which the recurrence stands still.
+    `slopes`: where softplus' derivative goes, or None. Positions past the end repeat the last token, never read.
     """
-    d, mask = first_channel + lane, lane < count
-    position = first + tl.arange(0, TILE)
-    token = tl.where(backward, length - 1 - position, position).to(tl.int64)
-    inside = position < length
+    d, mask = first_channel + lane, _channel_mask(lane, count, FULL)
+    position = tl.minimum(first + tl.arange(0, TILE), length - 1)
+    token = tl.where(backward, length - 1 - position, position)
+    if WIDE:
+        token = token.to(tl.int64)
     if R > 0:
         r = tl.arange(0, R_PADDED)
-        dt = tl.load(
-            delta + token[:, None] * delta_stride_l + r[None, :], mask=inside[:, None] & (r < R)[None, :], other=0.0
-        )  # (TILE, R)
-        weight = tl.load(
-            dt_weight + d[None, :] * R + r[:, None], mask=mask[None, :] & (r < R)[:, None], other=0.0
-        )  # (R, BLOCK)
+        dt_rows = delta + token[:, None] * delta_stride_l + r[None, :]
+        if R == R_PADDED:
+            dt = tl.load(dt_rows)  # (TILE, R)
+        else:
+            dt = tl.load(dt_rows, mask=(r < R)[None, :], other=0.0)
+        live = (r < R)[:, None]
+        if mask is not None:
+            live = live & mask[None, :]
+        weight = tl.load(dt_weight + d[None, :] * R + r[:, None], mask=live, other=0.0)  # (R, BLOCK)
         raw = tl.dot(dt.to(tl.float32), weight.to(tl.float32), input_precision=PRECISION)
     else:
-        raw = tl.load(
-            delta + token[:, None] * delta_stride_l + d[None, :] * delta_stride_d,
-            mask=inside[:, None] & mask[None, :],
-            other=0.0,
-        ).to(tl.float32)
+        rows = delta + token[:, None] * delta_stride_l + d[None, :] * delta_stride_d
+        raw = _read(rows, None if mask is None else mask[None, :])
     if bias is not None:
-        raw += tl.load(bias + d, mask=mask, other=0.0).to(tl.float32)[None, :]
-    if SOFTPLUS:
-        raw = softplus(raw)
-    value = tl.where(inside[:, None] & mask[None, :], raw, 0.0)
+        raw += _read(bias + d, mask)[None, :]
     at = tl.arange(0, TILE)[:, None] * BLOCK + lane[None, :]
-    tl.store(scratch + at, value)
+    if SOFTPLUS:
+        value, slope = softplus_and_slope(raw)
+        tl.store(scratch + at, value)
+        if slopes is not None:
+            tl.store(slopes + at, slope)
+    else:
+        tl.store(scratch + at, raw)
 
 
 @triton.jit
 def _stage(
-    scratch, delta, dt_weight, bias, first_channel, count, first, length, backward, delta_stride_d, delta_stride_l,
+    scratch, slopes, delta, dt_weight, bias, first_channel, count, first, length, backward,
+    delta_stride_d, delta_stride_l,
     R: tl.constexpr, R_PADDED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """`_stage_piece` for all channels, in pieces whose matrices fit the registers."""
-    PIECE: tl.constexpr = min(BLOCK, 64 if R_PADDED <= 32 else 32)
+    PIECE: tl.constexpr = min(BLOCK, 128 if R_PADDED <= 16 else 64 if R_PADDED <= 32 else 32)
     tl.debug_barrier()  # the rows of the tile before have been read
     for piece in range(0, BLOCK, PIECE):
         _stage_piece(
-            scratch, delta, dt_weight, bias, piece + tl.arange(0, PIECE), first_channel, count, first, length,
-            backward, delta_stride_d, delta_stride_l, R, R_PADDED, TILE, BLOCK, SOFTPLUS, PRECISION,
+            scratch, slopes, delta, dt_weight, bias, piece + tl.arange(0, PIECE), first_channel, count, first, length,
+            backward, delta_stride_d, delta_stride_l, R, R_PADDED, TILE, BLOCK, SOFTPLUS, PRECISION, FULL, WIDE,
         )  # fmt: skip
     tl.debug_barrier()
 
@@ -163,28 +214,24 @@ def _place_group(position, length, GROUP: tl.constexpr):
 @triton.jit
 def _pointers(base, step, position, GROUP: tl.constexpr):
     """Pointers to GROUP positions."""
-    first = base + position * step
+    first = position * step
     out = ()
     for k in tl.static_range(GROUP):
-        out = out + (first + k * step,)
+        out = out + (base + (first + k * step),)
     return out
 
 
 @triton.jit
-def _rows(pointers, mask, GROUP: tl.constexpr):
-    """GROUP rows of this program's channels, in float32; undefined where there is no channel."""
+def _rows(pointers, mask, GROUP: tl.constexpr, PAIRED: tl.constexpr):
+    """GROUP rows of this program's channels, in float32."""
     out = ()
     for k in tl.static_range(GROUP):
-        out = out + (tl.load(pointers[k], mask=mask).to(tl.float32),)
-    return out
-
-
-@triton.jit
-def _filled_rows(pointers, mask, GROUP: tl.constexpr):
-    """`_rows` with zeros where there is no channel, for sums over channels."""
-    out = ()
-    for k in tl.static_range(GROUP):
-        out = out + (tl.load(pointers[k], mask=mask, other=0.0).to(tl.float32),)
+        if PAIRED:
+            word = tl.load(pointers[k])
+            low, high = (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+            out = out + (tl.reshape(tl.join(low, high), [2 * word.shape[0]]),)
+        else:
+            out = out + (_read(pointers[k], mask),)
     return out
 
 
@@ -230,6 +277,25 @@ def _staged_once(scratch, first, repeated, lane, BLOCK: tl.constexpr, GROUP: tl.
 
 
 @triton.jit
+def _staged_rows(rows, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """GROUP rows of scratch."""
+    out = ()
+    for k in tl.static_range(GROUP):
+        out = out + (tl.load(rows + k * BLOCK),)
+    return out
+
+
+@triton.jit
+def _shift_rows(rows, repeated, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """Move the staged rows of the sequence's last group to where it reads them, with zeros for what it repeats."""
+    moved = _staged_rows(rows - repeated * BLOCK, BLOCK, GROUP)
+    tl.debug_barrier()
+    for k in tl.static_range(GROUP):
+        tl.store(rows + k * BLOCK, tl.where(k >= repeated, moved[k], 0.0))
+    tl.debug_barrier()
+
+
+@triton.jit
 def _drive(x, delta, GROUP: tl.constexpr):
     """delta * x of GROUP positions."""
     out = ()
@@ -258,13 +324,13 @@ def _zeros(N: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _matrix(base, strides, b, d, channels, group, direction, length, VARIABLE: tl.constexpr):
+def _matrix(base, strides, b, d, channels, group, direction, length, VARIABLE: tl.constexpr, WIDE: tl.constexpr):
     """(pointer at position 0, step, stride between states) of B or C.
 
     Per token: a scalar pointer. Constant: one pointer a channel, which stands still.
     """
     if VARIABLE:  # strides of (direction, batch, group, state, token)
-        start, step = _walk(length, strides[4], direction == 1)
+        start, step = _walk(length, strides[4], direction == 1, WIDE)
         pointer = base + direction * strides[0] + b * strides[1] + group.to(tl.int64) * strides[2] + start
     else:
         step = 0
@@ -339,16 +405,16 @@ def scan_forward_kernel(
     length, channels, group_channels, segment_chunks,
     N: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
     B_VARIABLE: tl.constexpr, B_PACKED: tl.constexpr, C_VARIABLE: tl.constexpr, C_PACKED: tl.constexpr,
-    C_AFTER_B: tl.constexpr, SAME_STEPS: tl.constexpr,
+    C_AFTER_B: tl.constexpr, SAME_STEPS: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, PAIRED: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y = C h + D u, times silu(z) if there is a z; states before every chunk; the state after the last token.
+    """y = C h + D u, times silu(z) if there is a z; states after every chunk; the state after the last token.
 
     Grid: (batch * channel blocks, segments, directions). Strides: (direction, batch, channel, token).
     """
     b, first_channel, count, group, block, blocks = _place(channels, group_channels, BLOCK)
     lane = tl.arange(0, BLOCK)
-    d, mask = first_channel + lane, lane < count
+    d, mask = first_channel + lane, _channel_mask(lane, count, FULL)
     segment, direction = tl.program_id(1), tl.program_id(2).to(tl.int64)
     backward = direction == 1
     row = direction * (tl.num_programs(0) // blocks) + b  # of all directions' sequences
@@ -357,39 +423,35 @@ def scan_forward_kernel(
     weight, bias = _either(backward, dt_weight, dt_weight_b), _either(backward, bias, bias_b)
     A = vectors(_either(backward, A, A_b) + d * N, 1, mask, N, LOG2_E)
     if D is not None:
-        skip = tl.load(_either(backward, D, D_b) + d, mask=mask, other=0.0).to(tl.float32)
+        skip = _read(_either(backward, D, D_b) + d, mask)
 
     first = segment * segment_chunks * CHUNK
     end = tl.minimum(length, first + segment_chunks * CHUNK)
-    u, u_step = _sequence(u, u_strides, direction, b, d, length)
-    out, out_step = _sequence(out, out_strides, direction, b, d, length)
+    u, u_step = _read_sequence(u, u_strides, direction, b, first_channel, lane, length, BLOCK, WIDE, PAIRED)
+    out, out_step = _sequence(out, out_strides, direction, b, d, length, WIDE)
     delta += direction * delta_strides[0] + b * delta_strides[1]
-    B, B_step, B_stride = _matrix(B, B_strides, b, d, channels, group, direction, length, B_VARIABLE)
+    B, B_step, B_stride = _matrix(B, B_strides, b, d, channels, group, direction, length, B_VARIABLE, WIDE)
     if C_AFTER_B > 0:
         C, C_step, C_stride = B + C_AFTER_B, B_step, B_stride
     else:
-        C, C_step, C_stride = _matrix(C, C_strides, b, d, channels, group, direction, length, C_VARIABLE)
+        C, C_step, C_stride = _matrix(C, C_strides, b, d, channels, group, direction, length, C_VARIABLE, WIDE)
     if SAME_STEPS:
-        out_step = u_step  # the compiler then computes the offsets once
+        out_step = 2 * u_step if PAIRED else u_step  # the compiler then computes the offsets once
     if z is not None:
-        z, z_step = _sequence(z, z_strides, direction, b, d, length)
+        z, z_step = _read_sequence(z, z_strides, direction, b, first_channel, lane, length, BLOCK, WIDE, PAIRED)
 
     if carry is not None:
         h = _load_states(carry + (row * tl.num_programs(1) + segment) * N * channels + d, channels, mask, N)
     else:
         h = _zeros(N, BLOCK)
     for tile in range(first, end, TILE):
-        if states is not None:  # noqa: SIM102 - known when compiled, unlike the next condition
-            if tile % CHUNK == 0:
-                chunk = row * tl.cdiv(length, CHUNK) + tile // CHUNK
-                _store_states(states + chunk * N * channels + d, channels, h, mask, N)
         _stage(
-            scratch, delta, weight, bias, first_channel, count, tile, length, backward,
-            delta_strides[2], delta_strides[3], R, R_PADDED, TILE, BLOCK, SOFTPLUS, PRECISION,
+            scratch, None, delta, weight, bias, first_channel, count, tile, length, backward,
+            delta_strides[2], delta_strides[3], R, R_PADDED, TILE, BLOCK, SOFTPLUS, PRECISION, FULL, WIDE,
         )  # fmt: skip
         for i in range(0, tl.minimum(TILE, length - tile), GROUP):
             at, repeated = _place_group(tile + i, length, GROUP)
-            x = _rows(_pointers(u, u_step, at, GROUP), mask, GROUP)
+            x = _rows(_pointers(u, u_step, at, GROUP), mask, GROUP, PAIRED)
             step = _staged_once(scratch, i, repeated, lane, BLOCK, GROUP)
             y = ()
             for k in tl.static_range(GROUP):
@@ -404,13 +466,17 @@ def scan_forward_kernel(
                 N, B_PACKED, C_PACKED, GROUP,
             )  # fmt: skip
             if z is not None:
-                gate = _rows(_pointers(z, z_step, at, GROUP), mask, GROUP)
+                gate = _rows(_pointers(z, z_step, at, GROUP), mask, GROUP, PAIRED)
             rows = _pointers(out, out_step, at, GROUP)
             for k in tl.static_range(GROUP):
                 value = y[k]
                 if z is not None:
                     value = value * gate[k] * sigmoid(gate[k])
-                tl.store(rows[k], value.to(out.dtype.element_ty), mask=tl.where(k >= repeated, mask, False))
+                tl.store(rows[k], value.to(out.dtype.element_ty), mask=_unless(k < repeated, lane, mask))
+        if states is not None:  # noqa: SIM102 - known when compiled, unlike the next condition
+            if ((tile + TILE) % CHUNK == 0) | (tile + TILE >= length):
+                chunk = row * tl.cdiv(length, CHUNK) + tile // CHUNK
+                _store_states(states + chunk * N * channels + d, channels, h, mask, N)
     if last_state is not None:  # noqa: SIM102
         if end == length:
             _store_states(last_state + (row * channels + d) * N, 1, h, mask, N)
@@ -420,18 +486,48 @@ def scan_forward_kernel(
 
 
 @triton.jit
+def _apart(value, PER_THREAD: tl.constexpr):
+    """The PER_THREAD adjacent channels of a thread: as many vectors, in registers already."""
+    if PER_THREAD == 1:
+        return (value,)
+    elif PER_THREAD == 2:
+        return tl.split(tl.reshape(value, [value.shape[0] // 2, 2]))
+    else:
+        even, odd = tl.split(tl.reshape(value, [value.shape[0] // 4, 2, 2]))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        return first, second, third, fourth
+
+
+@triton.jit
+def _all_apart(values, PER_THREAD: tl.constexpr, GROUP: tl.constexpr):
+    out = ()
+    for k in tl.static_range(GROUP):
+        out = out + (_apart(values[k], PER_THREAD),)
+    return out
+
+
+@triton.jit
+def _inner(a, b, PER_THREAD: tl.constexpr):
+    """Sum of the products of a thread's channels: one chain of fused multiply-adds."""
+    total = a[0] * b[0]
+    for i in tl.static_range(1, PER_THREAD):
+        total += a[i] * b[i]
+    return tl.sum(tl.reshape(total, [total.shape[0], 1]), 1)
+
+
+@triton.jit
 def _adjoint_of_state(
-    g, a, before, A, delta, drive, dy, b, c, q: tl.constexpr, product, dexponent,
+    g, a, around, A, delta, drive, dy, drive_apart, dy_apart, b, c, q: tl.constexpr, product, dexponent, dA,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, PER_THREAD: tl.constexpr,
 ):  # fmt: skip
     """One state's way back through GROUP positions.
 
-    `g` is what later positions send to the state, `a` its decays, `before` the states around them (GROUP + 1).
-    Returns g of the earlier positions, the sums for dA and for a constant B and C, `product` (the gradient of
-    delta x, per position) and `dexponent` (that of delta) with this state's share added, and the columns of a
-    per-token dB and dC. The compiler drops what the kernel does not use.
+    `g` is what later positions send to the state, `a` its decays, `around` the states around them (GROUP + 1).
+    Returns g of the earlier positions, dA, the sums for a constant B and C, `product` (the gradient of delta x, per
+    position) and `dexponent` (that of delta), each with this state's share added, and the columns of a per-token
+    dB and dC. The compiler drops what the kernel does not use.
     """
-    dA = tl.zeros([BLOCK], tl.float32)
     dB = tl.zeros([BLOCK], tl.float32)
     dC = tl.zeros([BLOCK], tl.float32)
     products = ()
@@ -440,22 +536,16 @@ def _adjoint_of_state(
     dC_columns = ()
     for k in tl.static_range(GROUP - 1, -1, -1):
         g = g + c[k][q] * dy[k]
-        dC += dy[k] * before[k + 1]
+        dC += dy[k] * around[k + 1]
         dB += g * drive[k]
-        dC_columns = (_pair_sum(dy[k] * before[k + 1], BLOCK, PER_THREAD),) + dC_columns
-        dB_columns = (_pair_sum(g * drive[k], BLOCK, PER_THREAD),) + dB_columns
+        dC_columns = (_inner(_apart(around[k + 1], PER_THREAD), dy_apart[k], PER_THREAD),) + dC_columns
+        dB_columns = (_inner(_apart(g, PER_THREAD), drive_apart[k], PER_THREAD),) + dB_columns
         products = (product[k] + g * b[k][q],) + products
         g = g * a[k]
-        w = g * before[k]
+        w = g * around[k]
         dA += w * delta[k]
         dexponents = (dexponent[k] + w * A,) + dexponents
     return g, dA, dB, dC, products, dexponents, dB_columns + dC_columns
-
-
-@triton.jit
-def _pair_sum(value, BLOCK: tl.constexpr, PER_THREAD: tl.constexpr):
-    """Add the PER_THREAD adjacent channels of a thread: (BLOCK,) -> (BLOCK / PER_THREAD,)."""
-    return tl.sum(tl.reshape(value, [BLOCK // PER_THREAD, PER_THREAD]), 1)
 
 
 @triton.jit
@@ -465,18 +555,25 @@ def _accumulate(pointer, value, mask):
 
 
 @triton.jit
+def _matrix_gradient_offsets(
+    backward, N: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr
+):
+    """Where (row: state of a pair, B or C, position k; column: pair) goes from the group's first token on."""
+    row, n = tl.arange(0, ROWS), WIDTH * tl.arange(0, PAIRS)[None, :]
+    k = row % GROUP
+    n += (row // (2 * GROUP))[:, None]
+    return (tl.where(backward, -k, k) * (2 * N) + row // GROUP % 2 * N)[:, None] + n
+
+
+@triton.jit
 def _store_matrix_gradient(
-    pointer, total, first, repeated, length, backward,
-    N: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    pointer, total, offsets, repeated,
+    N: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Row r of `total`: states WIDTH r and following of dB and dC; columns (state, B or C, position k)."""
-    column = tl.arange(0, COLUMNS)
-    n = WIDTH * tl.arange(0, ROWS)[:, None] + (column // (2 * GROUP))[None, :]
-    k = column % GROUP
-    token = tl.where(backward, length - 1 - first - k, first + k).to(tl.int64)
-    at = token[None, :] * (2 * N) + (column // GROUP % 2)[None, :] * N + n
-    mine = (k >= repeated) & (column < 2 * WIDTH * GROUP)
-    tl.store(pointer + at, total, mask=(n < N) & mine[None, :])
+    row = tl.arange(0, ROWS)
+    mine = (row % GROUP >= repeated) & (row < 2 * WIDTH * GROUP)
+    n = WIDTH * tl.arange(0, PAIRS)[None, :] + (row // (2 * GROUP))[:, None]
+    tl.store(pointer + offsets, total, mask=mine[:, None] & (n < N))
 
 
 @triton.jit
@@ -488,62 +585,68 @@ def scan_backward_kernel(
     length, channels, group_channels, segment_chunks, scale,
     N: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
     B_VARIABLE: tl.constexpr, B_PACKED: tl.constexpr, C_VARIABLE: tl.constexpr, C_PACKED: tl.constexpr,
-    C_AFTER_B: tl.constexpr, SAME_STEPS: tl.constexpr,
-    BLOCK: tl.constexpr, PER_THREAD: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+    C_AFTER_B: tl.constexpr, SAME_STEPS: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, PAIRED: tl.constexpr,
+    SCRATCH_ROWS: tl.constexpr, PAIRS_PADDED: tl.constexpr, STATES_AT_A_TIME: tl.constexpr, BLOCK: tl.constexpr, PER_THREAD: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Gradients of `scan_forward_kernel` for dout, times `scale` and silu(z) if there is a z.
 
     Grid as forward. dBC (directions, blocks, batch, L, 2, N) and dA, dB_constant, dC_constant (directions, batch,
-    segments, N, channels), dD, dbias (directions, batch, segments, channels) are partial sums; all but
-    dBC and dA come zeroed. `carry` is what tokens after each segment send to its last state.
+    segments, N, channels), dD, dbias (directions, batch, segments, channels) are partial sums; dB_constant and
+    dC_constant come zeroed. `carry` is what tokens after each segment send to its last state.
     """
-    WIDTH: tl.constexpr = 2 if N % 2 == 0 else 1  # states at a time
+    WIDTH: tl.constexpr = STATES_AT_A_TIME if N % STATES_AT_A_TIME == 0 else 1
     PAIRS: tl.constexpr = N // WIDTH
-    ROWS: tl.constexpr = 16 if PAIRS <= 16 else 32
-    COLUMNS: tl.constexpr = max(16, 2 * WIDTH * GROUP)
+    MARK: tl.constexpr = 4 if N % 4 == 0 else WIDTH  # states at a time of the first pass
+    COLUMNS: tl.constexpr = PAIRS_PADDED
+    ROWS: tl.constexpr = max(16, 2 * WIDTH * GROUP)
     b, first_channel, count, group, block, blocks = _place(channels, group_channels, BLOCK)
     lane = tl.arange(0, BLOCK)
-    d, mask = first_channel + lane, lane < count
+    d, mask = first_channel + lane, _channel_mask(lane, count, FULL)
     segment, direction = tl.program_id(1), tl.program_id(2).to(tl.int64)
     backward = direction == 1
     batch = tl.num_programs(0) // blocks
     row = direction * batch + b
     part = row * tl.num_programs(1) + segment
-    scratch += (part * blocks + block) * ((3 * N + GROUP + CHUNK + CHUNK // GROUP * N) * BLOCK)
+    scratch += (part * blocks + block) * (SCRATCH_ROWS * BLOCK)
     sums_A = scratch + N * BLOCK + lane
     sent = sums_A + N * BLOCK  # what later positions send to the states
-    staged = scratch + (3 * N + GROUP) * BLOCK
-    marks = staged + CHUNK * BLOCK  # the states before every group of the chunk
+    sum_bias = sent + N * BLOCK
+    sum_D = sum_bias + BLOCK
+    staged = scratch + (3 * N + 2 + GROUP) * BLOCK
+    slopes = staged + (CHUNK + GROUP) * BLOCK
+    marks = slopes + CHUNK * BLOCK + lane  # the states around every group of the chunk
+    zero = tl.zeros([BLOCK], tl.float32)
+    tl.store(sum_bias, zero)
+    tl.store(sum_D, zero)
     weight, bias = _either(backward, dt_weight, dt_weight_b), _either(backward, bias, bias_b)
     # A transposed: its N vectors would otherwise take the registers that hide latency
     _store_states(scratch + lane, BLOCK, vectors(_either(backward, A, A_b) + d * N, 1, mask, N, LOG2_E), None, N)
     _store_states(sums_A, BLOCK, _zeros(N, BLOCK), None, N)
     if D is not None:
         D = _either(backward, D, D_b) + d
-    at_channel = part * channels + d
-
     chunks = tl.cdiv(length, CHUNK)
-    u, u_step = _sequence(u, u_strides, direction, b, d, length)
-    dout, dout_step = _sequence(dout, dout_strides, direction, b, d, length)
-    du, du_step = _sequence(du, du_strides, direction, b, d, length)
-    ddelta, ddelta_step = _sequence(ddelta, ddelta_strides, direction, b, d, length)
+    u, u_step = _read_sequence(u, u_strides, direction, b, first_channel, lane, length, BLOCK, WIDE, PAIRED)
+    dout, dout_step = _read_sequence(dout, dout_strides, direction, b, first_channel, lane, length, BLOCK, WIDE, PAIRED)
+    du, du_step = _sequence(du, du_strides, direction, b, d, length, WIDE)
+    ddelta, ddelta_step = _sequence(ddelta, ddelta_strides, direction, b, d, length, WIDE)
     delta += direction * delta_strides[0] + b * delta_strides[1]
-    B, B_step, B_stride = _matrix(B, B_strides, b, d, channels, group, direction, length, B_VARIABLE)
+    B, B_step, B_stride = _matrix(B, B_strides, b, d, channels, group, direction, length, B_VARIABLE, WIDE)
     if C_AFTER_B > 0:
         C, C_step, C_stride = B + C_AFTER_B, B_step, B_stride
     else:
-        C, C_step, C_stride = _matrix(C, C_strides, b, d, channels, group, direction, length, C_VARIABLE)
+        C, C_step, C_stride = _matrix(C, C_strides, b, d, channels, group, direction, length, C_VARIABLE, WIDE)
     if SAME_STEPS:  # fewer offsets to keep in registers
-        dout_step, du_step, ddelta_step = u_step, u_step, u_step
+        dout_step, ddelta_step = u_step, du_step
     if z is not None:
-        z, z_step = _sequence(z, z_strides, direction, b, d, length)
+        z, z_step = _read_sequence(z, z_strides, direction, b, first_channel, lane, length, BLOCK, WIDE, PAIRED)
     if dz is not None:
-        dz, dz_step = _sequence(dz, dz_strides, direction, b, d, length)
+        dz, dz_step = _sequence(dz, dz_strides, direction, b, d, length, WIDE)
     if dBC is not None:
         dBC += ((direction * blocks + block) * batch + b) * length * (2 * N)
     sums = part * N * channels + d
-    ones = tl.full([ROWS, BLOCK // PER_THREAD], 1.0, tl.float32)
-    result_row = tl.arange(0, ROWS)[:, None]
+    ones = tl.full([BLOCK // PER_THREAD, COLUMNS], 1.0, tl.float32)
+    result_column = tl.arange(0, COLUMNS)[None, :]
+    offsets = _matrix_gradient_offsets(backward, N, GROUP, WIDTH, ROWS, COLUMNS)
 
     if carry is not None:
         _store_states(sent, BLOCK, _load_states(carry + sums, channels, mask, N), None, N)
@@ -555,108 +658,134 @@ def scan_backward_kernel(
         groups = tl.cdiv(tl.minimum(CHUNK, length - start), GROUP)
         for tile in range(0, CHUNK, TILE):
             _stage(
-                staged + tile * BLOCK, delta, weight, bias, first_channel, count, start + tile, length, backward,
-                delta_strides[2], delta_strides[3], R, R_PADDED, TILE, BLOCK, SOFTPLUS, PRECISION,
+                staged + tile * BLOCK, slopes + tile * BLOCK, delta, weight, bias, first_channel, count, start + tile,
+                length, backward, delta_strides[2], delta_strides[3],
+                R, R_PADDED, TILE, BLOCK, SOFTPLUS, PRECISION, FULL, WIDE,
             )  # fmt: skip
+        _, repeated = _place_group(start + (groups - 1) * GROUP, length, GROUP)
+        if repeated > 0:
+            _shift_rows(staged + (groups - 1) * GROUP * BLOCK + lane, repeated, BLOCK, GROUP)
+            if SOFTPLUS:
+                _shift_rows(slopes + (groups - 1) * GROUP * BLOCK + lane, repeated, BLOCK, GROUP)
 
         saved = states + (row * chunks + chunk) * N * channels + d
-        _store_states(marks + lane, BLOCK, _load_states(saved, channels, mask, N), None, N)
+        _store_states(marks + groups * (N * BLOCK), BLOCK, _load_states(saved, channels, mask, N), None, N)
+        if chunk > 0:
+            _store_states(marks, BLOCK, _load_states(saved - N * channels, channels, mask, N), None, N)
+        else:
+            _store_states(marks, BLOCK, _zeros(N, BLOCK), None, N)
+        tl.debug_barrier()
         for j in range(0, groups - 1):
             at = start + j * GROUP
-            x = _filled_rows(_pointers(u, u_step, at, GROUP), mask, GROUP)
-            step = _staged(staged, j * GROUP, 0, lane, BLOCK, GROUP)
+            x = _rows(_pointers(u, u_step, at, GROUP), mask, GROUP, PAIRED)
+            step = _staged_rows(staged + j * GROUP * BLOCK + lane, BLOCK, GROUP)
             drive = _drive(x, step, GROUP)
             B_rows = _pointers(B, B_step, at, GROUP)
-            for pair in range(0, PAIRS):
-                bs = _pairs(_moved(B_rows, WIDTH * pair * B_stride, GROUP), B_stride, 0, WIDTH, B_PACKED, GROUP)
-                for q in tl.static_range(WIDTH):
-                    n = WIDTH * pair + q
-                    A_n = tl.load(scratch + n * BLOCK + lane)
-                    h = tl.load(marks + (j * N + n) * BLOCK + lane)
-                    for k in tl.static_range(GROUP):
-                        h = tl.exp2(step[k] * A_n) * h + bs[k][q] * drive[k]
-                    tl.store(marks + ((j + 1) * N + n) * BLOCK + lane, h)
+            marks_j = marks + j * (N * BLOCK)
+            for first_state in range(0, N, MARK):
+                B_at = _moved(B_rows, first_state * B_stride, GROUP)
+                for n2 in tl.static_range(0, MARK, 2):
+                    bs = _pairs(B_at, B_stride, n2, MARK, B_PACKED, GROUP)
+                    for q in tl.static_range(2):
+                        if n2 + q < MARK:
+                            n = first_state + n2 + q
+                            A_n = tl.load(scratch + n * BLOCK + lane)
+                            h = tl.load(marks_j + n * BLOCK)
+                            for k in tl.static_range(GROUP):
+                                h = tl.exp2(step[k] * A_n) * h + bs[k][q] * drive[k]
+                            tl.store(marks_j + n * BLOCK + N * BLOCK, h)
         tl.debug_barrier()
 
         for j in range(groups - 1, -1, -1):
             at, repeated = _place_group(start + j * GROUP, length, GROUP)
             x_rows = _pointers(u, u_step, at, GROUP)
-            x = _filled_rows(x_rows, mask, GROUP)
-            incoming = _filled_rows(_pointers(dout, dout_step, at, GROUP), mask, GROUP)
-            step = _staged(staged, j * GROUP, repeated, lane, BLOCK, GROUP)
+            x = _rows(x_rows, mask, GROUP, PAIRED)
+            incoming = _rows(_pointers(dout, dout_step, at, GROUP), mask, GROUP, PAIRED)
+            step = _staged_rows(staged + j * GROUP * BLOCK + lane, BLOCK, GROUP)
             drive = _drive(x, step, GROUP)
             if z is not None:
-                gates = _filled_rows(_pointers(z, z_step, at, GROUP), mask, GROUP)
+                gates = _rows(_pointers(z, z_step, at, GROUP), mask, GROUP, PAIRED)
             dy = ()
             for k in tl.static_range(GROUP):
-                value = tl.where(k >= repeated, incoming[k] * scale, 0.0)
+                value = incoming[k] * tl.where(k >= repeated, scale, 0.0)
                 if z is not None:
                     value = value * gates[k] * sigmoid(gates[k])
                 dy = dy + (value,)
+            dy_apart, drive_apart = _all_apart(dy, PER_THREAD, GROUP), _all_apart(drive, PER_THREAD, GROUP)
             y = _zeros(GROUP, BLOCK)
             product = _zeros(GROUP, BLOCK)
             dexponent = _zeros(GROUP, BLOCK)
             total = tl.zeros([ROWS, COLUMNS], tl.float32)
             B_rows = _pointers(B, B_step, at, GROUP)
             C_rows = _pointers(C, C_step, at, GROUP)
+            marks_j = marks + j * (N * BLOCK)
             for pair in range(0, PAIRS):  # not unrolled: the code of all states would overrun the instruction cache
-                bs = _pairs(_moved(B_rows, WIDTH * pair * B_stride, GROUP), B_stride, 0, WIDTH, B_PACKED, GROUP)
-                cs = _pairs(_moved(C_rows, WIDTH * pair * C_stride, GROUP), C_stride, 0, WIDTH, C_PACKED, GROUP)
+                B_at = _moved(B_rows, WIDTH * pair * B_stride, GROUP)
+                C_at = _moved(C_rows, WIDTH * pair * C_stride, GROUP)
                 wide = ()
-                for q in tl.static_range(WIDTH):
-                    n = WIDTH * pair + q
-                    A_n = tl.load(scratch + n * BLOCK + lane)
-                    g_n = tl.load(sent + n * BLOCK)
-                    around = (tl.load(marks + (j * N + n) * BLOCK + lane),)
-                    a = ()
-                    for k in tl.static_range(GROUP):
-                        a = a + (tl.exp2(step[k] * A_n),)
-                        around = around + (a[k] * around[k] + bs[k][q] * drive[k],)
-                    if dz is not None:
-                        sums_y = ()
-                        for k in tl.static_range(GROUP):
-                            sums_y = sums_y + (y[k] + cs[k][q] * around[k + 1],)
-                        y = sums_y
-                    g_n, dA_n, dB_n, dC_n, product, dexponent, shares = _adjoint_of_state(
-                        g_n, a, around, A_n, step, drive, dy, bs, cs, q, product, dexponent,
-                        GROUP, BLOCK, PER_THREAD,
-                    )  # fmt: skip
-                    tl.store(sent + n * BLOCK, g_n)
-                    _accumulate(sums_A + n * BLOCK, dA_n, None)
-                    if not B_VARIABLE:
-                        _accumulate(dB_constant + sums + n * channels, dB_n, mask)
-                    if not C_VARIABLE:
-                        _accumulate(dC_constant + sums + n * channels, dC_n, mask)
-                    wide = wide + shares
+                for n2 in tl.static_range(0, WIDTH, 2):
+                    bs = _pairs(B_at, B_stride, n2, WIDTH, B_PACKED, GROUP)
+                    cs = _pairs(C_at, C_stride, n2, WIDTH, C_PACKED, GROUP)
+                    for q in tl.static_range(2):
+                        if n2 + q < WIDTH:
+                            n = WIDTH * pair + n2 + q
+                            A_n = tl.load(scratch + n * BLOCK + lane)
+                            g_n = tl.load(sent + n * BLOCK)
+                            around = (tl.load(marks_j + n * BLOCK),)
+                            a = ()
+                            for k in tl.static_range(GROUP):
+                                a = a + (tl.exp2(step[k] * A_n),)
+                                if k + 1 < GROUP:
+                                    around = around + (a[k] * around[k] + bs[k][q] * drive[k],)
+                            around = around + (tl.load(marks_j + n * BLOCK + N * BLOCK),)  # known already
+                            if dz is not None:
+                                sums_y = ()
+                                for k in tl.static_range(GROUP):
+                                    sums_y = sums_y + (y[k] + cs[k][q] * around[k + 1],)
+                                y = sums_y
+                            g_n, dA_n, dB_n, dC_n, product, dexponent, shares = _adjoint_of_state(
+                                g_n, a, around, A_n, step, drive, dy, drive_apart, dy_apart, bs, cs, q,
+                                product, dexponent, tl.load(sums_A + n * BLOCK), GROUP, BLOCK, PER_THREAD,
+                            )  # fmt: skip
+                            tl.store(sent + n * BLOCK, g_n)
+                            tl.store(sums_A + n * BLOCK, dA_n)
+                            if not B_VARIABLE:
+                                _accumulate(dB_constant + sums + n * channels, dB_n, mask)
+                            if not C_VARIABLE:
+                                _accumulate(dC_constant + sums + n * channels, dC_n, mask)
+                            wide = wide + shares
                 if dBC is not None:
-                    wide = wide + _zeros(COLUMNS - WIDTH * 2 * GROUP, BLOCK // PER_THREAD)
-                    values = tl.dot(ones, columns(wide, COLUMNS), input_precision=PRECISION)
-                    total = tl.where(result_row == pair, values, total)
+                    wide = wide + _zeros(ROWS - WIDTH * 2 * GROUP, BLOCK // PER_THREAD)
+                    values = tl.dot(tl.trans(columns(wide, ROWS)), ones, input_precision=PRECISION)
+                    total = tl.where(result_column == pair, values, total)
             if dBC is not None:
-                _store_matrix_gradient(dBC, total, at, repeated, length, backward, N, GROUP, WIDTH, ROWS, COLUMNS)
+                group_dBC = dBC + tl.where(backward, length - 1 - at, at).to(tl.int64) * (2 * N)
+                _store_matrix_gradient(group_dBC, total, offsets, repeated, N, GROUP, WIDTH, ROWS, COLUMNS)
             du_rows = _pointers(du, du_step, at, GROUP)
             ddelta_rows = _pointers(ddelta, ddelta_step, at, GROUP)
             if dz is not None:
                 dz_rows = _pointers(dz, dz_step, at, GROUP)
-            x = _filled_rows(x_rows, mask, GROUP)  # read again, as D: registers are scarcer than loads
-            sum_bias = tl.zeros([BLOCK], tl.float32)
+            x = _rows(x_rows, mask, GROUP, PAIRED)  # read again, as D: registers are scarcer than loads
+            bias_n = tl.load(sum_bias)
+            if SOFTPLUS:
+                slope = _staged_rows(slopes + j * GROUP * BLOCK + lane, BLOCK, GROUP)
             if D is not None:
-                skip = tl.load(D, mask=mask, other=0.0).to(tl.float32)
-                sum_D = tl.zeros([BLOCK], tl.float32)
+                skip = _read(D, mask)
+                D_n = tl.load(sum_D)
             for k in tl.static_range(GROUP):
-                inside = tl.where(k >= repeated, mask, False)
-                slope = product[k] * x[k] + dexponent[k] * LN_2
+                inside = _unless(k < repeated, lane, mask)
+                rate = product[k] * x[k] + dexponent[k] * LN_2
                 if SOFTPLUS:
-                    slope = slope * softplus_slope(step[k])
+                    rate = rate * slope[k]
                 else:
-                    slope = tl.where(k >= repeated, slope, 0.0)
-                sum_bias += slope
+                    rate = rate * tl.where(k >= repeated, 1.0, 0.0)
+                bias_n += rate
                 value = product[k] * step[k]
                 if D is not None:
                     value += skip * dy[k]
-                    sum_D += dy[k] * x[k]
+                    D_n += dy[k] * x[k]
                 tl.store(du_rows[k], value.to(du.dtype.element_ty), mask=inside)
-                tl.store(ddelta_rows[k], slope.to(ddelta.dtype.element_ty), mask=inside)
+                tl.store(ddelta_rows[k], rate.to(ddelta.dtype.element_ty), mask=inside)
                 if dz is not None:
                     read = y[k]
                     if D is not None:
@@ -664,10 +793,13 @@ def scan_backward_kernel(
                     s = sigmoid(gates[k])
                     gate_slope = read * incoming[k] * scale * s * (1 + gates[k] * (1 - s))
                     tl.store(dz_rows[k], gate_slope.to(dz.dtype.element_ty), mask=inside)
-            _accumulate(dbias + at_channel, sum_bias, mask)
+            tl.store(sum_bias, bias_n)
             if D is not None:
-                _accumulate(dD + at_channel, sum_D, mask)
-        tl.debug_barrier()
+                tl.store(sum_D, D_n)
+            tl.debug_barrier()  # what this group wrote, whichever thread did, the next one reads
+    tl.store(dbias + part * channels + d, tl.load(sum_bias), mask=mask)
+    if D is not None:
+        tl.store(dD + part * channels + d, tl.load(sum_D), mask=mask)
     _store_states(dA + sums, channels, _load_states(sums_A, BLOCK, None, N), mask, N)
 
 
@@ -681,6 +813,7 @@ def segment_kernel(
     length, channels, group_channels, segment_chunks, scale,
     N: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
     M_VARIABLE: tl.constexpr, M_PACKED: tl.constexpr, ADJOINT: tl.constexpr,
+    FULL: tl.constexpr, WIDE: tl.constexpr, PAIRED: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """What a segment adds to a zero state, and the log of its decay per unit of A: the sum of its time steps.
@@ -691,18 +824,18 @@ def segment_kernel(
     """
     b, first_channel, count, group, block, blocks = _place(channels, group_channels, BLOCK)
     lane = tl.arange(0, BLOCK)
-    d, mask = first_channel + lane, lane < count
+    d, mask = first_channel + lane, _channel_mask(lane, count, FULL)
     segment, direction = tl.program_id(1), tl.program_id(2).to(tl.int64)
     backward = direction == 1
     part = (direction * (tl.num_programs(0) // blocks) + b) * tl.num_programs(1) + segment
     scratch += ((part * blocks + block) * (TILE + GROUP) + GROUP) * BLOCK
     weight, bias = _either(backward, dt_weight, dt_weight_b), _either(backward, bias, bias_b)
     A = vectors(_either(backward, A, A_b) + d * N, 1, mask, N, LOG2_E)
-    v, v_step = _sequence(v, v_strides, direction, b, d, length)
+    v, v_step = _read_sequence(v, v_strides, direction, b, first_channel, lane, length, BLOCK, WIDE, PAIRED)
     delta += direction * delta_strides[0] + b * delta_strides[1]
-    M, M_step, M_stride = _matrix(M, M_strides, b, d, channels, group, direction, length, M_VARIABLE)
+    M, M_step, M_stride = _matrix(M, M_strides, b, d, channels, group, direction, length, M_VARIABLE, WIDE)
     if z is not None:
-        z, z_step = _sequence(z, z_strides, direction, b, d, length)
+        z, z_step = _read_sequence(z, z_strides, direction, b, first_channel, lane, length, BLOCK, WIDE, PAIRED)
     first = segment * segment_chunks * CHUNK
     tiles = tl.cdiv(tl.minimum(length - first, segment_chunks * CHUNK), TILE)
     state = _zeros(N, BLOCK)
@@ -710,14 +843,14 @@ def segment_kernel(
     for t in range(0, tiles):
         tile = first + (tiles - 1 - t if ADJOINT else t) * TILE
         _stage(
-            scratch, delta, weight, bias, first_channel, count, tile, length, backward,
-            delta_strides[2], delta_strides[3], R, R_PADDED, TILE, BLOCK, SOFTPLUS, PRECISION,
+            scratch, None, delta, weight, bias, first_channel, count, tile, length, backward,
+            delta_strides[2], delta_strides[3], R, R_PADDED, TILE, BLOCK, SOFTPLUS, PRECISION, FULL, WIDE,
         )  # fmt: skip
         groups = tl.cdiv(tl.minimum(TILE, length - tile), GROUP)
         for j in range(0, groups):
             i = (groups - 1 - j if ADJOINT else j) * GROUP
             at, repeated = _place_group(tile + i, length, GROUP)
-            value = _rows(_pointers(v, v_step, at, GROUP), mask, GROUP)
+            value = _rows(_pointers(v, v_step, at, GROUP), mask, GROUP, PAIRED)
             step = _staged(scratch, i, repeated, lane, BLOCK, GROUP)
             M_rows = _pointers(M, M_step, at, GROUP)
             for k in tl.static_range(GROUP):
@@ -727,7 +860,7 @@ def segment_kernel(
                 for k in tl.static_range(GROUP):
                     drive = drive + (tl.where(k >= repeated, value[k] * scale, 0.0),)
                 if z is not None:
-                    gates = _rows(_pointers(z, z_step, at, GROUP), mask, GROUP)
+                    gates = _rows(_pointers(z, z_step, at, GROUP), mask, GROUP, PAIRED)
                     gated = ()
                     for k in tl.static_range(GROUP):
                         gated = gated + (drive[k] * gates[k] * sigmoid(gates[k]),)
@@ -800,6 +933,7 @@ class Grid(NamedTuple):
     segments: int
     segment_chunks: int
     group: int  # tokens unrolled together
+    full: bool  # every program has `block` channels
 
     @property
     def launch(self) -> tuple[int, int, int]:
@@ -820,13 +954,13 @@ def _grid(inputs: ScanInputs, block: int, segments: int | None) -> Grid:
     segment_chunks = ceil_div(chunks, min(segments, chunks))
     return Grid(
         directions, batch, channels, length, block, blocks, ceil_div(chunks, segment_chunks), segment_chunks,
-        group=GROUP if length >= GROUP else 2 if length >= 2 else 1,
+        group=GROUP if length >= GROUP else 2 if length >= 2 else 1, full=channels // inputs.groups % block == 0,
     )  # fmt: skip
 
 
 def choose_segments(programs: int, chunks: int, wanted: int) -> int:
     """Segments of a sequence. A split computes the recurrence twice, so it must at least triple the programs."""
-    segments = min(wanted // programs, chunks // 4)
+    segments = min(wanted // programs, chunks // 2)
     return segments if segments >= 3 else 1
 
 
@@ -855,8 +989,8 @@ def _distance(B: Tensor, C: Tensor) -> int:
     return elements if alike and elements == B.shape[3] else 0
 
 
-def _common(inputs: ScanInputs, grid: Grid) -> dict:
-    """Arguments that every kernel takes by name."""
+def _common(inputs: ScanInputs, grid: Grid, read: tuple[Tensor, ...] = (), written: tuple = ()) -> dict:
+    """Arguments that every kernel takes by name; `read`, `written`: tensors of it that are not among the inputs."""
     rank = 0 if inputs.dt_weight[0] is None else inputs.dt_weight[0].shape[1]
     return {
         "delta": inputs.delta,
@@ -877,12 +1011,31 @@ def _common(inputs: ScanInputs, grid: Grid) -> dict:
         "R": rank,
         "R_PADDED": max(16, triton.next_power_of_2(rank)),
         "SOFTPLUS": inputs.softplus,
+        "FULL": grid.full,
+        "PAIRED": _is_paired(grid, inputs.u, inputs.z, *read),
+        "WIDE": _is_wide(inputs, grid.length, *read, *written),
         "PRECISION": dot_precision(inputs.u.dtype),
         "BLOCK": grid.block,
         "CHUNK": CHUNK,
         "TILE": TILE,
         "GROUP": grid.group,
     }
+
+
+def _is_wide(inputs: ScanInputs, length: int, *others: Tensor | None) -> bool:
+    """Whether the tokens of one sequence span 2^31 elements of any tensor."""
+    tensors = (inputs.u, inputs.delta, inputs.z, inputs.B, inputs.C, *others)
+    return any(t is not None and abs(length * t.stride(-1)) >= 2**31 for t in tensors)
+
+
+def _is_paired(grid: Grid, *tensors: Tensor | None) -> bool:
+    """Whether two neighbouring channels of every tensor are one aligned 32-bit word."""
+    there = [t for t in tensors if t is not None]
+    return grid.full and all(
+        t.dtype == torch.bfloat16 and t.stride(2) == 1 and t.data_ptr() % 4 == 0
+        and all(t.stride(i) % 2 == 0 for i in (0, 1, 3) if t.shape[i] > 1)
+        for t in there
+    )  # fmt: skip
 
 
 def _new(like: Tensor, *shape: int) -> Tensor:
@@ -899,7 +1052,7 @@ def _carry(
     strides, variable, packed = _matrix_arguments(matrix, grid.batch)
     ends = _new(v, grid.directions, grid.batch, grid.segments, states, grid.channels)
     decays = _new(v, grid.directions, grid.batch, grid.segments, grid.channels)
-    arguments = _common(inputs, grid)
+    arguments = _common(inputs, grid, read=(v,))
     if not adjoint:
         arguments |= {"z": None}
     segment_kernel[grid.launch](
@@ -934,7 +1087,8 @@ def scan_forward(
         C=inputs.C, C_strides=C_strides, C_VARIABLE=C_variable, C_PACKED=C_packed,
         D=inputs.D[0], D_b=inputs.D[1], scratch=_new(out, grid.programs * (TILE + grid.group) * grid.block),
         C_AFTER_B=_distance(inputs.B, inputs.C), SAME_STEPS=out.stride(3) == inputs.u.stride(3),
-        states=states, carry=carry, last_state=last_state, **_common(inputs, grid), **options(),
+        states=states, carry=carry, last_state=last_state,
+        **_common(inputs, grid, written=(out,)), **options(),
     )  # fmt: skip
 
 
@@ -970,9 +1124,9 @@ def scan_backward(
     dBC = None
     if B_variable or C_variable:
         dBC = _new(dout, grid.directions, grid.blocks, grid.batch, grid.length, 2, states_count)
-    dbias = torch.zeros((*partial[:3], grid.channels), dtype=torch.float32, device=dout.device)
-    dD = None if inputs.D[0] is None else torch.zeros_like(dbias)
-    rows = 3 * states_count + grid.group + CHUNK + CHUNK // grid.group * states_count
+    dbias = _new(dout, *partial[:3], grid.channels)
+    dD = None if inputs.D[0] is None else torch.empty_like(dbias)
+    rows = _backward_scratch_rows(states_count, grid.group)
     scan_backward_kernel[grid.launch](
         dout=dout, dout_strides=dout.stride(), u=inputs.u, u_strides=inputs.u.stride(),
         B=inputs.B, B_strides=B_strides, B_VARIABLE=B_variable, B_PACKED=B_packed,
@@ -983,13 +1137,26 @@ def scan_backward(
         states=states, carry=carry, du=du, du_strides=du.stride(), ddelta=ddelta, ddelta_strides=ddelta.stride(),
         dz=dz, dz_strides=(0, 0, 0, 0) if dz is None else dz.stride(), dBC=dBC, dA=dA,
         dB_constant=dB_constant, dC_constant=dC_constant, dD=dD, dbias=dbias, scale=scale,
-        PER_THREAD=per_thread, **_common(inputs, grid), **options(),
+        PER_THREAD=per_thread, SCRATCH_ROWS=rows, PAIRS_PADDED=_padded_pairs(states_count),
+        STATES_AT_A_TIME=STATES_AT_A_TIME,
+        **_common(inputs, grid, read=(dout,), written=(du, ddelta, dz)), **options(),
     )  # fmt: skip
     dB, dC = _matrix_gradients(dBC, inputs.groups)
     return ScanGradients(
         _sum_parts(dA), dB if B_variable else _sum_parts(dB_constant), dC if C_variable else _sum_parts(dC_constant),
         None if dD is None else dD.sum((1, 2)), dbias.sum((1, 2)),
     )  # fmt: skip
+
+
+def _padded_pairs(states: int) -> int:
+    """Columns of the matrix of sums over channels: a power of two that the matrix unit takes."""
+    width = STATES_AT_A_TIME if states % STATES_AT_A_TIME == 0 else 1
+    return max(MIN_COLUMNS, triton.next_power_of_2(states // width))
+
+
+def _backward_scratch_rows(states: int, group: int) -> int:
+    """Rows of BLOCK numbers: A, its gradient, what is sent back; two sums; steps, slopes and marked states."""
+    return 3 * states + 2 + 2 * (group + CHUNK) + (CHUNK // group + 1) * states
 
 
 def _sum_parts(parts: Tensor) -> Tensor:
