@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from PIL import Image
 
 import det_sets
 import tiny  # noqa: F401  (registers the tests' model)
+from arguments import build_parser
 from checkpoint import read_checkpoint
 from det.arguments import PROGRAM, parse, settings_of
 from det.digits import scene_source
@@ -313,3 +315,15 @@ def test_the_demonstration_trains_and_then_evaluates_its_own_checkpoint():
     assert not train.eval and not train.data_path and train.model == evaluate.model
     assert evaluate.eval and Path(evaluate.resume).parent == Path(train.output_dir)
     assert train.batch_size * (train.train_scenes // train.batch_size) * train.epochs <= 12000  # it has to end soon
+
+
+def test_the_guides_commands_exist():
+    """Every flag and file that docs/DENSE.md names for a detector."""
+    text = (ROOT / "docs" / "DENSE.md").read_text()
+    known = {flag for action in build_parser(PROGRAM)._actions for flag in action.option_strings}
+    lines = [line.split("  #")[0] for line in text.splitlines()]
+    commands = [line for line in lines if line.startswith("python det/train.py")]
+    flags = {word for command in commands for word in shlex.split(command) if word.startswith("--")}
+    assert len(commands) >= 2 and flags <= known
+    named = set(re.findall(r"det/[\w/.-]+\.(?:py|sh|yaml|txt)", text))
+    assert len(named) >= 5 and all((ROOT / name).is_file() for name in named)
