@@ -210,6 +210,7 @@ template <class T> struct Bimamba {
         const int64_t first = smaller(tile * TILE, larger<int64_t>(0, s.length - TILE));
         ahead.row[i] = (const char*)(row0 + first * step);
         ahead.step[i] = step * (int64_t)sizeof(U);
+        ahead.any = true;
     }
 
     // rows (tokens, row) <- x_proj of a tile's convolved x.

@@ -75,6 +75,7 @@ INLINE void fetch_tile(Ahead& ahead, int i, const Sequence& s, int64_t b, int64_
     ahead.row[i] = (const char*)((const T*)s.data + b * s.batch + channel * s.channel + t0 * s.token);
     ahead.step[i] = (s.token == 1 ? s.channel : s.token) * (int64_t)sizeof(T);
     ahead.two_lines[i] = s.token == 1 && TILE * sizeof(T) > 64;
+    ahead.any = true;
 }
 
 // Per block of channels, in vectors: A and, if constant, B and C by state; D and the bias of delta. Gradients take

@@ -26,9 +26,11 @@ struct Ahead {
     const char* row[3] = {nearby, nearby, nearby};
     int64_t step[3] = {};    // bytes from row to row
     int two_lines[3] = {};   // 1: two lines of each row, for half as many rows
+    bool any = false;
     static constexpr char nearby[64] = {};
 
     INLINE void fetch(int t) const {
+        if (!any) return;
         UNROLL for (int i = 0; i < 3; ++i)
             __builtin_prefetch(row[i] + (t >> two_lines[i]) * step[i] + (t & two_lines[i]) * 64, 0, 2);
     }
@@ -43,14 +45,14 @@ void states_forward(int tokens, const float* d, const float* x, int64_t step, co
     for (int t = 0; t < tokens; ++t) {
         const vf dt = load(d), xt = load(x);
         ahead.fetch(t);
-        vf sum[4] = {};
+        vf sum[2] = {};  // more chains would push states out of the registers
         UNROLL for (int n = 0; n < NG; ++n) {
             vf a = exp_of_product(dt, load(A + n * VL));
             state[n] = fma(a, state[n], coupling<CONST_B>(B, n) * xt);
-            if (OUTPUT) sum[n % 4] = fma(coupling<CONST_C>(C, n), state[n], sum[n % 4]);
+            if (OUTPUT) sum[n % 2] = fma(coupling<CONST_C>(C, n), state[n], sum[n % 2]);
         }
         if (OUTPUT) {
-            vf total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+            vf total = sum[0] + sum[1];
             store(y, ADD ? load(y) + total : total);
             y += step;
         }
