@@ -126,9 +126,7 @@ def read_label(path: Path) -> np.ndarray:
         raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}; write it again") from error
     values = np.asarray(image)
     if values.ndim != 2:
-        raise DataError(
-            f"{path} is a colour picture ({image.mode}): a label is a grey or palette PNG of class numbers"
-        )
+        raise DataError(f"{path} is a colour picture ({image.mode}): a label is a grey or palette PNG of class numbers")
     return values.astype(np.int64)
 
 
@@ -235,9 +233,16 @@ def view_settings(args) -> ViewSettings:
     )
 
 
+def data_folder(args) -> Path:
+    root = Path(args.data_path).expanduser()
+    if not root.is_dir():
+        raise DataError(f"{root} does not exist; --data-path takes the folder that holds images/ and annotations/")
+    return root
+
+
 def ade20k(args) -> Layout:
     """ADEChallengeData2016 as it unpacks: 150 classes, 0 is none of them."""
-    root = Path(args.data_path).expanduser()
+    root = data_folder(args)
     names = ade20k_names(root / "objectInfo150.txt", args.num_classes or 150)
     reduce_zero = True if args.reduce_zero_label is None else args.reduce_zero_label
     return folders(args, root, names, reduce_zero)
@@ -252,7 +257,7 @@ def ade20k_names(path: Path, count: int) -> list[str]:
 
 def folder(args) -> Layout:
     """images/{train,val} and annotations/{train,val}; names in classes.txt, one a line, or --num-classes."""
-    root = Path(args.data_path).expanduser()
+    root = data_folder(args)
     listed = root / "classes.txt"
     names = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
     names = [name.strip() for name in names if name.strip()]
@@ -265,8 +270,6 @@ def folder(args) -> Layout:
 
 
 def folders(args, root: Path, names: list[str], reduce_zero: bool) -> Layout:
-    if not root.is_dir():
-        raise DataError(f"{root} does not exist; --data-path takes the folder that holds images/ and annotations/")
     sources = {
         split: FolderSource(root / "images" / name, root / "annotations" / name, len(names), reduce_zero)
         for split in (("val",) if args.eval else ("train", "val"))
@@ -292,8 +295,8 @@ def scenes(args) -> Layout:
     if args.num_classes not in (None, len(SCENE_CLASSES)):
         raise ConfigError(f"--num-classes {args.num_classes}: scenes have {len(SCENE_CLASSES)}; leave it out")
     try:
-        train = Scenes("train", args.scene_size, args.train_scenes, args.seed)
-        val = Scenes("val", args.scene_size, args.val_scenes, seed=0)
+        train = Scenes("train", args.scene_size, args.train_scenes, args.seed, args.scene_ink)
+        val = Scenes("val", args.scene_size, args.val_scenes, 0, args.scene_ink)
     except ValueError as error:
         raise ConfigError(f"--scene-size: {error}") from None
     remark = "; every epoch has new training scenes, and the flags of augmentation mean nothing"

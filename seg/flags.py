@@ -16,6 +16,7 @@ from arguments import (
     positive_int,
     switch,
 )
+from scenes import INKS
 from seg.data import DATA_SETS
 from seg.upernet import SCALES
 
@@ -40,6 +41,7 @@ def add_data_flags(parser) -> None:
         help="labels count from 1 and 0 is ignored; default: ADE20K yes, FOLDER no",
     )
     add("--scene-size", default=96, type=positive_int, help="pixels of a scene's side")
+    add("--scene-ink", default="light", choices=INKS, help="colours of the digits in scenes")
     add("--train-scenes", default=2000, type=positive_int, help="scenes of an epoch; each epoch has new ones")
     add("--val-scenes", default=200, type=positive_int, help="held-out scenes")
 

@@ -53,7 +53,7 @@ def training_view(image: Image.Image, label: np.ndarray, settings: ViewSettings)
     if settings.photometric:
         pixels = distorted(pixels)
     padding = [0, 0, settings.size[1] - width, settings.size[0] - height]
-    label = torch.from_numpy(np.ascontiguousarray(label)).long()
+    label = torch.from_numpy(np.array(label)).long()
     return F.pad(normalised(pixels), padding), F.pad(label[None], padding, fill=IGNORED)[0]
 
 

@@ -98,8 +98,19 @@ def test_what_others_cover_is_counted_for_each_square():
     assert covered([(0, 0, 10), (5, 0, 20), (100, 100, 4)]) == [0.5, 50 / 400, 0]
 
 
+def test_light_digits_are_lighter_than_what_is_behind_them():
+    for scene in (Scenes("train", 96, 20, ink="light")[i] for i in range(20)):
+        grey, inked = scene.image.mean(axis=2), scene.masks.any(axis=0)
+        assert np.percentile(grey[inked], 20) > np.percentile(grey[~inked], 90)
+
+
 @pytest.mark.parametrize(
-    ("arguments", "words"), [({"split": "test"}, "split='test'.*train, val"), ({"size": 20}, "size=20")]
+    ("arguments", "words"),
+    [
+        ({"ink": "red"}, "ink='red'.*any, light"),
+        ({"split": "test"}, "split='test'.*train, val"),
+        ({"size": 20}, "size=20"),
+    ],
 )
 def test_a_wrong_argument_is_said(arguments, words):
     with pytest.raises(ValueError, match=words):

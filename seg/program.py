@@ -1,0 +1,58 @@
+"""The order of things in `seg/train.py`: data, model, then evaluation or training."""
+
+from __future__ import annotations
+
+import distributed
+from arguments import ConfigError
+from build import as_config_error, assemble
+from dense import build_backbone, load_backbone
+from distributed import World, together
+from main import evaluate_saved, run_program, train
+from report import RunLog
+from seg.data import build_data
+from seg.flags import parse
+from seg.task import Segmentation
+from seg.upernet import UPerNet, synchronised
+
+NUM_MAPS = 4
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; returns the exit code."""
+    return run_program(argv, parse, execute)
+
+
+def execute(args, world: World) -> int:
+    """Data, model, then evaluation or training."""
+    distributed.seed_everything(args.seed, args.deterministic)
+    with together():
+        log = RunLog(args, world.is_main, (Segmentation.score_name, Segmentation.score_column))
+        if not args.data_path:
+            log.say("no --data-path: training on generated scenes of scikit-learn's digits")
+        data = build_data(args)
+        log.say(data.description)
+        check_batch(args, world)
+        model = build_model(args, data.num_classes, log.say)
+        if args.finetune:
+            load_backbone(args, model.backbone, log.say)
+    model = synchronised(model, world).to(world.device)
+    task = Segmentation(data.num_classes, args.aux_weight)
+    if args.eval:
+        return evaluate_saved(args, world, model, task, data, log)
+    args.num_classes = data.num_classes
+    return train(assemble(args, world, model, data, task), data, log)
+
+
+def build_model(args, num_classes: int, say=print) -> UPerNet:
+    """UPerNet on `--model`. Raises ConfigError, one line each, for what cannot be."""
+    size = args.scene_size if args.data_set == "SCENES" else args.crop_size
+    backbone = build_backbone(args, size, NUM_MAPS, say)
+    with as_config_error("--pyramid-scales: "):
+        return UPerNet(backbone, num_classes, args.head_channels, args.aux_channels, tuple(args.pyramid_scales))
+
+
+def check_batch(args, world: World) -> None:
+    """Batch norm after pooling to one pixel has nothing to average over in a batch of one."""
+    shared = world.size > 1 and world.device.type == "cuda"
+    if args.batch_size == 1 and not shared and not args.eval and args.train_mode:
+        raise ConfigError("--batch-size 1: the head's batch norm needs at least 2 images; --accum-steps does not help")

@@ -1,0 +1,300 @@
+"""Labelled images: the formats of ADE20K and of folders, views for training, and what a wrong data set says."""
+
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from arguments import ConfigError
+from augment import counter_randomness
+from datasets import DataError
+from samplers import SampleKey
+from seg.data import SCENE_CLASSES, build_data, collate
+from seg.flags import parse
+from seg.views import IGNORED, ViewSettings, crop_corner, distorted, fitting, normalised, training_view
+from seg_sets import picture, write_ade20k, write_folder
+
+
+def arguments(*flags):
+    return parse(["--device", "cpu", *map(str, flags)])
+
+
+@pytest.fixture
+def ade20k(tmp_path):
+    return write_ade20k(tmp_path / "ade")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "set")
+
+
+def build(root, *flags, kind="FOLDER"):
+    return build_data(arguments("--data-set", kind, "--data-path", root, "--crop-size", 24, *flags))
+
+
+def refused(root, *flags, kind="FOLDER"):
+    """The one line of the first thing that is wrong, found when the set is opened or read."""
+    with pytest.raises(DataError) as error:
+        data = build(root, *flags, kind=kind)
+        for dataset in (data.train, data.val):
+            for i in range(len(dataset)):
+                dataset[i]
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- formats
+
+
+def test_ade20k_counts_from_one_and_ignores_zero(ade20k):
+    data = build(ade20k, kind="ADE20K")
+    assert (len(data.train), len(data.val), data.num_classes) == (6, 3, 150)
+    assert data.class_names[:2] == ["thing 1", "thing 2"] and data.class_names[-1] == "thing 150"
+    for i in range(3):
+        image, label = data.val[i]
+        _, classes = picture(100 + i, 40 + 2 * i, 32)
+        expected = np.array([IGNORED, 0, 1, 149])[classes]
+        assert image.shape == (3, 32, 40 + 2 * i) and image.dtype == torch.float32
+        assert label.dtype == torch.int64 and (label.numpy() == expected).all()
+    assert "6 train images and 3 val images in 150 classes; label 0 is ignored" in data.description
+
+
+def test_ade20k_without_its_list_has_numbers_for_names(ade20k):
+    (ade20k / "objectInfo150.txt").unlink()
+    assert build(ade20k, kind="ADE20K").class_names[149] == "class 150"
+
+
+def test_a_folder_has_its_classes_and_files_in_sub_folders(folder):
+    data = build(folder)
+    assert (len(data.train), len(data.val)) == (6, 3)
+    assert data.class_names == ["ground", "red", "green", "blue"]
+    name = data.val.name(0)
+    assert name.endswith("images/val/north/1.png")
+    _, label = data.val[0]
+    assert (label.numpy() == picture(101, 36, 30)[1]).all()
+
+
+def test_a_folder_may_ignore_255_and_reduce_zero(folder):
+    path = folder / "annotations" / "val" / "north" / "1.png"
+    values = np.array([0, 1, 255, 3], np.uint8)[picture(101, 36, 30)[1]]
+    Image.fromarray(values).save(path)
+    _, label = build(folder).val[0]
+    assert set(label.unique().tolist()) == set(np.unique(values).tolist())
+    _, label = build(folder, "--reduce-zero-label").val[0]
+    assert (label.numpy() == np.array([255, 0, 255, 2])[picture(101, 36, 30)[1]]).all()
+
+
+def test_evaluation_needs_no_training_images(folder):
+    shutil.rmtree(folder / "images" / "train")
+    data = build(folder, "--eval", "--resume", "x")
+    assert data.train is None and len(data.val) == 3
+
+
+def test_scenes_are_new_each_epoch_and_held_out_ones_are_fixed():
+    args = arguments("--scene-size", 48, "--train-scenes", 5, "--val-scenes", 4)
+    data = build_data(args)
+    assert (len(data.train), len(data.val), data.class_names) == (5, 4, SCENE_CLASSES)
+    first, again, later = (data.train[SampleKey(epoch, 2, 0)][0] for epoch in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, later)
+    image, label = data.val[3]
+    assert image.shape == (3, 48, 48) and label.shape == (48, 48) and 0 < label.max() <= 10
+    other = build_data(arguments("--scene-size", 48, "--val-scenes", 4, "--seed", 9))
+    assert torch.equal(other.val[3][0], image), "the held-out scenes are the same for every seed"
+
+
+# --- what is wrong is one line
+
+
+def test_an_image_without_label_is_named(folder):
+    (folder / "annotations" / "train" / "north" / "1.png").unlink()
+    line = refused(folder)
+    assert "1 of 6 images have no label" in line and "images/train/north/1.png" in line
+
+
+def test_label_values_above_the_classes_are_named(folder):
+    path = folder / "annotations" / "train" / "south" / "0.png"
+    Image.fromarray(np.full((30, 36), 4, np.uint8)).save(path)
+    line = refused(folder)
+    assert f"{path} has the label value 4: 4 classes are numbered 0 to 3, and 255 is ignored" in line
+    assert "151: 150 classes are numbered 1 to 150" in refused_151(folder)
+
+
+def refused_151(folder):
+    root = write_ade20k(folder / "ade")
+    path = next((root / "annotations" / "validation").iterdir())
+    values = np.asarray(Image.open(path)).copy()
+    values[0, 0] = 151
+    Image.fromarray(values).save(path)
+    return refused(root, kind="ADE20K")
+
+
+def test_a_label_of_another_size_is_named(folder):
+    Image.fromarray(np.zeros((30, 35), np.uint8)).save(folder / "annotations" / "train" / "south" / "0.png")
+    line = refused(folder)
+    assert "0.png is 35 x 30 and its image" in line and "36 x 30" in line
+
+
+def test_a_label_in_colour_is_named(folder):
+    path = folder / "annotations" / "train" / "south" / "0.png"
+    Image.open(path).convert("RGB").save(path)
+    assert "is a colour picture (RGB): a label is a grey or palette PNG" in refused(folder)
+
+
+@pytest.mark.parametrize("kind", ["images", "annotations"])
+def test_a_damaged_file_is_named(folder, kind):
+    path = folder / kind / "train" / "south" / "0.png"
+    path.write_bytes(path.read_bytes()[:60])
+    line = refused(folder)
+    assert str(path) in line and ("mend the file" in line or "write it again" in line)
+
+
+def test_empty_and_missing_folders_are_named(folder, tmp_path):
+    for path in (folder / "images" / "val").rglob("*.png"):
+        path.unlink()
+    assert "images/val holds no images" in refused(folder)
+    shutil.rmtree(folder / "images" / "val")
+    assert "has neither validation nor val; it holds: train" in refused(folder)
+    assert "does not exist; --data-path takes the folder" in refused(tmp_path / "nowhere")
+
+
+def test_a_folder_must_say_its_classes(tmp_path):
+    root = write_folder(tmp_path / "set", names=())
+    assert "classes.txt does not exist" in refused(root)
+    assert build(root, "--num-classes", 4).class_names[3] == "class 3"
+    (root / "classes.txt").write_text("a\nb\n")
+    assert "--num-classes 4" in refused(root, "--num-classes", 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data-set", "ADE20K"], "--data-set ADE20K needs --data-path"),
+        (["--eval-scales", "0", "1"], "--eval-scales 0"),
+        (["--scene-size", "20"], "--scene-size: size=20"),
+        (["--num-classes", "4"], "--num-classes 4: scenes have 11"),
+    ],
+)
+def test_flags_that_cannot_be_are_one_line(flags, words):
+    with pytest.raises(ConfigError, match=words):
+        build_data(arguments(*flags))
+
+
+def test_a_scale_range_the_wrong_way_round_is_said(folder):
+    with pytest.raises(ConfigError, match=r"--scale-range 2.0 0.5: give the smaller"):
+        build(folder, "--scale-range", 2, 0.5)
+
+
+# --- views
+
+
+PLAIN = ViewSettings((24, 24), (30, 2048), ratios=(1.0, 1.0), flip_prob=0.0, photometric=False)
+
+
+def coded(width=40, height=30, cell=4):
+    """An image whose colours say which class the label has, in cells that survive resizing."""
+    classes = np.random.default_rng(0).integers(0, 5, (-(-height // cell), -(-width // cell)), np.uint8)
+    classes = classes.repeat(cell, 0).repeat(cell, 1)[:height, :width]
+    grey = (40 + 40 * classes).astype(np.uint8)
+    return Image.fromarray(np.stack([grey] * 3, axis=2)), classes
+
+
+def decoded(view):
+    """The classes that a view's colours stand for, float (H, W)."""
+    mean, std = 0.485, 0.229
+    return ((view[0] * std + mean) * 255 - 40) / 40
+
+
+@pytest.mark.parametrize("changes", [{}, {"flip_prob": 1.0}, {"ratios": (2.0, 2.0)}, {"size": (60, 20)}])
+def test_pixels_and_labels_go_the_same_way(changes):
+    image, label = coded(cell=10)
+    settings = ViewSettings(**(vars(PLAIN) | changes))
+    for seed in range(5):
+        random.seed(seed)
+        pixels, found = training_view(image, label, settings)
+        assert pixels.shape == (3, *settings.size) and found.shape == settings.size
+        inside = found != IGNORED
+        assert ((decoded(pixels) - found)[inside].abs() < 0.5).float().mean() > 0.85
+        assert (pixels[:, ~inside] == 0).all()
+
+
+def test_what_the_image_does_not_fill_is_ignored():
+    image, label = coded(20, 12)
+    settings = ViewSettings((24, 24), (12, 2048), ratios=(1.0, 1.0), flip_prob=0.0, photometric=False)
+    pixels, found = training_view(image, label, settings)
+    assert (found[:12, :20].numpy() == label).all()
+    assert (found[12:] == IGNORED).all() and (found[:, 20:] == IGNORED).all()
+    torch.testing.assert_close(pixels[:, :12, :20], normalised(torch.from_numpy(np.array(image)).permute(2, 0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((512, 683), (512, 683)), ((100, 100), (512, 512)), ((100, 1000), (205, 2048))]
+)
+def test_an_image_is_made_to_fit_its_sides(size, expected):
+    assert fitting(size, (512, 2048)) == expected
+    assert fitting(size[::-1], (512, 2048)) == expected[::-1]
+
+
+def test_ratios_cover_their_range():
+    image, label = coded(40, 30)
+    sizes = []
+    for seed in range(60):
+        random.seed(seed)
+        settings = ViewSettings((200, 200), (30, 2048), photometric=False)
+        sizes.append((training_view(image, label, settings)[1] != IGNORED).sum().item())
+    low, high = 0.25 * 40 * 30, 4 * 40 * 30
+    assert 0.9 * low < min(sizes) < 1.6 * low and 0.6 * high < max(sizes) < 1.1 * high
+
+
+def test_a_crop_avoids_what_one_class_fills():
+    label = np.zeros((100, 100), np.uint8)
+    label[:, 80:] = 1
+    settings = ViewSettings((20, 20), (100, 100), class_share=0.75)
+    mixed = []
+    for seed in range(300):
+        random.seed(seed)
+        top, left = crop_corner(label, settings)
+        mixed.append(0.25 <= (label[top : top + 20, left : left + 20] == 0).mean() <= 0.75)
+    assert 0.6 < np.mean(mixed) < 0.9, "one crop of seven is mixed, ten trials find one of them three times in four"
+
+
+def test_ignored_pixels_are_no_class_of_a_crop():
+    """Half ignored, half one class: no crop is mixed enough, and the last trial is taken."""
+    label = np.full((40, 40), IGNORED, np.uint8)
+    label[:, 20:] = 3
+    random.seed(0)
+    corners = {crop_corner(label, ViewSettings((10, 10), (40, 40))) for _ in range(20)}
+    assert len(corners) > 5
+
+
+def test_colours_are_distorted_and_stay_in_range():
+    pixels = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    random.seed(0)
+    views = [distorted(pixels) for _ in range(40)]
+    assert all(view.dtype == torch.uint8 and view.shape == pixels.shape for view in views)
+    unchanged = sum(torch.equal(view, pixels) for view in views)
+    assert 0 < unchanged < 12  # one of sixteen on average
+
+
+def test_a_view_follows_from_its_counters(folder):
+    data = build(folder)
+    key = SampleKey(3, 2, 0)
+    state = random.getstate()
+    first, again = data.train[key], data.train[key]
+    assert random.getstate() == state
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    others = [data.train[SampleKey(epoch, 2, 0)][0] for epoch in range(4, 8)]
+    assert any(not torch.equal(first[0], other) for other in others)
+    with counter_randomness(1, 3, 2, 0):
+        assert random.random() != state
+
+
+def test_batches_of_one_size_are_stacked_and_others_listed():
+    small, large = (torch.zeros(3, 4, 4), torch.zeros(4, 4)), (torch.zeros(3, 4, 6), torch.zeros(4, 6))
+    images, labels = collate([small, small])
+    assert images.shape == (2, 3, 4, 4) and labels.shape == (2, 4, 4)
+    images, labels = collate([small, large])
+    assert [image.shape[-1] for image in images] == [label.shape[-1] for label in labels] == [4, 6]

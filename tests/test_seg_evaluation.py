@@ -1,0 +1,252 @@
+"""mIoU and its relatives counted exactly, windows, scales and mirrors; the loss; overlays."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+
+from datasets import DataBundle, DataError
+from distributed import World
+from seg import pictures
+from seg.data import SegmentationDataset, collate
+from seg.evaluation import Sample, Segmented, TestSettings, count, evaluate, predict, starts
+from seg.flags import parse
+from seg.task import pixel_loss
+from seg.views import IGNORED
+
+WORLD = World(0, 1, torch.device("cpu"))
+WHOLE = TestSettings(sides=None, mode="whole", window=(16, 16), stride=10)
+
+
+def confusion_of(label, predicted, classes):
+    """By the definition, a pixel at a time."""
+    found = torch.zeros(classes, classes, dtype=torch.int64)
+    for truth, guess in zip(label.flatten().tolist(), predicted.flatten().tolist()):
+        if truth != IGNORED:
+            found[truth, guess] += 1
+    return found
+
+
+def test_measures_are_those_of_the_definition():
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(0, 4, (3, 10, 12), generator=generator)
+    label[0, :3] = IGNORED
+    predicted = torch.randint(0, 4, label.shape, generator=generator)
+    result = Segmented(count(label, predicted, 4).view(4, 4), 3)
+    assert torch.equal(result.confusion, confusion_of(label, predicted, 4))
+    counted = label != IGNORED
+    shares = []
+    for k in range(4):
+        both = ((label == k) & (predicted == k))[counted].sum().item()
+        either = ((label == k) | (predicted == k))[counted].sum().item()
+        shares.append(both / either)
+        assert result.iou[k].item() == pytest.approx(100 * both / either)
+        assert result.accuracy[k].item() == pytest.approx(100 * both / (label == k).sum().item())
+    assert result.score == pytest.approx(100 * np.mean(shares))
+    assert result.all_accuracy == pytest.approx(100 * (label == predicted)[counted].double().mean().item())
+
+
+def test_a_class_that_nobody_has_does_not_count_and_one_only_predicted_does():
+    confusion = torch.tensor([[4, 0, 0], [0, 0, 0], [0, 0, 0]])
+    assert Segmented(confusion, 1).score == 100.0
+    confusion = torch.tensor([[3, 1, 0], [0, 0, 0], [0, 0, 0]])
+    result = Segmented(confusion, 1)
+    assert result.score == pytest.approx((75 + 0) / 2) and result.mean_accuracy == 75.0
+    assert result.iou[2].isnan()
+    assert result.row("test_") == {"test_miou": result.score, "test_macc": 75.0, "test_aacc": 75.0}
+
+
+# --- views of an image
+
+
+class Pointwise(nn.Module):
+    """Logits of a pixel from that pixel alone: windows, mirrors and scales must not change them."""
+
+    def forward(self, images):
+        return torch.cat([images, -images.sum(1, keepdim=True)], dim=1)
+
+
+class Columns(nn.Module):
+    """Logits that say in which half of what it is shown a pixel stands: mirrors and windows change it."""
+
+    def forward(self, images):
+        width = images.shape[-1]
+        right = (torch.arange(width) >= width // 2).float().expand(len(images), 1, images.shape[-2], width)
+        return torch.cat([1 - right, right], dim=1)
+
+
+def blocks(height, width, cell=16):
+    """An image of constant cells, which resizing and back leaves alone in their middles."""
+    cells = torch.randn(1, 3, height // cell, width // cell, generator=torch.Generator().manual_seed(0))
+    return cells.repeat_interleave(cell, 2).repeat_interleave(cell, 3)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 24), (10, 50), (17, 33)])
+def test_windows_of_a_pointwise_model_are_the_whole(size):
+    images = torch.randn(2, 3, *size)
+    slide = TestSettings(**(vars(WHOLE) | {"mode": "slide"}))
+    assert torch.equal(predict(Pointwise(), images, slide), predict(Pointwise(), images, WHOLE))
+
+
+def test_windows_cover_a_side_and_end_at_its_end():
+    assert starts(512, 512, 341) == [0] and starts(300, 512, 341) == [0]
+    assert starts(683, 512, 341) == [0, 171]
+    assert starts(1400, 512, 341) == [0, 341, 682, 888]
+
+
+def test_overlapping_windows_are_averaged():
+    """A window of 16 every 10 pixels over 26: the two disagree on the shared six, by which logit is larger."""
+    images = torch.zeros(1, 3, 16, 26)
+    slide = TestSettings(sides=None, mode="slide", window=(16, 16), stride=10)
+    found = predict(Columns(), images, slide)[0, 0]
+    assert found.tolist() == [0] * 8 + [1] * 2 + [0] * 6 + [0] * 2 + [1] * 8
+
+
+def test_mirrors_are_mirrored_back():
+    images = torch.randn(1, 3, 16, 24)
+    flip = TestSettings(**(vars(WHOLE) | {"flip": True}))
+    assert torch.equal(predict(Pointwise(), images, flip), predict(Pointwise(), images, WHOLE))
+    seen = []
+    model = Pointwise()
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    predict(model, images, flip)
+    assert len(seen) == 2 and torch.equal(seen[1], images.flip(-1))
+
+
+def test_several_scales_are_averaged_at_the_images_size():
+    images = blocks(64, 96)
+    seen = []
+    model = Pointwise()
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[-2:])))
+    scales = TestSettings(**(vars(WHOLE) | {"scales": (0.5, 1.0, 1.5)}))
+    found = predict(model, images, scales)
+    assert seen == [(32, 48), (64, 96), (96, 144)]
+    expected = predict(Pointwise(), images, WHOLE)
+    assert (found == expected)[:, 8::16, 8::16].all()
+
+
+def test_an_image_is_shown_at_the_sides_that_it_is_made_to_fit():
+    seen = []
+    model = Pointwise()
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[-2:])))
+    settings = TestSettings(**(vars(WHOLE) | {"sides": (32, 80)}))
+    assert predict(model, torch.randn(1, 3, 20, 30), settings).shape == (1, 20, 30)
+    assert predict(model, torch.randn(1, 3, 50, 10), settings).shape == (1, 50, 10)
+    assert seen == [(32, 48), (80, 16)]
+
+
+# --- a whole evaluation
+
+
+class Fixed:
+    """A source of given images and labels."""
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def name(self, index):
+        return f"picture {index}.png"
+
+    def read(self, index, epoch=0):
+        image, label = self.pairs[index]
+        return Image.fromarray(image), label
+
+
+class Reads(nn.Module):
+    """Takes a pixel's red for its class: 20 a class, before normalisation."""
+
+    def forward(self, images):
+        red = (images[:, 0] * 0.229 + 0.485) * 255 / 20
+        return F.one_hot(red.round().long().clamp(0, 3), 4).permute(0, 3, 1, 2).float()
+
+
+def a_set(sizes, wrong=0.2, seed=0):
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for height, width in sizes:
+        label = rng.integers(0, 4, (height, width)).astype(np.uint8)
+        shown = np.where(rng.random(label.shape) < wrong, rng.integers(0, 4, label.shape), label)
+        label[rng.random(label.shape) < 0.1] = IGNORED
+        pairs.append((np.stack([20 * shown] * 3, axis=2).astype(np.uint8), label))
+    return SegmentationDataset(Fixed(pairs), None), pairs
+
+
+@pytest.mark.parametrize("sizes", [[(12, 16)] * 5, [(12, 16), (9, 7), (20, 11)]])
+def test_evaluation_counts_every_pixel_of_every_image(sizes):
+    data, pairs = a_set(sizes)
+    args = parse(["--device", "cpu", "--data-set", "SCENES", "--pictures", "2"])
+    found = evaluate(Reads(), DataLoader(data, batch_size=2, collate_fn=collate), args, WORLD, 4)
+    expected = sum(confusion_of(torch.tensor(label), torch.tensor(image[:, :, 0] // 20), 4) for image, label in pairs)
+    assert found.images == len(sizes) and torch.equal(found.confusion, expected)
+    assert [sample.index for sample in found.samples] == [0, 1]
+    assert (found.samples[1].label == pairs[1][1]).all()
+    assert (found.samples[1].predicted == pairs[1][0][:, :, 0] // 20).all()
+
+
+def test_a_set_without_labels_that_count_is_said():
+    pairs = [(np.zeros((8, 8, 3), np.uint8), np.full((8, 8), IGNORED, np.uint8))]
+    args = parse(["--device", "cpu"])
+    loader = DataLoader(SegmentationDataset(Fixed(pairs), None), collate_fn=collate)
+    with pytest.raises(DataError, match="not one pixel of 1 val images"):
+        evaluate(Reads(), loader, args, WORLD, 4)
+
+
+# --- the loss
+
+
+def test_the_loss_is_the_mean_over_pixels_that_count():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(2, 4, 6, 5, generator=generator), torch.randint(0, 4, (2, 6, 5), generator=generator)
+    labels[0, :4] = IGNORED
+    expected = F.cross_entropy(logits, labels, ignore_index=IGNORED)
+    torch.testing.assert_close(pixel_loss(logits, labels), expected)
+    assert pixel_loss(logits, torch.full_like(labels, IGNORED)).item() == 0.0
+
+
+# --- pictures
+
+
+def test_overlays_show_the_classes_in_their_colours(tmp_path):
+    data, _ = a_set([(12, 16), (9, 7)])
+    label = data[0][1].byte().numpy()
+    guess = np.where(label == IGNORED, 0, label).astype(np.uint8)
+    result = Segmented(torch.eye(4, dtype=torch.int64), 2, [Sample(0, label, guess)])
+    bundle = DataBundle(None, data, 4, ["a", "b", "c", "d"], "")
+    written = pictures.write(tmp_path, result, bundle)
+    assert [path.name for path in written] == ["samples.png", "classes.png", "overlays"]
+    mixed = np.asarray(Image.open(tmp_path / "overlays" / "picture-0.png")).astype(float)
+    raw = np.asarray(data.raw(0)).astype(float)
+    expected = (1 - pictures.OPACITY) * raw + pictures.OPACITY * pictures.palette(4)[guess]
+    assert np.abs(mixed - expected).max() <= 1
+
+
+@pytest.mark.parametrize("classes", [2, 11, 150])
+def test_classes_have_colours_of_their_own(classes):
+    colours = pictures.palette(classes)[:classes]
+    assert len({tuple(colour) for colour in colours.tolist()}) == classes
+    assert colours.shape == (classes, 3)
+
+
+def test_classes_in_their_hundreds_fit_a_picture(tmp_path):
+    confusion = torch.diag(torch.arange(150))
+    result = Segmented(confusion, 1)
+    pictures.draw_classes(result, [f"class {i}" for i in range(150)], tmp_path / "classes.png")
+    with Image.open(tmp_path / "classes.png") as image:
+        assert image.height < 2000
+
+
+def test_a_run_without_a_folder_draws_nothing():
+    from seg.task import Segmentation
+
+    said = []
+    log = SimpleNamespace(dir=None, say=said.append)
+    Segmentation(4).pictures(log, Segmented(torch.eye(4, dtype=torch.int64), 1), None)
+    assert said == []

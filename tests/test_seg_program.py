@@ -1,0 +1,263 @@
+"""`seg/train.py` as users call it: train, stop, resume, evaluate, its refusals, its scripts and its demo."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tiny  # noqa: F401  (registers the tests' model)
+from arguments import build_parser
+from checkpoint import read_checkpoint
+from distributed import EXIT_REQUEUE
+from optim import build_optimizer
+from processes import fault, pieces
+from seg.flags import SEGMENTATION, parse
+from seg.program import build_model, main
+from seg_sets import write_ade20k, write_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+# Two blocks cannot give four maps.
+MODEL = "--device cpu --model vim_nano_patch4_32 --head-channels 8 --aux-channels 8 --drop-path 0.2"
+QUICK = f"{MODEL} --num_workers 0 --batch-size 2 --epochs 2 --lr 1e-3 --warmup-steps 1 --crop-size 24 --resize 24x96"
+
+
+def seg(*flags, quick=QUICK):
+    return main([*quick.split(), *map(str, flags)])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "set")
+
+
+def rows(path):
+    return [json.loads(line) for line in (path / "log.txt").read_text().splitlines()]
+
+
+def test_ade20k_is_trained_on_evaluated_and_pictured(tmp_path, capsys):
+    """Images of different sizes; windows of 24 pixels; the evaluation of the checkpoint is that of the run."""
+    root, out = write_ade20k(tmp_path / "ade"), tmp_path / "out"
+    flags = ("--data-set", "ADE20K", "--data-path", root, "--window-stride", 16)
+    assert seg(*flags, "--output_dir", out) == 0
+    said = capsys.readouterr().out
+    assert "6 train images and 3 val images in 150 classes" in said and "best mIoU" in said
+    first, last = rows(out)
+    assert {"test_miou", "test_macc", "test_aacc"} <= first.keys() and last["step"] == 6
+    names = {path.name for path in out.iterdir()}
+    assert names >= {"samples.png", "classes.png", "overlays", "curves.png", "args.yaml", "best_checkpoint.pth"}
+    assert len(list((out / "overlays").glob("ADE_val_*.png"))) == 3
+    with Image.open(out / "overlays" / "ADE_val_00000003.png") as picture:
+        assert picture.size == (44, 32)
+
+    last_weights = ("--eval", "--resume", out / "checkpoint.pth")
+    assert seg(*flags, *last_weights, "--output_dir", out / "eval") == 0
+    said = capsys.readouterr().out
+    assert f"3 images; raw weights: mIoU {last['test_miou']:.2f} %" in said
+    assert (out / "eval" / "samples.png").exists()
+    several = ("--eval-mode", "whole", "--eval-flip", "--eval-scales", 0.75, 1, 1.25)
+    assert seg(*flags, *last_weights, *several) == 0
+    assert "3 images; raw weights: mIoU" in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(folder, tmp_path):
+    """In mid-epoch: views, stochastic depth, dropout, batch norm's statistics and the average are the whole's."""
+    flags = ("--data-path", folder, "--model-ema", "--model-ema-decay", 0.5, "--resume", "auto")
+    assert seg(*flags, "--output_dir", tmp_path / "whole") == 0
+    with fault("sigusr1@3"):
+        assert seg(*flags, "--output_dir", tmp_path / "parts") == EXIT_REQUEUE
+    assert read_checkpoint(tmp_path / "parts" / "checkpoint.pth").step == 4
+    torch.manual_seed(99)  # what a process happens to start with must not matter
+    assert seg(*flags, "--output_dir", tmp_path / "parts") == 0
+    assert pieces(tmp_path / "whole") == pieces(tmp_path / "parts")
+    state = read_checkpoint(tmp_path / "parts" / "checkpoint.pth").model
+    assert state["decode_head.bottleneck.bn.num_batches_tracked"] == 6
+
+
+def test_scenes_train_where_there_is_no_folder(tmp_path, capsys):
+    scenes = ("--scene-size", 48, "--train-scenes", 4, "--val-scenes", 2, "--epochs", 1, "--output_dir", tmp_path)
+    assert seg(*scenes) == 0
+    said = capsys.readouterr().out
+    assert "no --data-path: training on generated scenes" in said and "2 val images in 11 classes" in said
+    assert (tmp_path / "overlays" / "val-scene-0.png").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--if_amp", "--amp-dtype", "bfloat16"),
+        ("--grad-checkpointing", "--accum-steps", "2", "--layer-decay", "0.9"),
+        ("--aux-channels", "0", "--no-train-mode"),
+        ("--model", "resnet10t", "--drop-path", "0", "--crop-size", "64", "--num-classes", "4"),
+        ("--model", "deit_nano_patch4_32", "--pyramid-scales", "2", "1", "0.5", "0.25"),
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_every_recipe_trains(flags, folder, tmp_path):
+    assert seg("--data-path", folder, "--epochs", 1, "--output_dir", tmp_path, "--report-to", "", *flags) == 0
+    (row,) = rows(tmp_path)
+    assert np.isfinite(row["train_loss"])
+
+
+def test_it_learns(tmp_path):
+    """Colours that say the class: far above the 25 % of chance within seconds."""
+    root = write_folder(tmp_path / "set", train=16)
+    easy = "--scale-range 1 1 --no-photometric --epochs 12 --lr 5e-3 --batch-size 8 --drop-path 0"
+    assert seg("--data-path", root, "--output_dir", tmp_path / "out", "--report-to", "", *easy.split()) == 0
+    best = max(row["test_miou"] for row in rows(tmp_path / "out"))
+    assert best > 60
+
+
+def test_a_classifiers_weights_become_the_backbones(tmp_path, folder, capsys):
+    from main import main as classify
+
+    flags = "--device cpu --model vim_nano_patch4_32 --input-size 8 --num_workers 0 --epochs 1 --batch-size 512"
+    assert classify([*flags.split(), "--output_dir", str(tmp_path / "classifier")]) == 0
+    weights = tmp_path / "classifier" / "checkpoint.pth"
+    capsys.readouterr()
+    assert seg("--data-path", folder, "--finetune", weights, "--epochs", 1) == 0
+    said = capsys.readouterr().out
+    assert "pos_embed resampled from 2 x 2 to 6 x 6 (grid); left out: head, norm_f" in said
+
+
+def test_layer_decay_matches_every_block():
+    args = parse([*QUICK.split(), "--layer-decay", "0.5"])
+    model = build_model(args, 5, lambda text: None)
+    names = {id(p): name for name, p in model.named_parameters()}
+    scales = {
+        names[id(p)]: group["lr_scale"]
+        for group in build_optimizer(args, model, 1.0).param_groups
+        for p in group["params"]
+    }
+    assert scales.keys() == dict(model.named_parameters()).keys()
+    for name, scale in scales.items():
+        block = name.removeprefix("backbone.model.layers.").split(".")[0]
+        place = int(block) + 1 if block.isdigit() else 0 if name.startswith("backbone.") else 5
+        assert scale == 0.5 ** (5 - place), name
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--data-path", "nowhere"), "nowhere does not exist; --data-path takes the folder"),
+        (("--data-set", "ADE20K"), "--data-set ADE20K needs --data-path DIR"),
+        (("--batch-size", "1"), "--batch-size 1: the head's batch norm needs at least 2 images"),
+        (("--model", "vim_two_blocks"), "--model vim_two_blocks: taps=4: the backbone has 2 blocks"),
+        (("--pyramid-scales", "3", "2", "1", "1"), "--pyramid-scales: scale=3: expected one of 4, 2, 1, 0.5, 0.25"),
+        (("--pyramid-scales", "2", "1"), "--pyramid-scales: 2 scales for 4 maps"),
+        (("--train-scenes", "1"), "1 training images do not fill one batch of 2"),
+        (("--eval", "--resume", "auto", "--output_dir", "EMPTY"), "there is no checkpoint in --output_dir"),
+    ],
+)
+def test_what_cannot_be_is_one_line(flags, words, capsys, tmp_path):
+    flags = [str(tmp_path) if flag == "EMPTY" else flag for flag in flags]
+    assert seg("--scene-size", 48, "--train-scenes", 4, "--val-scenes", 2, *flags) == 4
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+
+
+def test_a_classifiers_flag_is_refused(capsys):
+    assert seg("--mixup", "0.8") == 2
+    assert "seg/train.py: error: unrecognized arguments: --mixup" in capsys.readouterr().err
+
+
+def test_a_bad_label_ends_a_run_in_one_line(folder, capsys):
+    path = folder / "annotations" / "val" / "south" / "0.png"
+    Image.fromarray(np.full((30, 36), 77, np.uint8)).save(path)
+    assert seg("--data-path", folder, "--epochs", 1) == 4
+    assert "has the label value 77: 4 classes are numbered 0 to 3" in capsys.readouterr().err
+
+
+def test_every_flag_has_words_of_help():
+    parser = build_parser(SEGMENTATION)
+    assert [action.dest for action in parser._actions if not action.help] == []
+    assert "--reduce-zero-label" in parser.format_help()
+
+
+def test_arguments_survive_the_file_beside_the_checkpoints(folder, tmp_path):
+    assert seg("--data-path", folder, "--reduce-zero-label", "--num-classes", 4, "--epochs", 1,
+               "--output_dir", tmp_path, "--crop-size", "24x32") == 0  # fmt: skip
+    again = parse(["--config", str(tmp_path / "args.yaml")])
+    assert (again.crop_size, again.resize, again.reduce_zero_label) == ((24, 32), (24, 96), True)
+
+
+# --- several ranks
+
+
+@pytest.mark.slow
+def test_two_ranks_count_every_pixel_once(folder, tmp_path, capsys):
+    """Three images over two ranks: the measures are those of one process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = ["--data-path", str(folder), "--epochs", "1", "--dist-eval"]
+    done = subprocess.run(
+        [*command, str(ROOT / "seg" / "train.py"), *QUICK.split(), *flags, "--output_dir", str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = rows(tmp_path)
+    assert seg("--data-path", folder, "--eval", "--resume", tmp_path / "checkpoint.pth") == 0
+    assert f"3 images; raw weights: mIoU {row['test_miou']:.2f} %" in capsys.readouterr().out
+
+
+# --- scripts and demonstration
+
+
+SCRIPTS = sorted((ROOT / "seg" / "scripts").glob("*.sh"))
+RECIPES = {"paper": (16, 127, 6e-5, 0.01), "published": (32, 95, None, None)}
+PUBLISHED = {"upernet-vim-t": (2e-4, 0.1), "upernet-vim-s": (1e-4, 0.05), "upernet-vim-b": (1e-4, 0.05)}
+
+
+def run_script(script, tmp_path, **variables):
+    (tmp_path / "classifier.pth").touch()
+    known = {"DATA_PATH": tmp_path, "CKPT": tmp_path / "classifier.pth", "DRY_RUN": 1, "PYTHON": sys.executable}
+    clean = {k: v for k, v in os.environ.items() if k not in ("BATCH", "NNODES", "OUTPUT_DIR", "NODE_RANK", "RECIPE")}
+    environment = clean | {key: str(value) for key, value in (known | variables).items()}
+    command = ["bash", str(script), "--device", "cpu"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_a_script_is_the_recipe_on_any_number_of_gpus(script, gpus, recipe, tmp_path):
+    done = run_script(script, tmp_path, GPUS=gpus, RECIPE=recipe)
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout)
+    program = next(i for i, word in enumerate(words) if word.endswith("train.py"))
+    assert Path(words[program]).resolve() == ROOT / "seg" / "train.py"
+    args = parse(words[program + 1 :])
+    whole, epochs, lr, decay = RECIPES[recipe]
+    lr, decay = (lr, decay) if lr else PUBLISHED[script.stem]
+    assert args.batch_size * args.accum_steps * gpus == whole
+    assert (args.epochs, args.lr, args.weight_decay, args.unscale_lr) == (epochs, lr, decay, True)
+    assert (args.sched, args.decay_rate, args.warmup_steps, args.sched_on_updates) == ("poly", 1.0, 1500, True)
+    assert (args.crop_size, args.window_stride, args.resize, args.data_set) == (512, 341, (512, 2048), "ADE20K")
+    steps = epochs * (20210 // whole)
+    assert steps == pytest.approx({"paper": 160_000, "published": 60_000}[recipe], rel=0.01)
+
+
+def test_there_is_a_script_for_each_size_and_a_wrong_recipe_is_said(tmp_path):
+    assert [script.stem for script in SCRIPTS] == [f"upernet-vim-{size}" for size in "bst"]
+    done = run_script(SCRIPTS[0], tmp_path, GPUS=1, RECIPE="best")
+    assert done.returncode == 4 and "RECIPE='best' is not paper or published." in done.stderr
+
+
+def test_the_demo_trains_and_then_evaluates_its_own_checkpoint():
+    command = ["make", "--dry-run", "demo-seg", "VENV=no-such-environment"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    lines = [shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines()]
+    train, evaluate = (parse(words[2:]) for words in lines if words[1:2] == ["seg/train.py"])
+    assert train.data_set == "SCENES" and not train.eval and train.scene_size == evaluate.scene_size
+    assert evaluate.eval and Path(evaluate.resume).parent == Path(train.output_dir)
