@@ -22,7 +22,12 @@ WARMUP_PX = 64
 
 
 def peak_memory(subjects: Sequence) -> list[int | None]:
-    """Bytes for each subject; None where it did not fit. One helper process forks once per subject."""
+    """Bytes for each subject; None where it did not fit.
+
+    On a CPU one helper process forks once per subject. A GPU's allocator is asked in this process.
+    """
+    if subjects and subjects[0].device.startswith("cuda"):
+        return [_measure(subject) for subject in subjects]
     request = json.dumps([subject.fields() for subject in subjects])
     result = subprocess.run(
         [sys.executable, __file__], input=request, stdout=subprocess.PIPE, text=True, check=True
@@ -62,6 +67,9 @@ def _measure(subject) -> int | None:
     import subjects
 
     on_cpu = torch.device(subject.device).type == "cpu"
+    if not on_cpu:
+        gc.collect()
+        torch.cuda.empty_cache()
     subjects.build(replace(subject, px=WARMUP_PX, batch=1))()
     if on_cpu:
         limit = int(SHARE_OF_MEMORY * 1024 * _kilobytes("/proc/meminfo", "MemAvailable"))

@@ -6,12 +6,16 @@ python benchmarks/run.py --device cuda     about 10 minutes on one GPU
 """
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 
+import dense_backbones as dense
 import harness
 import ops
+import published
 import targets
 import vim_vs_deit
 from subjects import PRECISIONS
@@ -36,10 +40,10 @@ PLANS = {
     ],
     ("cuda", "full"): [
         *cases_of("infer", "tiny", PX, GPU_BATCH),
-        *cases_of("infer", "small", PX, GPU_BATCH),
+        *cases_of("infer", "small", (224, 512, 1248), GPU_BATCH),
         Case("infer", "tiny", 1248, 64),
-        *cases_of("backward", "tiny", PX, GPU_BATCH),
-        *cases_of("backward", "small", (224, 512, 1248), GPU_BATCH),
+        *cases_of("backward", "tiny", (224, 512, 1248), GPU_BATCH),
+        *cases_of("backward", "small", (224,), GPU_BATCH),
     ],
     ("cuda", "quick"): [
         *cases_of("infer", "tiny", (224, 1248), GPU_BATCH),
@@ -47,12 +51,34 @@ PLANS = {
     ],
 }
 
+DENSE_PLANS = {
+    ("cpu", "full"): cases_of("infer", "tiny", (512, 1024, 1280), {}),
+    ("cpu", "quick"): cases_of("infer", "tiny", (512,), {}),
+    ("cuda", "full"): [
+        Case(mode, "tiny", px, batch)
+        for mode in ("infer", "backward")
+        for px, batch in ((512, 32), (1024, 16), (1280, 8))
+    ],
+    ("cuda", "quick"): [Case("infer", "tiny", 512, 32)],
+}
+
 
 def settings_for(device: torch.device, quick: bool) -> Settings:
     if device.type == "cuda":
         attention = ("eager", "flash", "cudnn", "efficient")
-        return Settings(device, "bfloat16", "none", attention, seconds=0.5 if quick else 2.0)
+        reason = published.missing()
+        if reason:
+            print(f"Left out: the published kernels: {reason}", flush=True)
+        return Settings(device, "bfloat16", "none", attention, 0.5 if quick else 2.0, published=reason is None)
     return Settings(device, "float32", "none", ("sdpa", "eager"), seconds=2.0 if quick else 8.0)
+
+
+def gpu_only(out: Path, quick: bool) -> None:
+    """The chip's own limits, and bfloat16 training beside float32: processes that share no memory with this one."""
+    folder = Path(__file__).parent
+    subprocess.run([sys.executable, folder / "limits.py", "--out", out], check=True)
+    steps = "100" if quick else "1000"
+    subprocess.run([sys.executable, folder / "stability.py", "--steps", steps, "--out", out], check=True)
 
 
 def main() -> None:
@@ -70,7 +96,11 @@ def main() -> None:
     harness.require_green_tests(device)
     dtype, _ = PRECISIONS[settings.precision]
     ops.run(device, dtype, settings.seconds, out, args.quick)
-    vim_vs_deit.run(PLANS[device.type, "quick" if args.quick else "full"], settings, out)
+    plan = device.type, "quick" if args.quick else "full"
+    vim_vs_deit.run(PLANS[plan], settings, out)
+    dense.run(DENSE_PLANS[plan], settings, out)
+    if device.type == "cuda":
+        gpu_only(out, args.quick)
     print("\n" + targets.write(out))
 
 

@@ -15,10 +15,14 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import published
 from harness import ROOT
 
+sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "vim"))
 import models_mamba  # noqa: F401  (registers the Vim names)
+from dense import Backbone
+from seg.upernet import SCALES, Rescale
 
 ATTENTION = {
     "eager": None,
@@ -29,6 +33,8 @@ ATTENTION = {
     "math": SDPBackend.MATH,
 }
 COMPILE = ("none", "default", "reduce-overhead", "max-autotune")
+DENSE = {"num_classes": 0, "dynamic_img_size": True}
+PUBLISHED = " (published kernels)"  # ends the name of a Vim on the published CUDA kernels
 MODES = ("infer", "backward", "step")
 # "-weights" casts the parameters once; the others run torch.autocast over float32 parameters.
 PRECISIONS = {
@@ -41,7 +47,10 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class Subject:
-    """One thing to measure. `mode`: "infer", "backward" (after a forward) or "step" (and AdamW's step)."""
+    """One thing to measure. `mode`: "infer", "backward" (after a forward) or "step" (and AdamW's step).
+
+    `pyramid`: the model without its head as a dense backbone, with four levels of x4, x2, x1 and x0.5 resolution.
+    """
 
     name: str
     px: int
@@ -50,6 +59,7 @@ class Subject:
     precision: str = "float32"
     device: str = "cpu"
     compile: str = "none"
+    pyramid: bool = False
 
     def __post_init__(self) -> None:
         for what, value, known in (
@@ -64,7 +74,7 @@ class Subject:
 
     @property
     def model_name(self) -> str:
-        return self.name.partition("/")[0]
+        return self.name.partition("/")[0].removesuffix(PUBLISHED)
 
     @property
     def attention(self) -> str:
@@ -74,13 +84,36 @@ class Subject:
         return asdict(self)
 
 
+class Pyramid(torch.nn.Module):
+    """Images (B, 3, H, W) -> UPerNet's four levels."""
+
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.levels = torch.nn.ModuleList(Rescale(width, scale) for width, scale in zip(backbone.channels, SCALES))
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return [level(x) for level, x in zip(self.levels, self.backbone(images))]
+
+
+def loss_of(output, labels: torch.Tensor) -> torch.Tensor:
+    """Something to differentiate: cross-entropy of logits, or the levels' mean squares."""
+    if isinstance(output, list):
+        return sum(level.float().square().mean() for level in output)
+    return F.cross_entropy(output, labels)
+
+
 def build_model(subject: Subject) -> torch.nn.Module:
     """The model with random weights (seeded), on its device, in its mode and precision."""
     torch.manual_seed(0)
-    model = timm.create_model(subject.model_name, img_size=subject.px)
+    model = timm.create_model(subject.model_name, img_size=subject.px, **DENSE if subject.pyramid else {})
     if subject.attention:
         for block in model.blocks:
             block.attn.fused_attn = subject.attention != "eager"
+    if subject.name.endswith(PUBLISHED):
+        published.use_published_kernels(model, published.kernels())
+    if subject.pyramid:
+        model = Pyramid(Backbone(model, len(SCALES)))
     dtype, cast = PRECISIONS[subject.precision]
     model = model.to(subject.device, dtype if cast else None).train(subject.mode != "infer")
     if subject.compile != "none":
@@ -115,7 +148,7 @@ def build(subject: Subject) -> Callable[[], object]:
         model.zero_grad(set_to_none=True)
         with attention_context(subject):
             with autocast_context(subject):
-                loss = F.cross_entropy(model(images), labels)
+                loss = loss_of(model(images), labels)
             loss.backward()
 
     if subject.mode == "infer":

@@ -38,6 +38,7 @@ class Settings:
     compile: str
     attention: tuple[str, ...]
     seconds: float
+    published: bool = False  # the published CUDA kernels take part
 
 
 # ---- cases
@@ -46,7 +47,8 @@ class Settings:
 def rivals(size: str, px: int, batch: int, mode: str, settings: Settings) -> list[Subject]:
     """Vim first, then DeiT once per attention backend."""
     vim, deit = SIZES[size]
-    names = [vim, *(f"{deit}/{attention}" for attention in settings.attention)]
+    published = [vim + subjects.PUBLISHED] if settings.published else []
+    names = [vim, *published, *(f"{deit}/{attention}" for attention in settings.attention)]
     device = str(settings.device)
     return [Subject(name, px, batch, mode, settings.precision, device, settings.compile) for name in names]
 
@@ -97,7 +99,7 @@ def _megabytes(peak: int | None) -> str:
 
 def _label(record: dict) -> str:
     name, _, attention = record["name"].partition("/")
-    name = name.removesuffix("_patch16_224")
+    name = name.replace("_patch16_224", "")
     if not attention:
         return name
     chosen = record["attention_backend"]

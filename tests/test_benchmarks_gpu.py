@@ -1,0 +1,153 @@
+"""The parts of `make bench-gpu` that a GPU's hour must not find broken, run on a CPU with stand-ins."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "vim"))
+import models_mamba  # noqa: E402, F401  (registers the Vim names)
+
+FAKE_SCAN = """
+import selective_scan_cuda
+import torch
+
+def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
+    assert u.is_contiguous() and B.is_contiguous() and B.dim() == 3
+    delta = torch.nn.functional.softplus(delta + delta_bias[:, None])
+    h, out = torch.zeros(u.shape[0], *A.shape), []
+    for t in range(u.shape[-1]):
+        h = torch.exp(delta[:, :, t, None] * A) * h + (delta * u)[:, :, t, None] * B[:, None, :, t]
+        out.append((h * C[:, None, :, t]).sum(-1) + D * u[:, :, t])
+    return torch.stack(out, -1) * torch.nn.functional.silu(z)
+"""
+FAKE_CONV = """
+import torch
+
+def causal_conv1d_fn(x, weight, bias=None, activation=None):
+    assert activation == "silu" and weight.dim() == 2
+    width = weight.shape[1]
+    out = torch.nn.functional.conv1d(x, weight[:, None], bias, padding=width - 1, groups=x.shape[1])
+    return torch.nn.functional.silu(out[..., : x.shape[-1]])
+"""
+
+
+@pytest.fixture
+def published(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import published
+
+    published.kernels.cache_clear()
+    yield published
+    published.kernels.cache_clear()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of packages with the published names; a package's own __init__ is not for us to run."""
+    (tmp_path / "mamba_ssm" / "ops").mkdir(parents=True)
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text("raise ImportError('needs a language model')")
+    (tmp_path / "mamba_ssm" / "ops" / "selective_scan_interface.py").write_text(FAKE_SCAN)
+    (tmp_path / "causal_conv1d").mkdir()
+    (tmp_path / "causal_conv1d" / "__init__.py").write_text(FAKE_CONV)
+    for extension in ("selective_scan_cuda", "causal_conv1d_cuda"):
+        (tmp_path / f"{extension}.py").write_text("")
+    yield tmp_path
+    for extension in ("selective_scan_cuda", "causal_conv1d_cuda"):
+        sys.modules.pop(extension, None)
+
+
+def test_the_published_composition_computes_our_vim(published, folder):
+    """Flips, orders and halves: on any right kernels it is the same function."""
+    import causal_conv1d
+    import mamba_ssm
+
+    torch.manual_seed(0)
+    model, images = timm.create_model("vim_nano_patch4_32").eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        ours = model(images)
+        theirs = published.use_published_kernels(model, published.kernels(folder))(images)
+    assert torch.allclose(theirs, ours, rtol=0, atol=1e-5 * ours.abs().max().item())
+    assert sys.modules["mamba_ssm"] is mamba_ssm and sys.modules["causal_conv1d"] is causal_conv1d
+    assert "ops" in vars(mamba_ssm) and str(folder) not in sys.path
+
+
+def test_the_published_composition_has_gradients(published, folder):
+    model = published.use_published_kernels(timm.create_model("vim_nano_patch4_32"), published.kernels(folder))
+    model(torch.randn(1, 3, 32, 32)).sum().backward()
+    unreached = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not unreached
+
+
+def test_published_kernels_that_are_not_built_are_named(published, folder, monkeypatch):
+    monkeypatch.setattr(published, "FOLDER", ROOT / "output" / "nothing-here")
+    published.kernels.cache_clear()
+    with pytest.raises(ImportError, match=r"build_published\.sh"):
+        published.kernels(ROOT / "output" / "nothing-here")
+    (folder / "selective_scan_cuda.py").write_text("raise ImportError('undefined symbol')")
+    with pytest.raises(ImportError, match="undefined symbol"):
+        published.kernels(folder)
+    import mamba_ssm.ops.bimamba  # ours, after a failure too
+
+    assert mamba_ssm.ops.bimamba.__file__.startswith(str(ROOT))
+
+
+def test_the_build_says_what_it_lacks(tmp_path):
+    environment = {"PATH": os.environ["PATH"], "CUDA_HOME": str(tmp_path)}
+    script = ROOT / "benchmarks" / "build_published.sh"
+    result = subprocess.run(["bash", script], env=environment, capture_output=True, text=True)
+    assert result.returncode == 1 and f"no {tmp_path}/bin/nvcc" in result.stderr
+
+
+def test_the_microbenchmarks_kernels_compute_what_they_count(tmp_path):
+    """Under the interpreter, in a process of its own; 3 rounds."""
+    program = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import limits
+lane = torch.arange(8.0)
+out = torch.empty(16)
+limits.multiply_add_kernel[(2,)](out, 3, 0.5, LANES=8)
+x = [lane * k * 1e-3 for k in (1, 2, 3, 4)]
+for _ in range(3):
+    x = [0.5 * v + 1 for v in x]
+assert torch.allclose(out, sum(x).repeat(2)), out
+limits.exp_kernel[(2,)](out, 3, LANES=8)
+x = [-lane * k * 1e-3 for k in (1, 2, 3, 4)]
+for _ in range(3):
+    x = [-torch.exp2(v) for v in x]
+assert torch.allclose(out, sum(x).repeat(2)), out
+"""
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", program, str(ROOT / "benchmarks")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_stability_is_judged_by_both_curves(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from stability import judge
+
+    falling = [2.3 - 0.01 * step + 0.02 * (step % 2) for step in range(200)]
+    good = judge(falling, falling)
+    assert good["finite"] and good["falls"] and good["as_float32"]
+    assert not judge([*falling[:-1], math.nan], falling)["finite"]
+    assert not judge(falling[::-1], falling)["falls"]
+    assert not judge([loss + 5 for loss in falling], falling)["as_float32"]
+
+
+@pytest.mark.slow
+def test_a_small_model_trains_alike_in_both_precisions(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import stability
+
+    result = stability.run("vim_nano_patch4_32", 32, 4, 8, torch.device("cpu"), tmp_path)
+    assert result["verdict"]["finite"] and len(result["losses"]["float32"]) == 8
+    assert (tmp_path / "stability_cpu.md").exists()
