@@ -159,6 +159,29 @@ def test_a_misspelt_subject_is_refused(change, message):
         Subject(**({"name": "vim_tiny_patch16_224", "px": 64, "batch": 1} | change))
 
 
+@pytest.mark.parametrize("name", ["vim_tiny_patch16_224", "deit_tiny_patch16_224/sdpa"])
+def test_a_subject_with_a_pyramid_gives_four_levels_and_trains(name):
+    import subjects
+    from subjects import Subject
+
+    levels = subjects.build(Subject(name, px=64, batch=1, pyramid=True))()
+    assert [tuple(level.shape) for level in levels] == [(1, 192, side, side) for side in (16, 8, 4, 2)]
+    subjects.build(Subject(name, px=64, batch=1, mode="step", pyramid=True))()
+
+
+@pytest.mark.slow
+def test_backbones_with_a_pyramid_are_measured_into_a_table(tmp_path):
+    import dense_backbones
+    from vim_vs_deit import Case, Settings
+
+    settings = Settings(CPU, "float32", "none", ("sdpa",), seconds=0.0)
+    result = dense_backbones.run([Case("infer", "tiny", 64)], settings, tmp_path)
+    vim, deit = result["measurements"]
+    assert vim["pyramid"] and deit["pyramid"] and vim["peak_memory"] > 0 and "first_faster_by" in deit
+    table = (tmp_path / "dense_cpu.md").read_text()
+    assert "four levels" in table and "| 64 | 1 | vim_tiny |" in table and "deit_tiny, sdpa" in table
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_peak_memory_sees_the_attention_matrix():

@@ -1,0 +1,76 @@
+"""Backbones for dense prediction: Vim-Ti and DeiT-Ti with four levels of a pyramid (x4, x2, x1, x0.5).
+
+The same harness, turns and table as vim_vs_deit.py: images per second and peak memory, at 512, 1024 and 1280 px.
+
+    python benchmarks/dense_backbones.py                                      the CPU's table
+    python benchmarks/dense_backbones.py --px 512 --modes infer
+    python benchmarks/dense_backbones.py --device cuda --precision bfloat16 --batch 512:32 1024:16 1280:8 \\
+        --attention flash cudnn efficient --modes infer backward
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import harness
+import memory
+import subjects
+import vim_vs_deit
+from subjects import Subject
+from vim_vs_deit import MODE_NAMES, Case, Settings, cases_of, parse_batch
+
+PX = (512, 1024, 1280)
+SIZE = "tiny"
+
+
+def rivals(case: Case, settings: Settings) -> list[Subject]:
+    """Vim first, then DeiT once per attention backend; all with the pyramid."""
+    group = vim_vs_deit.rivals(case.size, case.px, case.batch, case.mode, settings)
+    return [replace(subject, pyramid=True) for subject in group]
+
+
+def run(cases: Sequence[Case], settings: Settings, out: Path) -> dict[str, object]:
+    """Measure cases and write dense_DEVICE.json and .md. The gate is the caller's."""
+    groups = [rivals(case, settings) for case in cases]
+    everyone = [subject for group in groups for subject in group]
+    print(f"  peak memory of {len(everyone)} backbones with pyramid, each in a process of its own", flush=True)
+    peaks = dict(zip(everyone, memory.peak_memory(everyone)))
+    records = []
+    for case, group in zip(cases, groups):
+        print(f"  {MODE_NAMES[case.mode]}, backbone with pyramid, {case.px} px, batch {case.batch}", flush=True)
+        records += vim_vs_deit.measure_case(group, peaks, settings)
+    machine = harness.environment(settings.device, settings.precision) | {"compile": settings.compile}
+    result = {"environment": machine, "measurements": records}
+    modes = dict.fromkeys(case.mode for case in cases)
+    tables = "\n\n".join(vim_vs_deit.table(records, mode) for mode in modes)
+    heading = "## Backbones with a pyramid of four levels (x4, x2, x1, x0.5)"
+    harness.write_results(out, f"dense_{settings.device.type}", result, f"{heading}\n\n{tables}")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=harness.HelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="float32", choices=list(subjects.PRECISIONS))
+    parser.add_argument("--attention", nargs="+", default=["sdpa", "eager"], choices=list(subjects.ATTENTION))
+    parser.add_argument("--modes", nargs="+", default=["infer"], choices=list(subjects.MODES))
+    parser.add_argument("--px", nargs="+", type=int, default=list(PX))
+    parser.add_argument("--batch", nargs="+", default=[], help="PX:BATCH; 1 where not given")
+    parser.add_argument("--seconds", type=float, default=10.0, help="time for one case, at least 3 turns")
+    parser.add_argument("--threads", type=int, default=0, help="torch's thread count; 0: torch's own choice")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS)
+    args = parser.parse_args()
+    harness.set_threads(args.threads)
+    device = torch.device(args.device)
+    settings = Settings(device, args.precision, "none", tuple(args.attention), args.seconds)
+    batch = parse_batch(args.batch)
+    cases = [case for mode in args.modes for case in cases_of(mode, SIZE, args.px, batch)]
+    harness.require_green_tests(device)
+    run(cases, settings, args.out.resolve())
+
+
+if __name__ == "__main__":
+    main()
