@@ -175,7 +175,7 @@ def _size(loop: Loop) -> int:
 def _pieces(block: int, size: str) -> tuple:
     """Trips of the loop that stages the time step of `block` channels in pieces: fewer channels for a large rank."""
     rank = SIZES[size] // 16
-    piece = 128 if rank <= 16 else 64 if rank <= 32 else 32
+    piece = 64 if rank <= 32 else 32
     return max(block // piece, 1), ()
 
 

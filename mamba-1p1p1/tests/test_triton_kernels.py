@@ -9,6 +9,7 @@ import os
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mamba_ssm.ops import reference
 
@@ -249,10 +250,14 @@ def mixer_arguments(case):
     "case", [pytest.param(case, id=name, marks=[slow] * (name in SLOW)) for name, case in MIXERS.items()]
 )
 def test_bidirectional_mixer(case):
-    """In 16 bits the convolution's output and both projections are rounded as under autocast, hence the limits."""
+    """In 16 bits the convolution's output and the weights are rounded as under autocast, hence the limits.
+
+    Rounding to nearest at the same places of a float64 mixer gives 4e-3 and 1e-2; the interpreter truncates.
+    """
     xz, ahead, behind = mixer_arguments(case)
     output_limit, gradient_limit = {
-        torch.float32: (2e-5, 2e-5), torch.bfloat16: (2e-2, 5e-2), torch.float16: (2.5e-3, 6e-3)
+        torch.float32: (2e-5, 2e-5), torch.float16: (2.5e-3, 6e-3),
+        torch.bfloat16: (2e-2, 5e-2) if INTERPRETED else (6e-3, 1.5e-2),
     }[case["dtype"]]  # fmt: skip
     y, saved = kernels.bimamba_forward(xz, ahead, behind, 0.5, True, segments=case["segments"])
     sizes = (case[k] for k in ("batch", "length", "channels", "states", "rank", "width", "dtype"))
@@ -278,6 +283,67 @@ def test_mixer_reads_a_strided_xz_and_saves_nothing_unasked():
     y, saved = kernels.bimamba_forward(strided, ahead, behind, 1.0, False)
     assert saved.numel() == 0
     assert torch.equal(y, kernels.bimamba_forward(xz, ahead, behind, 1.0, True)[0])
+
+
+def test_parameters_of_any_dtype_are_read_as_they_are():
+    """A model cast to bfloat16: the same numbers as from float32 parameters of the same values."""
+    xz, ahead, behind = mixer_arguments(mixer_case(length=5, channels=3, states=2, rank=1))
+
+    def cast(parameters, dtype):
+        return [None if p is None else p.to(dtype) for p in parameters]
+
+    narrow = [cast(parameters, torch.bfloat16) for parameters in (ahead, behind)]
+    wide = [cast(parameters, torch.float32) for parameters in narrow]
+    y, saved = kernels.bimamba_forward(xz, *narrow, 0.5, True)
+    right, right_saved = kernels.bimamba_forward(xz, *wide, 0.5, True)
+    assert torch.equal(y, right)
+    grads = kernels.bimamba_backward(torch.ones_like(y), xz, *narrow, 0.5, saved)
+    expected = kernels.bimamba_backward(torch.ones_like(y), xz, *wide, 0.5, right_saved)
+    assert torch.equal(grads[0], expected[0])
+    for grad, right in zip(grads[1] + grads[2], expected[1] + expected[2]):
+        assert grad.dtype == torch.bfloat16 and torch.equal(grad, right.to(torch.bfloat16))
+
+
+class DeviceWork(TorchDispatchMode):
+    """Names of what a GPU would run: Triton's launches, and torch's operations that are no view or allocation."""
+
+    FREE = ("empty", "view", "as_strided", "split_with_sizes", "transpose", "unsqueeze", "expand", "slice", "select",
+            "detach", "permute", "t", "alias", "_unsafe_view", "new_empty", "empty_like", "unbind")  # fmt: skip
+
+    def __init__(self, monkeypatch):
+        from triton.runtime.interpreter import GridExecutor
+
+        super().__init__()
+        self.names = []
+
+        def launch(executor, *args, **kwargs):
+            self.names.append(executor.fn.__name__)
+
+        monkeypatch.setattr(GridExecutor, "__call__", launch)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.partition("::")[2]
+        if name.rstrip("_") not in self.FREE:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts the interpreter's launches")
+@pytest.mark.parametrize("save", [False, True], ids=["inference", "training"])
+def test_a_blocks_forward_is_six_launches_and_no_copy(monkeypatch, save):
+    """Norm, in_proj, convolutions and projections, scans, merge, out_proj: no flip, transpose or copy."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    xz, ahead, behind = mixer_arguments(mixer_case(batch=2, channels=8))
+    rows, residual, weight = torch.randn(22, 4), torch.randn(22, 4), torch.ones(4)
+    in_proj, out_proj = torch.randn(16, 4), torch.randn(4, 8)
+    with DeviceWork(monkeypatch) as work:
+        hidden = kernels.add_norm_forward(rows, residual, weight, None, 1e-5, "rms", torch.float32)[0]
+        xz = torch.nn.functional.linear(hidden.view(2, 11, 4), in_proj)
+        y, _ = kernels.bimamba_forward(xz, ahead, behind, 0.5, save)
+        torch.nn.functional.linear(y, out_proj)
+    assert work.names == [
+        "add_norm_forward_kernel", "mm", "conv_project_kernel", "scan_forward_kernel", "merge_kernel", "mm"
+    ]  # fmt: skip
 
 
 # ---- norms ---------------------------------------------------------------------------------------------------

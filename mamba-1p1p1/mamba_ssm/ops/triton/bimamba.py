@@ -38,7 +38,8 @@ def conv_project_kernel(
     token = tl.program_id(0) % tiles * TOKENS + tl.arange(0, TOKENS)
     row = (direction * (tl.num_programs(0) // tiles) + b) * length + token  # of (2, B, L)
     weight, x_proj = _either(backward, weight, weight_b), _either(backward, x_proj, x_proj_b)
-    bias = _either(backward, bias, bias_b)
+    if bias is not None:
+        bias = _either(backward, bias, bias_b)
     column = tl.arange(0, COLUMNS_PADDED)
     source = tl.where(column < COLUMNS - R, column + R, column - (COLUMNS - R))  # x_proj has the time step first
     total = tl.zeros([TOKENS, COLUMNS_PADDED], tl.float32)
@@ -182,13 +183,13 @@ def conv_backward_kernel(
 # ---- launchers -----------------------------------------------------------------------------------------------
 
 
-def _float32(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _parameters(forward_params, backward_params):
-    """Each parameter as a pair of float32, contiguous tensors: no copy where it already is that."""
-    return [tuple(map(_float32, pair)) for pair in zip(forward_params, backward_params)]
+    """Each parameter as a pair of contiguous tensors of any dtype: the kernels widen them as they read."""
+    return [tuple(map(_contiguous, pair)) for pair in zip(forward_params, backward_params)]
 
 
 def _conv_project(xz: Tensor, parameters) -> tuple[Tensor, Tensor]:

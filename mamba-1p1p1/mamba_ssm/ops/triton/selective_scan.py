@@ -67,15 +67,12 @@ def _place(channels, group_channels, BLOCK: tl.constexpr):
 
 @triton.jit
 def _either(backward, ahead, behind):
-    """The parameter of this program's direction, None where there is none."""
-    if ahead is None:
-        return None
+    """The parameter of this program's direction."""
+    if backward:
+        chosen = behind
     else:
-        if backward:
-            chosen = behind
-        else:
-            chosen = ahead
-        return chosen
+        chosen = ahead
+    return chosen
 
 
 @triton.jit
@@ -113,17 +110,8 @@ def _read_sequence(
 
 
 @triton.jit
-def _channel_mask(lane, count, FULL: tl.constexpr):
-    """Which channels there are; None if every program has BLOCK of them."""
-    if FULL:
-        return None
-    else:
-        return lane < count
-
-
-@triton.jit
 def _read(pointer, mask):
-    """In float32, zero where there is no channel."""
+    """In float32, zero where there is no channel; without a mask all are there."""
     if mask is None:
         return tl.load(pointer).to(tl.float32)
     else:
@@ -150,7 +138,11 @@ def _stage_piece(
 
     `slopes`: where softplus' derivative goes, or None. Positions past the end repeat the last token, never read.
     """
-    d, mask = first_channel + lane, _channel_mask(lane, count, FULL)
+    d = first_channel + lane
+    if FULL:  # a mask of None: all channels are there
+        mask = None
+    else:
+        mask = lane < count
     position = tl.minimum(first + tl.arange(0, TILE), length - 1)
     token = tl.where(backward, length - 1 - position, position)
     if WIDE:
@@ -190,7 +182,7 @@ def _stage(
     PRECISION: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """`_stage_piece` for all channels, in pieces whose matrices fit the registers."""
-    PIECE: tl.constexpr = min(BLOCK, 128 if R_PADDED <= 16 else 64 if R_PADDED <= 32 else 32)
+    PIECE: tl.constexpr = min(BLOCK, 64 if R_PADDED <= 32 else 32)
     tl.debug_barrier()  # the rows of the tile before have been read
     for piece in range(0, BLOCK, PIECE):
         _stage_piece(
@@ -414,13 +406,20 @@ def scan_forward_kernel(
     """
     b, first_channel, count, group, block, blocks = _place(channels, group_channels, BLOCK)
     lane = tl.arange(0, BLOCK)
-    d, mask = first_channel + lane, _channel_mask(lane, count, FULL)
+    d = first_channel + lane
+    if FULL:  # a mask of None: all channels are there
+        mask = None
+    else:
+        mask = lane < count
     segment, direction = tl.program_id(1), tl.program_id(2).to(tl.int64)
     backward = direction == 1
     row = direction * (tl.num_programs(0) // blocks) + b  # of all directions' sequences
     program = (row * tl.num_programs(1) + segment) * blocks + block
     scratch += (program * (TILE + GROUP) + GROUP) * BLOCK
-    weight, bias = _either(backward, dt_weight, dt_weight_b), _either(backward, bias, bias_b)
+    if R > 0:
+        dt_weight = _either(backward, dt_weight, dt_weight_b)
+    if bias is not None:
+        bias = _either(backward, bias, bias_b)
     A = vectors(_either(backward, A, A_b) + d * N, 1, mask, N, LOG2_E)
     if D is not None:
         skip = _read(_either(backward, D, D_b) + d, mask)
@@ -446,7 +445,7 @@ def scan_forward_kernel(
         h = _zeros(N, BLOCK)
     for tile in range(first, end, TILE):
         _stage(
-            scratch, None, delta, weight, bias, first_channel, count, tile, length, backward,
+            scratch, None, delta, dt_weight, bias, first_channel, count, tile, length, backward,
             delta_strides[2], delta_strides[3], R, R_PADDED, TILE, BLOCK, SOFTPLUS, PRECISION, FULL, WIDE,
         )  # fmt: skip
         for i in range(0, tl.minimum(TILE, length - tile), GROUP):
@@ -586,7 +585,8 @@ def scan_backward_kernel(
     N: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
     B_VARIABLE: tl.constexpr, B_PACKED: tl.constexpr, C_VARIABLE: tl.constexpr, C_PACKED: tl.constexpr,
     C_AFTER_B: tl.constexpr, SAME_STEPS: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, PAIRED: tl.constexpr,
-    SCRATCH_ROWS: tl.constexpr, PAIRS_PADDED: tl.constexpr, STATES_AT_A_TIME: tl.constexpr, BLOCK: tl.constexpr, PER_THREAD: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+    SCRATCH_ROWS: tl.constexpr, PAIRS_PADDED: tl.constexpr, STATES_AT_A_TIME: tl.constexpr,
+    BLOCK: tl.constexpr, PER_THREAD: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Gradients of `scan_forward_kernel` for dout, times `scale` and silu(z) if there is a z.
 
@@ -601,7 +601,11 @@ def scan_backward_kernel(
     ROWS: tl.constexpr = max(16, 2 * WIDTH * GROUP)
     b, first_channel, count, group, block, blocks = _place(channels, group_channels, BLOCK)
     lane = tl.arange(0, BLOCK)
-    d, mask = first_channel + lane, _channel_mask(lane, count, FULL)
+    d = first_channel + lane
+    if FULL:  # a mask of None: all channels are there
+        mask = None
+    else:
+        mask = lane < count
     segment, direction = tl.program_id(1), tl.program_id(2).to(tl.int64)
     backward = direction == 1
     batch = tl.num_programs(0) // blocks
@@ -618,7 +622,10 @@ def scan_backward_kernel(
     zero = tl.zeros([BLOCK], tl.float32)
     tl.store(sum_bias, zero)
     tl.store(sum_D, zero)
-    weight, bias = _either(backward, dt_weight, dt_weight_b), _either(backward, bias, bias_b)
+    if R > 0:
+        dt_weight = _either(backward, dt_weight, dt_weight_b)
+    if bias is not None:
+        bias = _either(backward, bias, bias_b)
     # A transposed: its N vectors would otherwise take the registers that hide latency
     _store_states(scratch + lane, BLOCK, vectors(_either(backward, A, A_b) + d * N, 1, mask, N, LOG2_E), None, N)
     _store_states(sums_A, BLOCK, _zeros(N, BLOCK), None, N)
@@ -658,8 +665,8 @@ def scan_backward_kernel(
         groups = tl.cdiv(tl.minimum(CHUNK, length - start), GROUP)
         for tile in range(0, CHUNK, TILE):
             _stage(
-                staged + tile * BLOCK, slopes + tile * BLOCK, delta, weight, bias, first_channel, count, start + tile,
-                length, backward, delta_strides[2], delta_strides[3],
+                staged + tile * BLOCK, slopes + tile * BLOCK, delta, dt_weight, bias, first_channel, count,
+                start + tile, length, backward, delta_strides[2], delta_strides[3],
                 R, R_PADDED, TILE, BLOCK, SOFTPLUS, PRECISION, FULL, WIDE,
             )  # fmt: skip
         _, repeated = _place_group(start + (groups - 1) * GROUP, length, GROUP)
@@ -824,12 +831,19 @@ def segment_kernel(
     """
     b, first_channel, count, group, block, blocks = _place(channels, group_channels, BLOCK)
     lane = tl.arange(0, BLOCK)
-    d, mask = first_channel + lane, _channel_mask(lane, count, FULL)
+    d = first_channel + lane
+    if FULL:  # a mask of None: all channels are there
+        mask = None
+    else:
+        mask = lane < count
     segment, direction = tl.program_id(1), tl.program_id(2).to(tl.int64)
     backward = direction == 1
     part = (direction * (tl.num_programs(0) // blocks) + b) * tl.num_programs(1) + segment
     scratch += ((part * blocks + block) * (TILE + GROUP) + GROUP) * BLOCK
-    weight, bias = _either(backward, dt_weight, dt_weight_b), _either(backward, bias, bias_b)
+    if R > 0:
+        dt_weight = _either(backward, dt_weight, dt_weight_b)
+    if bias is not None:
+        bias = _either(backward, bias, bias_b)
     A = vectors(_either(backward, A, A_b) + d * N, 1, mask, N, LOG2_E)
     v, v_step = _read_sequence(v, v_strides, direction, b, first_channel, lane, length, BLOCK, WIDE, PAIRED)
     delta += direction * delta_strides[0] + b * delta_strides[1]
@@ -843,7 +857,7 @@ def segment_kernel(
     for t in range(0, tiles):
         tile = first + (tiles - 1 - t if ADJOINT else t) * TILE
         _stage(
-            scratch, None, delta, weight, bias, first_channel, count, tile, length, backward,
+            scratch, None, delta, dt_weight, bias, first_channel, count, tile, length, backward,
             delta_strides[2], delta_strides[3], R, R_PADDED, TILE, BLOCK, SOFTPLUS, PRECISION, FULL, WIDE,
         )  # fmt: skip
         groups = tl.cdiv(tl.minimum(TILE, length - tile), GROUP)
@@ -885,7 +899,7 @@ def chain_kernel(
     row, n = tl.program_id(0).to(tl.int64), tl.program_id(2)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = d < channels
-    A_n = tl.load(_either(row >= sequences, A, A_b) + d * N + n, mask=mask, other=0.0) * LOG2_E
+    A_n = _read(_either(row >= sequences, A, A_b) + d * N + n, mask) * LOG2_E
     if start is not None:
         state = tl.load(start + (row * N + n) * channels + d, mask=mask, other=0.0)
     else:
@@ -910,7 +924,7 @@ class ScanInputs(NamedTuple):
     z: Tensor | None  # (directions, B, D, L)
     B: Tensor  # (directions, B, groups, N, L), or (directions, D, N)
     C: Tensor  # likewise
-    A: tuple[Tensor, Tensor]  # (D, N) float32, contiguous, as all parameters
+    A: tuple[Tensor, Tensor]  # (D, N), contiguous, as all parameters
     D: tuple[Tensor | None, Tensor | None]  # (D,)
     dt_weight: tuple[Tensor | None, Tensor | None]  # (D, R)
     bias: tuple[Tensor | None, Tensor | None]  # (D,)
