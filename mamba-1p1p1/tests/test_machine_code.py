@@ -43,8 +43,12 @@ def test_no_register_is_spilled_to_memory(results, target):
 
 
 def test_instructions_per_state_update(results):
-    """Forward's recurrence: the target is 6.5. Backward's two passes: 20, which Ti meets; S and B are 1 % above."""
-    limits = {"tiny": 20.0, "small": 20.1, "base": 20.25}
+    """Forward's recurrence: the target is 6.5. Backward's two passes: 20, which Ti meets; S and B are 1 % above.
+
+    Other versions of Triton than the recorded one may need 3 % more (3.6: 20.4, 20.6, 20.7).
+    """
+    slack = 1.0 if triton.__version__ == RECORDED["triton"] else 1.03
+    limits = {"tiny": slack * 20.0, "small": slack * 20.1, "base": slack * 20.25}
     for size, kernels in results["sm_90"].items():
         assert kernels["scan_forward_kernel"]["per_state_update"]["recurrence"] <= 6.5
         back = kernels["scan_backward_kernel"]["per_state_update"]
