@@ -28,10 +28,16 @@ def palette(num_classes: int) -> np.ndarray:
     return colours
 
 
-def overlay(image: np.ndarray, classes: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """An image (H, W, 3) under the colours of its pixels' classes (H, W), both uint8."""
+def overlay(image: np.ndarray, classes: np.ndarray, colours: np.ndarray, bare: list[int] | None = None) -> np.ndarray:
+    """An image (H, W, 3) under the colours of its pixels' classes (H, W), both uint8; `bare` ones stay as they are."""
     mixed = (1 - OPACITY) * image + OPACITY * colours[classes]
-    return mixed.round().astype(np.uint8)
+    painted = ~np.isin(classes, bare or [])
+    return np.where(painted[:, :, None], mixed.round(), image).astype(np.uint8)
+
+
+def backgrounds(names: list[str]) -> list[int]:
+    """Classes that are only called so: a colour over them would hide the rest."""
+    return [label for label, name in enumerate(names) if name == "background"]
 
 
 def write(folder: Path, result: Segmented, data: DataBundle) -> list[Path]:
@@ -39,7 +45,8 @@ def write(folder: Path, result: Segmented, data: DataBundle) -> list[Path]:
     colours = palette(data.num_classes)
     (folder / "overlays").mkdir(exist_ok=True)
     for sample in result.samples:
-        mixed = overlay(np.asarray(data.val.raw(sample.index)), sample.predicted, colours)
+        image = np.asarray(data.val.raw(sample.index))
+        mixed = overlay(image, sample.predicted, colours, backgrounds(data.class_names))
         name = Path(data.val.name(sample.index)).stem.replace(" ", "-")
         Image.fromarray(mixed).save(folder / "overlays" / f"{name}.png")
     draw_samples(result, data, colours, folder / "samples.png")
@@ -57,15 +64,18 @@ def draw_samples(result: Segmented, data: DataBundle, colours: np.ndarray, path:
         panel.set_title(title, fontsize=9)
     for panel in panels.flat:
         panel.axis("off")
-    shown = set()
+    shown, bare = set(), backgrounds(data.class_names)
     for row, sample in zip(panels, samples):
         image = np.asarray(data.val.raw(sample.index))
         wrong = (sample.label != sample.predicted) & (sample.label != IGNORED)
-        pictures = (image, overlay(image, sample.label, colours), overlay(image, sample.predicted, colours), wrong)
+        label, predicted = (overlay(image, classes, colours, bare) for classes in (sample.label, sample.predicted))
+        pictures = (image, label, predicted, wrong)
         for panel, picture in zip(row, pictures):
             panel.imshow(picture, interpolation="nearest", cmap="gray", vmin=0, vmax=1)
         shown |= set(np.unique(sample.label)) | set(np.unique(sample.predicted))
-    handles = [Patch(color=colours[label] / 255, label=data.class_names[label]) for label in sorted(shown - {IGNORED})]
+    handles = [
+        Patch(color=colours[label] / 255, label=data.class_names[label]) for label in sorted(shown - {IGNORED, *bare})
+    ]
     if handles:
         figure.legend(handles=handles[:MOST_BARS], loc="outside lower center", ncols=8, fontsize=8)
     figure.savefig(path, dpi=110)

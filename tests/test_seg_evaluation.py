@@ -228,6 +228,12 @@ def test_overlays_show_the_classes_in_their_colours(tmp_path):
     assert np.abs(mixed - expected).max() <= 1
 
 
+def test_a_background_is_not_painted():
+    image = np.full((2, 2, 3), 9, np.uint8)
+    mixed = pictures.overlay(image, np.array([[0, 1], [1, 0]], np.uint8), pictures.palette(2), bare=[0])
+    assert (mixed[0, 0] == 9).all() and (mixed[1, 1] == 9).all() and (mixed[0, 1] != 9).any()
+
+
 @pytest.mark.parametrize("classes", [2, 11, 150])
 def test_classes_have_colours_of_their_own(classes):
     colours = pictures.palette(classes)[:classes]
