@@ -504,7 +504,6 @@ VARIANTS = {
     "vim_base_patch16_224": (_BASE, 224),
     "vim_base_patch16_stride8_224": (_BASE | {"stride": 8}, 224),
     "vim_nano_patch4_32": ({"embed_dim": 64, "depth": 4, "patch_size": 4}, 32),
-    "vim_micro_patch8_96": ({"embed_dim": 128, "depth": 6, "patch_size": 8}, 96),
 }
 
 
