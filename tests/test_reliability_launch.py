@@ -4,7 +4,6 @@ Promises and their numbers: docs/RELIABILITY.md.
 """
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -51,7 +50,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_rank_killed_in_mid_step_is_started_again_and_the_run_is_the_same(undisturbed, tmp_path):
-    flags = f"{QUICK} --batch-size 64 --checkpoint-steps 5 --dist-timeout 30 --resume auto"
+    flags = f"{QUICK} --batch-size 64 --checkpoint-steps 5 --resume auto"
     flags += f" --output_dir {tmp_path / 'run'}"
     process = launch([main_program(tmp_path), *flags.split()], VIM_FAULT="kill@13:1")
     try:
@@ -59,8 +58,7 @@ def test_a_rank_killed_in_mid_step_is_started_again_and_the_run_is_the_same(undi
     finally:
         process.terminate()  # the launcher ends its ranks
     assert process.returncode == 0, text
-    # Ranks that cannot connect in time, on a busy machine, are started once more: how often is not promised.
-    assert re.search(r"resuming \(restart [123]\)", text) and "on the way: 1 x resumed" in text, text
+    assert "resuming (restart 1)" in text and "on the way: 1 x resumed" in text, text
     assert pieces(tmp_path / "run") == pieces(undisturbed)
 
 

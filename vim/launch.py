@@ -23,6 +23,10 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from distributed import EXIT_CODE_FILE, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE
 
+# Ranks that torchrun starts again would find each other through the store of the dead ones, where these have left
+# their addresses: whoever reads one before its owner has renewed it waits for nobody. "1": a new store each time.
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+
 # What ranks may take to finish a step, or an evaluation, and save; then they are killed.
 SHUTDOWN_SECONDS = 600
 
@@ -40,6 +44,7 @@ def launch(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "exit-code"
         os.environ[EXIT_CODE_FILE] = str(told)
+        os.environ.setdefault(OWN_STORE, "1")
         try:
             torchrun.run(torchrun.parse_args([*defaults(), *argv]))
             code = EXIT_DONE

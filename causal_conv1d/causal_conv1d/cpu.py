@@ -19,6 +19,7 @@ ISAS = ("avx512", "avx2", "portable")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 WIDTHS = (2, 3, 4)
 _LIBRARY_STEM = "_cpu_kernels"
+INTERFACE = 2  # of the C functions and argument blocks; counted up with csrc/library.cpp
 
 
 class _Sequence(ctypes.Structure):
@@ -56,6 +57,8 @@ def unavailable_reason() -> str | None:
     """None if the kernels can run; else why not and how to mend it."""
     if _library_path() is None:
         return "its C++ kernels were not compiled: install g++ with OpenMP, then `pip install` the package again"
+    if getattr(_library(), "causal_conv1d_interface", int)() != INTERFACE:
+        return "its C++ kernels are those of another version: `pip install` the package again"
     _isa()
     return None
 

@@ -44,3 +44,6 @@ EXPORT int mamba_ssm_has_avx2() {
     return 0;
 #endif
 }
+
+// Python's side refuses a library of another number: an argument block that has changed would be read as rubbish.
+EXPORT int mamba_ssm_interface() { return 2; }

@@ -383,6 +383,12 @@ def test_without_a_compiled_library_the_reason_says_how_to_mend_it(monkeypatch):
     assert "g++" in cpu.unavailable_reason()
 
 
+def test_a_library_of_another_version_is_refused(monkeypatch):
+    """Its argument blocks may differ, and it would read rubbish."""
+    monkeypatch.setattr(cpu, "INTERFACE", cpu.INTERFACE + 1)
+    assert "another version" in cpu.unavailable_reason()
+
+
 @pytest.mark.parametrize(
     "arguments, word",
     [

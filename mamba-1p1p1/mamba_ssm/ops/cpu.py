@@ -21,6 +21,7 @@ ISAS = ("avx512", "avx2", "portable")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 MAX_WIDTH, MAX_STATES = 4, 256
 _LIBRARY_STEM = "_cpu_kernels"
+INTERFACE = 2  # of the C functions and argument blocks; counted up with csrc/library.cpp
 
 
 def _fields(pointers: str = "", integers: str = "", doubles: str = "") -> list:
@@ -106,6 +107,8 @@ def unavailable_reason() -> str | None:
     """None if the kernels can run; else why not and how to mend it."""
     if _library_path() is None:
         return "its C++ kernels were not compiled: install g++ with OpenMP, then `pip install` the package again"
+    if getattr(_library(), "mamba_ssm_interface", int)() != INTERFACE:
+        return "its C++ kernels are those of another version: `pip install` the package again"
     _isa()
     return None
 
