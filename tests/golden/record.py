@@ -2,12 +2,13 @@
 
     python tests/golden/record.py      # writes tests/golden/losses.json anew; say why in the commit
 
-The losses are exact on the torch build and CPU instruction set that recorded them, and agree to 1e-5 elsewhere.
+The losses are exact on the torch build and processor that recorded them, and agree to 1e-5 elsewhere.
 """
 
 import itertools
 import json
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -49,8 +50,19 @@ def losses(flags: str) -> list[float]:
 
 
 def machine() -> dict[str, str]:
-    """What the last bits depend on."""
-    return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+    """What the last bits depend on: torch's products choose their code by the processor's maker and model too."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"torch": torch.__version__, "cpu": capability, "processor": processor()}
+
+
+def processor() -> str:
+    """Maker, family and model; platform's word for it where there is no /proc/cpuinfo."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor()
+    known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return " ".join(known.get(key, "") for key in ("vendor_id", "cpu family", "model")).strip()
 
 
 if __name__ == "__main__":
