@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import distributed
 import faults
@@ -32,6 +33,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(flags: str, folder: Path) -> int:
     return main([*flags.split(), "--output_dir", str(folder)])
+
+
+def tensorboard(folder: Path, name: str) -> dict[int, float]:
+    """What TensorBoard shows under a name, by step."""
+    return {event.step: event.value for event in EventAccumulator(str(folder)).Reload().Scalars(name)}
 
 
 def one_line(capsys) -> str:
@@ -176,6 +182,7 @@ def test_a_skipped_step_is_counted_in_every_row_and_at_the_end(tmp_path, capsys)
     with fault("nan@4"):
         assert run(f"{QUICK} --nonfinite skip", tmp_path) == 0
     assert [json.loads(line)["skipped_steps"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [1, 1]
+    assert tensorboard(tmp_path, "epoch/skipped_steps") == {STEPS: 1, 2 * STEPS: 1}
     text = capsys.readouterr().out
     assert "step 5 left out: loss nan" in text and "1 left out" in text
 
@@ -183,7 +190,7 @@ def test_a_skipped_step_is_counted_in_every_row_and_at_the_end(tmp_path, capsys)
 # --- R8: replaced images
 
 
-def test_replaced_images_are_counted_over_a_resume(tmp_path):
+def test_replaced_images_are_counted_over_a_resume(tmp_path, capsys):
     """The file is met before the stop; the row written after it must still count it."""
     data = write_image_folder(tmp_path / "data", per_class=8)
     (data / "train" / "ant" / "3.jpg").write_text("no image")
@@ -195,6 +202,8 @@ def test_replaced_images_are_counted_over_a_resume(tmp_path):
     assert run(flags, tmp_path / "parts") == 0
     assert pieces(tmp_path / "whole") == pieces(tmp_path / "parts")
     assert json.loads((tmp_path / "whole" / "log.txt").read_text().splitlines()[-1])["replaced_images"] == 1
+    assert list(tensorboard(tmp_path / "parts", "epoch/replaced_images").values()) == [1, 1]
+    assert "0 left out, 1 images replaced; " in capsys.readouterr().out
 
 
 # --- R13: out of memory
@@ -327,3 +336,20 @@ def test_a_fallback_is_said_and_counted(tmp_path, capsys):
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "incidents.txt").read_text().splitlines()]
     assert kinds == ["fallback", "resumed"]
     assert read_checkpoint(tmp_path / "checkpoint.pth").step == 2 * STEPS
+    assert tensorboard(tmp_path, "incidents/fallback") == {0: 0, 8: 1}
+    assert tensorboard(tmp_path, "incidents/resumed") == {0: 0, 8: 1}
+
+
+def test_a_start_that_repeats_one_without_a_checkpoint_is_counted_too(tmp_path, monkeypatch, capsys):
+    """A rank that dies before the first checkpoint leaves nothing to resume; what an earlier run counted is not its."""
+    (tmp_path / "incidents.txt").write_text('{"kind": "stopped", "step": 7, "text": "of another run"}\n')
+    assert run(f"{QUICK} --epochs 1", tmp_path) == 0
+    assert "on the way" not in capsys.readouterr().out and not (tmp_path / "incidents.txt").exists()
+    for checkpoint in tmp_path.glob("*.pth"):
+        checkpoint.unlink()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run(f"{QUICK} --epochs 1 --resume auto", tmp_path) == 0
+    text = capsys.readouterr().out
+    assert "restart 1: no checkpoint to go on from" in text
+    assert "on the way: 1 x started again from the beginning; see incidents.txt" in text
+    assert tensorboard(tmp_path, "incidents/restarted") == {0: 1}

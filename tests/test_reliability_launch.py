@@ -5,6 +5,7 @@ Promises and their numbers: docs/RELIABILITY.md.
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import types
@@ -13,9 +14,10 @@ from pathlib import Path
 import pytest
 
 import distributed
+import launch as launch_module
 import run_with_submitit
 from checkpoint import read_checkpoint
-from processes import QUICK, end, pieces, start_ranks
+from processes import QUICK, STEPS, end, pieces, start_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = [sys.executable, str(ROOT / "vim" / "launch.py"), "--standalone", "--nproc_per_node=2"]
@@ -35,17 +37,42 @@ def main_program(tmp_path: Path) -> str:
 
 
 def launch(command: list[str], **environment: str) -> subprocess.Popen:
+    return begin([*LAUNCH, *command], **environment)
+
+
+def begin(command: list[str], **environment: str) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([*LAUNCH, *command], cwd=ROOT, env=environment, text=True, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+
+
+def launch_machines(command: list[str], **environment: str) -> list[subprocess.Popen]:
+    """Two launchers with a rank each, as on two machines, that meet at an address of the loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    launchers = [[sys.executable, LAUNCH[1], *where, f"--node_rank={rank}", *command] for rank in (0, 1)]
+    return [begin(launcher, **environment) for launcher in launchers]
+
+
+def two_ranks_without_launcher(tmp_path_factory, epochs: int) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    flags = f"{QUICK} --batch-size 64 --epochs {epochs} --output_dir {folder / 'run'}"
+    assert end(start_ranks(flags, folder / "out")) == [0, 0]
+    return folder / "run"
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """The run of two ranks that the others must equal."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    assert end(start_ranks(f"{QUICK} --batch-size 64 --output_dir {folder / 'run'}", folder / "out")) == [0, 0]
-    return folder / "run"
+    return two_ranks_without_launcher(tmp_path_factory, epochs=2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_for_longer(tmp_path_factory):
+    """The same over six epochs, in which there is time for a signal from outside."""
+    return two_ranks_without_launcher(tmp_path_factory, epochs=6)
 
 
 @pytest.mark.slow
@@ -63,10 +90,27 @@ def test_a_rank_killed_in_mid_step_is_started_again_and_the_run_is_the_same(undi
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_launcher_saves_and_asks_for_a_requeue(undisturbed, tmp_path):
+def test_a_rank_killed_on_one_machine_restarts_those_of_all(undisturbed, tmp_path):
+    """Through a meeting of their own, not the dead ranks' (see launch.py): without a failed attempt in between."""
+    flags = f"{QUICK} --batch-size 64 --checkpoint-steps 5 --resume auto --output_dir {tmp_path / 'run'}"
+    machines = launch_machines([main_program(tmp_path), *flags.split()], VIM_FAULT="kill@13:1")
+    try:
+        text = "".join(machine.communicate(timeout=240)[0] for machine in machines)
+    finally:
+        for machine in machines:
+            machine.terminate()
+    assert [machine.returncode for machine in machines] == [0, 0], text
+    assert "on the way: 1 x resumed" in text and "failed to connect" not in text, text
+    assert pieces(tmp_path / "run") == pieces(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_saves_asks_for_a_requeue_and_the_resumed_run_is_the_same(
+    undisturbed_for_longer, tmp_path
+):
     """SIGUSR1, by which torchrun alone would die and leave its ranks behind; loader processes live on."""
-    flags = f"{QUICK} --batch-size 64 --num_workers 1 --resume auto --output_dir {tmp_path / 'run'}"
-    process = launch([main_program(tmp_path), *flags.split(), "--epochs", "500"])
+    flags = f"{QUICK} --batch-size 64 --num_workers 1 --epochs 6 --resume auto --output_dir {tmp_path / 'run'}"
+    process = launch([main_program(tmp_path), *flags.split()])
     try:
         next(line for line in process.stdout if "step 3/11" in line)
         process.send_signal(signal.SIGUSR1)
@@ -75,7 +119,9 @@ def test_a_signal_to_the_launcher_saves_and_asks_for_a_requeue(undisturbed, tmp_
         process.kill()
     assert process.returncode == distributed.EXIT_REQUEUE, text
     assert "stopped by SIGUSR1" in text
-    assert read_checkpoint(tmp_path / "run" / "checkpoint.pth").step >= 3
+    assert 3 <= read_checkpoint(tmp_path / "run" / "checkpoint.pth").step < 6 * STEPS
+    assert end(start_ranks(flags, tmp_path / "out")) == [0, 0]
+    assert pieces(tmp_path / "run") == pieces(undisturbed_for_longer)
 
 
 END = "import os, sys; sys.path[:0] = ['vim']; import distributed; open(sys.argv[1], 'a').write('x')\n"
@@ -223,10 +269,26 @@ def test_the_recipes_go_through_the_launcher_and_resume(tmp_path):
 def test_the_launcher_hands_torchrun_only_flags_that_it_has():
     from torch.distributed.run import get_args_parser
 
-    from launch import defaults
-
-    parsed = get_args_parser().parse_args([*defaults(), "--standalone", "--max-restarts=0", "main.py"])
+    flags = [*launch_module.defaults(), "--standalone", "--max-restarts=0", "main.py"]
+    parsed = get_args_parser().parse_args(flags)
     assert "SIGUSR1" in parsed.signals_to_handle and parsed.max_restarts == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "meeting"),
+    [
+        ("--nproc_per_node=2", (True, "static", "", "")),
+        ("--nnodes=2 --node_rank=0 --master_addr=node0 --master_port=7", (False, "c10d", "node0:7", "is_host=True")),
+        ("--nnodes=2 --node_rank=1 --master_addr=node0", (False, "c10d", "node0:29500", "is_host=False")),
+        ("--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=x:9", (False, "c10d", "x:9", "")),
+        ("--nnodes=2 --rdzv_endpoint=x:9", (False, "static", "x:9", "")),
+    ],
+)
+def test_machines_meet_anew_unless_told_otherwise(flags, meeting):
+    from torch.distributed.run import get_args_parser
+
+    args = launch_module.meeting_anew(get_args_parser().parse_args([*flags.split(), "main.py"]))
+    assert (args.standalone, args.rdzv_backend, args.rdzv_endpoint, args.rdzv_conf) == meeting
 
 
 def test_a_wrong_flag_is_a_code_too_so_that_the_launcher_is_told(capsys):

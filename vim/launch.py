@@ -5,11 +5,13 @@
 takes torchrun's flags and adds what a run that may be stopped needs: SIGUSR1, SIGTERM and SIGINT are passed to
 the ranks, which finish their step and save; a rank that dies restarts all of them (`--max-restarts`, here 3
 unless given); and the exit code is main.py's own (see there), where torchrun knows only 0 and 1. An end that
-a restart cannot mend, such as a wrong folder, is not restarted.
+a restart cannot mend, such as a wrong folder, is not restarted. Several machines are named as torchrun names them
+(`--nnodes`, `--node_rank`, `--master_addr`, `--master_port`); a rank that dies on one restarts those of all.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import sys
@@ -27,6 +29,9 @@ from distributed import EXIT_CODE_FILE, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE
 # their addresses: whoever reads one before its owner has renewed it waits for nobody. "1": a new store each time.
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
+# Where machines meet that were told --master_addr alone: torchrun's own number.
+PORT = 29500
+
 # What ranks may take to finish a step, or an evaluation, and save; then they are killed.
 SHUTDOWN_SECONDS = 600
 
@@ -39,6 +44,24 @@ def defaults() -> list[str]:
     return flags
 
 
+def meeting_anew(args: argparse.Namespace) -> argparse.Namespace:
+    """torchrun's flags, in place, so that the machines meet anew after each restart.
+
+    Its `static` meeting, which --node_rank and --master_addr stand for, has one store for good, whatever OWN_STORE
+    says: ranks wait for dead ones until their connections time out. `c10d` is told the same by other names.
+    """
+    if args.standalone or args.rdzv_backend != "static" or args.rdzv_endpoint:
+        return args
+    if torchrun.parse_min_max_nnodes(args.nnodes)[1] == 1:
+        args.standalone = True
+        return args
+    args.rdzv_backend = "c10d"
+    args.rdzv_endpoint = f"{args.master_addr}:{args.master_port or PORT}"
+    args.rdzv_conf = ",".join(filter(None, (args.rdzv_conf, f"is_host={args.node_rank == 0}")))
+    args.node_rank = 0  # c10d numbers the machines by itself, and torchrun would warn
+    return args
+
+
 def launch(argv: list[str]) -> int:
     """Run torchrun with its own flags; returns the exit code of what it ran."""
     with tempfile.TemporaryDirectory() as folder:
@@ -46,7 +69,7 @@ def launch(argv: list[str]) -> int:
         os.environ[EXIT_CODE_FILE] = str(told)
         os.environ.setdefault(OWN_STORE, "1")
         try:
-            torchrun.run(torchrun.parse_args([*defaults(), *argv]))
+            torchrun.run(meeting_anew(torchrun.parse_args([*defaults(), *argv])))
             code = EXIT_DONE
         except ChildFailedError:
             code = EXIT_FAILED

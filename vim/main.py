@@ -103,7 +103,10 @@ def summarise(args, log: RunLog) -> str:
 
 
 def resume(run: Run, log: RunLog) -> None:
-    """Go on from the checkpoint of `--resume`, or begin where there is none to go on from."""
+    """Go on from the checkpoint of `--resume`, or begin where there is none to go on from.
+
+    Beginning once more, because a rank died before the first checkpoint, is an incident too.
+    """
     path = run.args.resume
     if path == "auto":
         with together():
@@ -111,11 +114,16 @@ def resume(run: Run, log: RunLog) -> None:
         path = distributed.from_main(path)
         if path is None:
             log.say(f"--resume auto: no checkpoint in {run.args.output_dir} yet, beginning")
+    count = distributed.num_restarts()
     with together():
         if path:
             known = restore(run, read_checkpoint(path, run.args.trust_checkpoint))
-            restarts = f" (restart {count})" if (count := distributed.num_restarts()) else ""
+            restarts = f" (restart {count})" if count else ""
             log.incident("resumed", run.progress.step, f"resuming{restarts} {known}")
+        elif count:
+            log.incident("restarted", run.progress.step, f"restart {count}: no checkpoint to go on from")
+        else:
+            log.forget_incidents()
 
 
 def newest(run: Run, log: RunLog) -> Path | None:

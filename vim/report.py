@@ -29,7 +29,12 @@ from datasets import DataBundle
 from evaluation import Evaluation
 
 # What `incidents.txt` counts, and how the last line of a run calls it.
-INCIDENTS = {"stopped": "stopped", "resumed": "resumed", "fallback": "damaged checkpoints passed over"}
+INCIDENTS = {
+    "stopped": "stopped",
+    "resumed": "resumed",
+    "restarted": "started again from the beginning",
+    "fallback": "damaged checkpoints passed over",
+}
 
 # More names than this on an axis cannot be read.
 MOST_NAMES = 40
@@ -153,6 +158,11 @@ class RunLog:
             before = path.read_text(encoding="utf-8") if path.exists() else ""
             replace_text(path, before + json.dumps({"kind": kind, "step": step, "text": text}) + "\n")
 
+    def forget_incidents(self) -> None:
+        """Those in the output folder are another run's."""
+        if self.dir:
+            (self.dir / "incidents.txt").unlink(missing_ok=True)
+
     def incidents(self) -> Counter:
         """How often each of INCIDENTS happened to this run, in all of its processes."""
         path = self.dir / "incidents.txt" if self.dir else None
@@ -166,8 +176,6 @@ class RunLog:
 
     def open(self, epoch: int, step: int) -> None:
         """Start the log files, or take them up at `epoch`: rows that a crash left after the checkpoint go."""
-        if self.dir and step == 0:
-            (self.dir / "incidents.txt").unlink(missing_ok=True)  # another run's
         self.trackers = build_trackers(self.args, self.dir, step)
         counts = self.incidents()
         self.trackers.log({f"incidents/{kind}": counts[kind] for kind in INCIDENTS}, step)
