@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import distributed
 import faults
+import main as program
 import report
 from checkpoint import CheckpointError, CheckpointWriter, latest_checkpoint, read_checkpoint
 from datasets import ImageDataset
@@ -72,6 +73,16 @@ def test_a_signal_from_outside_ends_the_tests_and_not_the_run_under_test():
             os.kill(os.getpid(), signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         assert stop.received == "SIGTERM"
+
+
+@pytest.mark.parametrize("number", distributed.StopSignal.HANDLED)
+def test_a_signal_before_the_first_step_asks_for_a_requeue_at_once(number, tmp_path, monkeypatch, capsys):
+    """As while a large folder is scanned: there is nothing to save yet."""
+    monkeypatch.setattr(program, "build_datasets", lambda args: signal.raise_signal(number))
+    before = signal.getsignal(number)
+    assert run(QUICK, tmp_path) == distributed.EXIT_REQUEUE
+    assert capsys.readouterr().err == f"stopped by {signal.Signals(number).name} while not training: nothing to save\n"
+    assert signal.getsignal(number) is before and not list(tmp_path.iterdir())
 
 
 def test_a_run_in_a_thread_leaves_signals_to_the_main_one():

@@ -142,6 +142,29 @@ def test_exit_codes_pass_through_and_only_what_a_restart_may_mend_is_restarted(l
     assert len((tmp_path / "starts").read_text()) == starts
 
 
+BESIDE_TORCHRUN = """
+import os, signal, sys
+sys.path.insert(0, "vim")
+import launch
+def torchrun(args):
+    if sys.argv[1] == "before":
+        os.kill(os.getpid(), signal.SIGUSR1)
+launch.torchrun.run = torchrun
+code = launch.launch(["--standalone", "main.py"])
+for number in launch.StopSignal.HANDLED:
+    os.kill(os.getpid(), number)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(("when", "code"), [("before", distributed.EXIT_REQUEUE), ("after", 0)])
+def test_a_signal_beside_torchrun_does_not_kill_the_launcher(when, code):
+    """SLURM sends it once: while torch is being imported, or when the run has just ended, as it may be."""
+    done = subprocess.run([sys.executable, "-c", BESIDE_TORCHRUN, when], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert ("stopped by SIGUSR1 while not training" in done.stderr) == (when == "before")
+
+
 def test_outside_the_launcher_exit_codes_are_the_programs_own(monkeypatch, tmp_path):
     monkeypatch.delenv(distributed.EXIT_CODE_FILE, raising=False)
     assert [distributed.leave(code) for code in (0, 1, 3, 4, 75)] == [0, 1, 3, 4, 75]
@@ -237,8 +260,8 @@ exit "$SRUN_CODE"
 """
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (4, False)])
-def test_the_batch_script_queues_its_job_again_after_75_alone(code, requeued, tmp_path):
+@pytest.mark.parametrize(("code", "requeued"), [(75, True), (138, True), (0, False), (4, False)])
+def test_the_batch_script_queues_its_job_again_after_a_stop_alone(code, requeued, tmp_path):
     for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -211,3 +212,12 @@ class StopSignal:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+
+
+class StopAtOnce(StopSignal):
+    """Leaves with EXIT_REQUEUE on those signals: for the time in which there is no step to finish."""
+
+    def _remember(self, number, frame) -> None:
+        super()._remember(number, frame)
+        print(f"stopped by {self.received} while not training: nothing to save", file=sys.stderr)
+        sys.exit(EXIT_REQUEUE)

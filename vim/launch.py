@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig
 
-from distributed import EXIT_CODE_FILE, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE
+from distributed import EXIT_CODE_FILE, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, StopAtOnce, StopSignal
 
 # Ranks that torchrun starts again would find each other through the store of the dead ones, where these have left
 # their addresses: whoever reads one before its owner has renewed it waits for nobody. "1": a new store each time.
@@ -63,13 +64,16 @@ def meeting_anew(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def launch(argv: list[str]) -> int:
-    """Run torchrun with its own flags; returns the exit code of what it ran."""
+    """Run torchrun with its own flags; returns the exit code of what it ran, which no signal changes any more."""
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "exit-code"
         os.environ[EXIT_CODE_FILE] = str(told)
         os.environ.setdefault(OWN_STORE, "1")
+        for number in StopSignal.HANDLED:
+            signal.signal(number, signal.SIG_IGN)  # as it will be at the end again
         try:
-            torchrun.run(meeting_anew(torchrun.parse_args([*defaults(), *argv])))
+            with StopAtOnce():  # until torchrun has handlers of its own
+                torchrun.run(meeting_anew(torchrun.parse_args([*defaults(), *argv])))
             code = EXIT_DONE
         except ChildFailedError:
             code = EXIT_FAILED

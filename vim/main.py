@@ -19,7 +19,7 @@ from build import build_model, build_run, describe
 from checkpoint import latest_checkpoint, load_weights, read_checkpoint
 from classification import Classification
 from datasets import DataBundle, build_datasets
-from distributed import EXIT_DONE, World, together
+from distributed import EXIT_DONE, StopAtOnce, World, together
 from engine import Run, build_val_loader, fit, restore
 from hub import grid_of
 from report import RunLog
@@ -41,9 +41,10 @@ def run_program(argv: list[str] | None, parse: Callable, execute: Callable) -> i
     """
     args = None
     try:
-        args = parse(argv)
-        return execute(args, distributed.start(args))
-    except SystemExit as leaving:  # argparse has said why
+        with StopAtOnce():  # until training has a step to finish, and after it
+            args = parse(argv)
+            return execute(args, distributed.start(args))
+    except SystemExit as leaving:  # argparse, or who was asked to stop, has said why
         return leaving.code
     except Exception as error:
         found = failures.explain(error, args)
