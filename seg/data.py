@@ -25,6 +25,8 @@ from seg.views import IGNORED, ViewSettings, normalised, training_view
 
 DATA_SETS = ("ADE20K", "FOLDER", "SCENES")
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+# Labels are kept in 8 bits, of which one value is `IGNORED`.
+MOST_CLASSES = 255
 # Folders of the two splits, the first that is there.
 SPLITS = {"train": ("training", "train"), "val": ("validation", "val")}
 SCENE_CLASSES = ["background", *CLASS_NAMES]
@@ -48,6 +50,8 @@ class FolderSource:
     Args:
         num_classes: labels at or above it are an error, but for `IGNORED`.
         reduce_zero_label: 0 is ignored and every other value counts from 1, as in ADE20K.
+
+    `without_image` lists the label files that belong to no image.
     """
 
     def __init__(self, images: Path, labels: Path, num_classes: int, reduce_zero_label: bool):
@@ -61,6 +65,8 @@ class FolderSource:
                 f"{self._label_path(missing[0])} does not exist; add the labels or take the images away"
             )
         self.files = np.array([os.fsencode(file) for file in files])  # see datasets.FileSource
+        used = {self._label_path(file) for file in files}
+        self.without_image = [name for name in files_below(labels, (".png",)) if labels / name not in used]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -130,16 +136,21 @@ def read_label(path: Path) -> np.ndarray:
     return values.astype(np.int64)
 
 
+def files_below(folder: Path, endings: tuple[str, ...]) -> list[str]:
+    """Files below `folder` that end so, in capitals or not, relative to it, sorted."""
+    return sorted(
+        os.path.relpath(os.path.join(directory, file), folder)
+        for directory, _, files in os.walk(folder, followlinks=True)
+        for file in files
+        if file.lower().endswith(endings)
+    )
+
+
 def image_files(folder: Path) -> list[str]:
     """Images below `folder`, relative to it, sorted. Raises DataError if there is none."""
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist; --data-path holds images/ and annotations/")
-    found = sorted(
-        os.path.relpath(os.path.join(directory, file), folder)
-        for directory, _, files in os.walk(folder, followlinks=True)
-        for file in files
-        if file.lower().endswith(IMAGES)
-    )
+    found = files_below(folder, IMAGES)
     if not found:
         raise DataError(f"{folder} holds no images (they end in {' '.join(IMAGES)}); unpack the data set there")
     return found
@@ -259,24 +270,38 @@ def folder(args) -> Layout:
     """images/{train,val} and annotations/{train,val}; names in classes.txt, one a line, or --num-classes."""
     root = data_folder(args)
     listed = root / "classes.txt"
-    names = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
-    names = [name.strip() for name in names if name.strip()]
+    names = names_in(listed) if listed.is_file() else []
     if args.num_classes and names and args.num_classes != len(names):
         raise DataError(f"--num-classes {args.num_classes}: {listed} names {len(names)} classes; drop one of them")
     if not names and not args.num_classes:
-        raise DataError(f"{listed} does not exist: write the classes' names there, one a line, or give --num-classes")
+        state = "names no class" if listed.is_file() else "does not exist"
+        raise DataError(f"{listed} {state}: write the classes' names there, one a line, or give --num-classes")
     names = names or [f"class {i}" for i in range(args.num_classes)]
     return folders(args, root, names, bool(args.reduce_zero_label))
 
 
+def names_in(path: Path) -> list[str]:
+    """The lines of a UTF-8 file that are not empty."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except ValueError as error:
+        raise DataError(f"{path} is no UTF-8 text ({error}); save it as such") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
 def folders(args, root: Path, names: list[str], reduce_zero: bool) -> Layout:
+    most = MOST_CLASSES - int(reduce_zero)  # the file's 0 is taken as well
+    if len(names) > most:
+        raise DataError(f"{root}: {len(names)} classes; labels have 8 bits and {IGNORED} is ignored, so {most} at most")
     sources = {
         split: FolderSource(root / "images" / name, root / "annotations" / name, len(names), reduce_zero)
         for split in (("val",) if args.eval else ("train", "val"))
         for name in [split_folder(root / "images", split)]
     }
-    remark = "; label 0 is ignored, the others count from 1" if reduce_zero else ""
-    return Layout(sources.get("train"), sources["val"], names, remark)
+    remarks = ["label 0 is ignored, the others count from 1"] if reduce_zero else []
+    remarks += [f"{len(extra):,} labels in {source.labels} have no image, the first is {extra[0]}"
+                for source in sources.values() if (extra := source.without_image)]  # fmt: skip
+    return Layout(sources.get("train"), sources["val"], names, "".join(f"; {remark}" for remark in remarks))
 
 
 def split_folder(images: Path, split: str) -> str:

@@ -16,6 +16,7 @@ from arguments import (
     positive_int,
     switch,
 )
+from augment import size_of
 from scenes import INKS
 from seg.data import DATA_SETS
 from seg.upernet import SCALES
@@ -74,7 +75,12 @@ def add_head_flags(parser) -> None:
 def add_test_flags(parser) -> None:
     add = parser.add_argument_group("predictions").add_argument
     add("--eval-mode", default="slide", choices=MODES, help="windows of --crop-size, or the whole image at once")
-    add("--window-stride", default=341, type=positive_int, help="pixels between two windows")
+    add(
+        "--window-stride",
+        default=None,
+        type=positive_int,
+        help="pixels between two windows; default: two thirds of --crop-size, 341 of 512",
+    )
     add("--eval-scales", default=[1.0], type=float, nargs="+", metavar="RATIO", help="several: averaged")
     switch(add, "eval-flip", False, "average with the mirrored image")
     add("--pictures", default=12, type=natural_int, metavar="N", help="predictions drawn over their images")
@@ -83,6 +89,8 @@ def add_test_flags(parser) -> None:
 def resolve(args: argparse.Namespace) -> None:
     if args.data_set is None:
         args.data_set = "FOLDER" if args.data_path else "SCENES"
+    if args.window_stride is None:
+        args.window_stride = max(1, min(size_of(args.crop_size)) * 2 // 3)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -90,6 +98,12 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--data-set {args.data_set} needs --data-path DIR; without one only SCENES can be had")
     if min(args.eval_scales) <= 0:
         raise ConfigError(f"--eval-scales {min(args.eval_scales):g}: expected ratios above 0")
+    side, stride = min(size_of(args.crop_size)), args.window_stride
+    if stride > side:
+        raise ConfigError(
+            f"--window-stride {stride}: windows of {side} pixels every {stride} leave gaps; give {side} at most"
+        )
+
 
 
 SEGMENTATION = Program(

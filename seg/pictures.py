@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -44,14 +45,23 @@ def write(folder: Path, result: Segmented, data: DataBundle) -> list[Path]:
     """overlays/NAME.png for every sample, and two pictures of all: samples.png and classes.png."""
     colours = palette(data.num_classes)
     (folder / "overlays").mkdir(exist_ok=True)
-    for sample in result.samples:
+    for sample, name in zip(result.samples, file_names(result, data)):
         image = np.asarray(data.val.raw(sample.index))
         mixed = overlay(image, sample.predicted, colours, backgrounds(data.class_names))
-        name = Path(data.val.name(sample.index)).stem.replace(" ", "-")
-        Image.fromarray(mixed).save(folder / "overlays" / f"{name}.png")
+        Image.fromarray(mixed).save(folder / "overlays" / name)
     draw_samples(result, data, colours, folder / "samples.png")
     draw_classes(result, data.class_names, folder / "classes.png")
     return [folder / "samples.png", folder / "classes.png", folder / "overlays"]
+
+
+def file_names(result: Segmented, data: DataBundle) -> list[str]:
+    """What the samples' overlays are called: as their images, with their numbers where two are called alike."""
+    stems = [Path(data.val.name(sample.index)).stem.replace(" ", "-") for sample in result.samples]
+    times = Counter(stems)
+    return [
+        f"{stem}.png" if times[stem] == 1 else f"{stem}-{sample.index}.png"
+        for stem, sample in zip(stems, result.samples)
+    ]
 
 
 def draw_samples(result: Segmented, data: DataBundle, colours: np.ndarray, path: Path) -> None:

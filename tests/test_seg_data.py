@@ -169,6 +169,44 @@ def test_a_folder_must_say_its_classes(tmp_path):
     assert "--num-classes 4" in refused(root, "--num-classes", 4)
 
 
+def test_a_label_whose_image_is_not_seen_is_said(folder):
+    """The image is there, in a format that is none of those read: it must not be left out in silence."""
+    image = folder / "images" / "train" / "south" / "0.png"
+    image.rename(image.with_suffix(".gif"))
+    said = build(folder).description
+    assert f"5 train images and 3 val images in 4 classes; 1 labels in {folder}/annotations/train have no image" in said
+    assert said.endswith("the first is south/0.png")
+
+
+def test_more_classes_than_a_label_can_hold_are_refused(tmp_path):
+    """A value of 280 would be stored as 24."""
+    root = write_folder(tmp_path / "set", names=())
+    Image.fromarray(np.full((30, 36), 280, np.uint16)).save(root / "annotations" / "train" / "south" / "0.png")
+    assert "300 classes; labels have 8 bits and 255 is ignored, so 255 at most" in refused(root, "--num-classes", 300)
+    assert "the label value 280" in refused(root, "--num-classes", 255)
+    assert "so 254 at most" in refused(root, "--num-classes", 255, "--reduce-zero-label")
+
+
+def test_a_list_of_classes_in_another_encoding_or_empty_is_named(folder):
+    (folder / "classes.txt").write_bytes(b"caf\xe9\n")
+    assert "classes.txt is no UTF-8 text" in refused(folder)
+    (folder / "classes.txt").write_text("\n")
+    assert "classes.txt names no class" in refused(folder)
+
+
+def test_windows_must_not_leave_gaps(folder):
+    """What no window covers would be a prediction out of nothing."""
+    flags = ("--data-path", folder, "--crop-size", "32x24", "--window-stride")
+    assert arguments(*flags, 24).window_stride == 24
+    with pytest.raises(ConfigError, match="--window-stride 25: windows of 24 pixels every 25 leave gaps; give 24 at"):
+        arguments(*flags, 25)
+
+
+@pytest.mark.parametrize(("crop", "stride"), [("512", 341), ("24", 16), ("96x48", 32), ("1", 1)])
+def test_windows_overlap_by_a_third_unless_told(crop, stride):
+    assert arguments("--crop-size", crop).window_stride == stride
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

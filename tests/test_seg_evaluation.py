@@ -228,6 +228,17 @@ def test_overlays_show_the_classes_in_their_colours(tmp_path):
     assert np.abs(mixed - expected).max() <= 1
 
 
+def test_images_called_alike_have_overlays_of_their_own(tmp_path):
+    """north/1.png and south/1.png."""
+    data, _ = a_set([(12, 16), (9, 7), (8, 8)])
+    data.name = lambda index: ("north/1.png", "south/1.png", "south/2 b.png")[index]
+    samples = [Sample(i, *[data[i][1].byte().numpy()] * 2) for i in range(3)]
+    result = Segmented(torch.eye(4, dtype=torch.int64), 3, samples)
+    pictures.write(tmp_path, result, DataBundle(None, data, 4, ["a", "b", "c", "d"], ""))
+    sizes = {path.name: Image.open(path).size for path in (tmp_path / "overlays").iterdir()}
+    assert sizes == {"1-0.png": (16, 12), "1-1.png": (7, 9), "2-b.png": (8, 8)}
+
+
 def test_a_background_is_not_painted():
     image = np.full((2, 2, 3), 9, np.uint8)
     mixed = pictures.overlay(image, np.array([[0, 1], [1, 0]], np.uint8), pictures.palette(2), bare=[0])
