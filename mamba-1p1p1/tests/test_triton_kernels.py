@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mamba_ssm.ops import reference
+from mamba_ssm.ops import bimamba, reference
+from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
 pytest.importorskip("triton")
 from mamba_ssm.ops.triton import kernels, selective_scan
+from mamba_ssm.ops.triton.layer_norm import layer_norm_fn
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -286,7 +288,12 @@ def test_mixer_reads_a_strided_xz_and_saves_nothing_unasked():
 
 
 def test_parameters_of_any_dtype_are_read_as_they_are():
-    """A model cast to bfloat16: the same numbers as from float32 parameters of the same values."""
+    """A model cast to bfloat16: the same numbers as from float32 parameters of the same values.
+
+    Not the same bits on a GPU: a matrix product whose operand was widened from 16 bits meets the matrix unit in
+    another order than one loaded in 32 bits, so float32 sums differ in their last digits, and a gradient may round
+    to the neighbouring bfloat16.
+    """
     xz, ahead, behind = mixer_arguments(mixer_case(length=5, channels=3, states=2, rank=1))
 
     def cast(parameters, dtype):
@@ -296,12 +303,13 @@ def test_parameters_of_any_dtype_are_read_as_they_are():
     wide = [cast(parameters, torch.float32) for parameters in narrow]
     y, saved = kernels.bimamba_forward(xz, *narrow, 0.5, True)
     right, right_saved = kernels.bimamba_forward(xz, *wide, 0.5, True)
-    assert torch.equal(y, right)
-    grads = kernels.bimamba_backward(torch.ones_like(y), xz, *narrow, 0.5, saved)
-    expected = kernels.bimamba_backward(torch.ones_like(y), xz, *wide, 0.5, right_saved)
-    assert torch.equal(grads[0], expected[0])
-    for grad, right in zip(grads[1] + grads[2], expected[1] + expected[2]):
-        assert grad.dtype == torch.bfloat16 and torch.equal(grad, right.to(torch.bfloat16))
+    assert relative_error(y, right.double().cpu()) <= tolerance(torch.float32)
+    dxz, *grads = kernels.bimamba_backward(torch.ones_like(y), xz, *narrow, 0.5, saved)
+    right_dxz, *expected = kernels.bimamba_backward(torch.ones_like(y), xz, *wide, 0.5, right_saved)
+    assert relative_error(dxz, right_dxz.double().cpu()) <= tolerance(torch.float32)
+    for grad, right in zip(grads[0] + grads[1], expected[0] + expected[1]):
+        assert grad.dtype == torch.bfloat16
+        assert relative_error(grad, right.double().cpu()) <= tolerance(torch.bfloat16)
 
 
 class DeviceWork(TorchDispatchMode):
@@ -344,6 +352,48 @@ def test_a_blocks_forward_is_six_launches_and_no_copy(monkeypatch, save):
     assert work.names == [
         "add_norm_forward_kernel", "mm", "conv_project_kernel", "scan_forward_kernel", "merge_kernel", "mm"
     ]  # fmt: skip
+
+
+def check_gradients_through_the_op(monkeypatch, arguments, run):
+    """Registered ops refuse results that share memory; the backend's functions alone would not."""
+    monkeypatch.setenv("MAMBA_SSM_BACKEND", "triton")
+    leaves = [None if t is None else t.detach().requires_grad_() for t in arguments]
+    outputs = run(*leaves)
+    wanted = [t for t in leaves if t is not None]
+    grads = torch.autograd.grad([out.float().sum() for out in outputs], wanted)
+    for grad, leaf in zip(grads, wanted):
+        assert grad.dtype == leaf.dtype and grad.shape == leaf.shape and grad.isfinite().all()
+    assert len({grad.untyped_storage().data_ptr() for grad in grads}) == len(grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 5])
+def test_the_mixers_gradients_share_no_memory(monkeypatch, length, dtype):
+    xz, ahead, behind = mixer_arguments(mixer_case(length=length, channels=3, rank=1, dtype=dtype))
+
+    def run(xz, *parameters):
+        sides = (bimamba.DirectionParameters(*parameters[i : i + len(NAMES)]) for i in (0, len(NAMES)))
+        return (bimamba.bimamba(xz, *sides),)
+
+    check_gradients_through_the_op(monkeypatch, (xz, *ahead, *behind), run)
+
+
+@pytest.mark.parametrize("matrices, states", [("token", 1), ("token", 2), ("group", 2), ("constant", 2)])
+def test_the_scans_gradients_share_no_memory(monkeypatch, matrices, states):
+    """Of one token: then even a transposed slice is contiguous."""
+    arguments = scan_arguments(scan_case(length=1, matrices=matrices, states=states))
+    check_gradients_through_the_op(
+        monkeypatch, arguments, lambda *leaves: selective_scan_fn(*leaves, True, return_last_state=True)
+    )
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_the_norms_gradients_share_no_memory(monkeypatch, kind):
+    draw = Draw()
+    arguments = (draw(3, 5), draw(5), draw(5) if kind == "layer" else None, draw(3, 5))
+    check_gradients_through_the_op(
+        monkeypatch, arguments, lambda *leaves: layer_norm_fn(*leaves, prenorm=True, is_rms_norm=kind == "rms")
+    )
 
 
 # ---- norms ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ssm.ops.triton.common import ceil_div, dot_precision, int64, interpreted, options, sigmoid
+from mamba_ssm.ops.triton.common import ceil_div, dot_precision, int64, interpreted, options, own_memory, sigmoid
 from mamba_ssm.ops.triton.selective_scan import ScanInputs, _either, scan_backward, scan_forward, states_shape
 
 TOKENS, PROJECTED_CHANNELS = 32, 32  # of a program of the convolution with projection, and of its inner step
@@ -295,7 +295,7 @@ def bimamba_backward(dy, xz, forward_params, backward_params, scale, saved, segm
          sums.bias[i], sums.A[i], sums.D[i])
         for i in range(2)
     ]  # fmt: skip
-    return dxz, _narrow(grads[0], forward_params), _narrow(grads[1], backward_params)
+    return dxz, _as_gradients(grads[0], forward_params), _as_gradients(grads[1], backward_params)
 
 
 def _projections_backward(du, ddelta, u, inputs: ScanInputs, sums, parameters):
@@ -328,5 +328,6 @@ def _conv_backward_launch(xz, du, parameters, dxz) -> Tensor:
     return parts.sum(1).transpose(1, 2)
 
 
-def _narrow(grads, parameters):
-    return tuple(None if p is None else g.to(p.dtype) for g, p in zip(grads, parameters))
+def _as_gradients(sums, parameters) -> tuple[Tensor | None, ...]:
+    """Each parameter's gradient in its dtype and in memory of its own."""
+    return tuple(None if p is None else own_memory(s, p.dtype) for s, p in zip(sums, parameters))

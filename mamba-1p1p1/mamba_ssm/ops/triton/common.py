@@ -72,6 +72,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def own_memory(view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous copy: what a registered op returns may share memory with nothing."""
+    return view.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
 @functools.cache
 def parallel_programs(device: torch.device) -> int:
     """How many one-warp programs fill the device: two for each of a multiprocessor's four schedulers."""

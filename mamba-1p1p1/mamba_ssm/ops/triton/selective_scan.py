@@ -34,6 +34,7 @@ from mamba_ssm.ops.triton.common import (
     int64,
     load_pair,
     options,
+    own_memory,
     parallel_programs,
     sigmoid,
     softplus_and_slope,
@@ -1240,8 +1241,8 @@ def selective_scan_backward(
         None if dz is None else dz.unsqueeze(0), segments=segments,
     )  # fmt: skip
     return (
-        du, ddelta, grads.A[0].to(A.dtype), grads.B[0].reshape(B.shape).to(B.dtype),
-        grads.C[0].reshape(C.shape).to(C.dtype), None if D is None else grads.D[0].to(D.dtype), dz,
+        du, ddelta, grads.A[0].to(A.dtype), own_memory(grads.B[0].reshape(B.shape), B.dtype),
+        own_memory(grads.C[0].reshape(C.shape), C.dtype), None if D is None else grads.D[0].to(D.dtype), dz,
         None if delta_bias is None else grads.bias[0].to(delta_bias.dtype),
     )  # fmt: skip
 
