@@ -149,7 +149,16 @@ class CocoSource:
 
 
 IMAGE_KEYS = ("id", "file_name", "width", "height")
-ANNOTATION_KEYS = ("image_id", "category_id", "bbox")
+NUMBER, NAME = (int, float), (str, int)
+# What the entries of a file's lists must have, and what they may have, and of which types.
+NEEDED = {
+    "images": {"id": NAME, "file_name": str, "width": int, "height": int},
+    "annotations": {"image_id": NAME, "category_id": int, "bbox": list},
+    "categories": {"id": int, "name": NAME},
+}
+ALLOWED = {"images": {}, "annotations": {"iscrowd": int, "area": NUMBER}, "categories": {}}
+# pycocotools takes memory in proportion to how far a polygon reaches; no object is this far from its image.
+FARTHEST = 1e6
 
 
 def why_left_out(annotation: dict, image: dict) -> str:
@@ -243,11 +252,9 @@ def read_content(root: Path, file: Path) -> dict:
 
 def check_content(file: Path, content: dict) -> None:
     """Raise DataError for entries that lack something or that nothing in the file belongs to."""
-    for kind, keys in (("images", IMAGE_KEYS), ("annotations", ANNOTATION_KEYS), ("categories", ("id", "name"))):
+    for kind in NEEDED:
         for i, entry in enumerate(content[kind]):
-            lacking = [key for key in keys if key not in entry]
-            if lacking:
-                raise DataError(f"{file}: {kind}[{i}] has no {lacking[0]!r}; it needs {', '.join(keys)}")
+            check_entry(f"{file}: {kind}[{i}]", kind, entry)
         if not content[kind] and kind != "annotations":
             raise DataError(f"{file} lists no {kind}; fetch it again")
     for kind in ("images", "categories"):
@@ -255,9 +262,34 @@ def check_content(file: Path, content: dict) -> None:
         if count > 1:
             raise DataError(f"{file}: {count} {kind} have the id {number}; ids must differ")
     for i, image in enumerate(content["images"]):
-        if not all(isinstance(image[side], int) and image[side] > 0 for side in ("width", "height")):
-            raise DataError(f"{file}: images[{i}] is {image['width']} x {image['height']}: expected whole pixels")
+        if not (image["width"] > 0 and image["height"] > 0):
+            raise DataError(f"{file}: images[{i}] is {image['width']} x {image['height']}: expected a pixel at least")
     check_annotations(file, content)
+
+
+def check_entry(where: str, kind: str, entry) -> None:
+    """Raise DataError for what is no entry of `kind`, which is a key of `NEEDED`."""
+    if not isinstance(entry, dict):
+        raise DataError(f"{where} is {shortened(entry)}; it needs {', '.join(NEEDED[kind])}")
+    lacking = [key for key in NEEDED[kind] if key not in entry]
+    if lacking:
+        raise DataError(f"{where} has no {lacking[0]!r}; it needs {', '.join(NEEDED[kind])}")
+    for key, types in (NEEDED[kind] | ALLOWED[kind]).items():
+        if key in entry and not isinstance(entry[key], types):
+            raise DataError(f"{where} has {key} {shortened(entry[key])}: expected {expected(types)}")
+
+
+def expected(types: type | tuple[type, ...]) -> str:
+    """Types in words."""
+    words = {int: "a whole number", float: "a number", str: "text", list: "a list"}
+    types = types if isinstance(types, tuple) else (types,)
+    return " or ".join(words[one] for one in types if not (one is int and float in types))
+
+
+def shortened(value, length: int = 60) -> str:
+    """A value as Python writes it, cut."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def check_annotations(file: Path, content: dict) -> None:
@@ -273,22 +305,49 @@ def check_annotations(file: Path, content: dict) -> None:
                 f"from {min(categories)} to {max(categories)}"
             )
         box = annotation["bbox"]
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)):
-            raise DataError(f"{where} has bbox {box}: expected [x, y, width, height]")
+        if not (len(box) == 4 and all(isinstance(v, NUMBER) for v in box)):
+            raise DataError(f"{where} has bbox {shortened(box)}: expected [x, y, width, height]")
         check_segmentation(where, annotation.get("segmentation"), (image["height"], image["width"]))
 
 
 def check_segmentation(where: str, shape, size: tuple[int, int]) -> None:
     """Raise DataError for what is no mask of an image of `size` (height, width); a missing one is none."""
-    if isinstance(shape, list) and not all(isinstance(polygon, list) for polygon in shape):
-        raise DataError(f"{where} has a flat list for a mask: expected polygons [[x, y, x, y, ...], ...]")
-    if not isinstance(shape, dict):
+    if isinstance(shape, list):
+        check_polygons(where, shape)
+    elif isinstance(shape, dict):
+        check_run_lengths(where, shape, size)
+    elif shape is not None:
+        raise DataError(f"{where} has segmentation {shortened(shape)}: expected polygons or run lengths")
+
+
+def check_polygons(where: str, polygons: list) -> None:
+    for polygon in polygons:
+        if not (isinstance(polygon, list) and all(isinstance(value, NUMBER) for value in polygon)):
+            found = "a flat list" if isinstance(polygon, NUMBER) else shortened(polygon)
+            raise DataError(f"{where} has {found} for a mask: expected polygons [[x, y, x, y, ...], ...]")
+        if polygon and max(map(abs, polygon)) > FARTHEST:
+            raise DataError(f"{where} has a corner at {max(polygon, key=abs):g}: expected pixels of the image")
+
+
+def check_run_lengths(where: str, shape: dict, size: tuple[int, int]) -> None:
+    """Compressed ones are decoded to see whether they can be; a mask without size or counts is none."""
+    if not {"size", "counts"} <= shape.keys():
         return
-    if "size" in shape and list(shape["size"]) != list(size):
-        raise DataError(f"{where} has a mask of {shape['size']} for an image of {list(size)}")
-    counts = shape.get("counts")
-    if isinstance(counts, list) and sum(counts) != size[0] * size[1]:  # pycocotools would write beyond the mask
-        raise DataError(f"{where} has run lengths of {sum(counts)} pixels for an image of {size[0] * size[1]}")
+    counts, pixels = shape["counts"], size[0] * size[1]
+    if shape["size"] != list(size):
+        raise DataError(f"{where} has a mask of {shortened(shape['size'])} for an image of {list(size)}")
+    if isinstance(counts, str):
+        try:
+            rle.decode(shape)
+        except ValueError as error:
+            raise DataError(f"{where} has run lengths {shortened(counts)} that cannot be decoded ({error})") from error
+        return
+    if not (isinstance(counts, list) and all(isinstance(run, int) and run >= 0 for run in counts)):
+        raise DataError(
+            f"{where} has run lengths {shortened(counts)}: expected whole numbers, or COCO's compressed text"
+        )
+    if sum(counts) != pixels:  # pycocotools would write beyond the mask
+        raise DataError(f"{where} has run lengths of {sum(counts)} pixels for an image of {pixels}")
 
 
 def check_files(file: Path, folder: Path, names: list[str]) -> None:

@@ -105,7 +105,6 @@ def check(args: argparse.Namespace) -> None:
         )
 
 
-
 SEGMENTATION = Program(
     prog="seg/train.py",
     description="Train and evaluate UPerNet on a Vision Mamba, or on any other backbone of timm.",

@@ -126,6 +126,10 @@ def test_the_truth_has_what_pycocotools_needs(tmp_path):
     assert source.truth["annotations"][0]["iscrowd"] == 0 and source.truth["annotations"][0]["area"] == 200
 
 
+def with_mask(shape):
+    return lambda content: content["annotations"][0].update(segmentation=shape)
+
+
 def drop(key, kind):
     return lambda content: content[kind][1].pop(key)
 
@@ -150,7 +154,23 @@ def drop(key, kind):
             "run lengths of 30 pixels for an image of 2560",
         ),
         (lambda c: c["annotations"][0].update(segmentation=[1, 2, 3, 4, 5, 6]), "a flat list for a mask"),
-        (lambda c: c["images"][0].update(width="64"), "expected whole pixels"),
+        (lambda c: c["images"][0].update(width="64"), r"images\[0\] has width '64': expected a whole number"),
+        (lambda c: c["images"][0].update(width=0), "images.0. is 0 x 48: expected a pixel at least"),
+        (lambda c: c["images"][0].update(file_name=5), "has file_name 5: expected text"),
+        (lambda c: c["images"].append("x"), r"images\[4\] is 'x'; it needs id, file_name, width, height"),
+        (lambda c: c["annotations"].append(None), r"annotations\[6\] is None; it needs image_id"),
+        (lambda c: c["annotations"][0].update(image_id=[1]), r"has image_id \[1\]: expected text or a whole number"),
+        (lambda c: c["annotations"][0].update(category_id="cat"), "has category_id 'cat': expected a whole number"),
+        (lambda c: c["annotations"][0].update(iscrowd=None), "has iscrowd None: expected a whole number"),
+        (lambda c: c["annotations"][0].update(area="big"), "has area 'big': expected a number"),
+        (with_mask("M" * 99), r"has segmentation 'M{59}\.\.\.: expected polygons or run lengths"),
+        (with_mask([[1, 1, None, 5, 9, 9]]), r"has \[1, 1, None, 5, 9, 9\] for a mask: expected polygons"),
+        (with_mask([[[1, 1], [5, 5], [1, 5]]]), r"has \[\[1, 1\], \[5, 5\], \[1, 5\]\] for a mask"),
+        (with_mask([[1, 1, 1e12, 5, 9, 9]]), r"has a corner at 1e\+12: expected pixels of the image"),
+        (with_mask({"size": [64, 40], "counts": "hello world"}), "'hello world' that cannot be decoded"),
+        (with_mask({"size": [64, 40], "counts": [-10, 2570]}), r"run lengths \[-10, 2570\]: expected whole numbers"),
+        (with_mask({"size": [64, 40], "counts": 5}), "run lengths 5: expected whole numbers"),
+        (with_mask({"size": None, "counts": [2560]}), r"a mask of None for an image of \[64, 40\]"),
         (lambda c: c["images"][1].update(id=100), "2 images have the id 100"),
         (lambda c: c["categories"][1].update(id=17), "2 categories have the id 17"),
         (lambda c: c.update(images=[], annotations=[]), "lists no images"),
