@@ -338,8 +338,11 @@ class DeviceWork(TorchDispatchMode):
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts the interpreter's launches")
 @pytest.mark.parametrize("save", [False, True], ids=["inference", "training"])
-def test_a_blocks_forward_is_six_launches_and_no_copy(monkeypatch, save):
-    """Norm, in_proj, convolutions and projections, scans, merge, out_proj: no flip, transpose or copy."""
+def test_a_blocks_forward_is_a_norm_and_six_launches_and_no_copy(monkeypatch, save):
+    """In_proj, convolutions, x projections, scans, merge, out_proj: no flip or transpose of a sequence.
+
+    The copy is of parameters: both x projections' weights in one tensor of the activations' dtype.
+    """
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     xz, ahead, behind = mixer_arguments(mixer_case(batch=2, channels=8))
     rows, residual, weight = torch.randn(22, 4), torch.randn(22, 4), torch.ones(4)
@@ -350,7 +353,8 @@ def test_a_blocks_forward_is_six_launches_and_no_copy(monkeypatch, save):
         y, _ = kernels.bimamba_forward(xz, ahead, behind, 0.5, save)
         torch.nn.functional.linear(y, out_proj)
     assert work.names == [
-        "add_norm_forward_kernel", "mm", "conv_project_kernel", "scan_forward_kernel", "merge_kernel", "mm"
+        "add_norm_forward_kernel", "mm", "conv_both_kernel", "_foreach_copy_", "bmm", "scan_forward_kernel",
+        "merge_kernel", "mm",
     ]  # fmt: skip
 
 

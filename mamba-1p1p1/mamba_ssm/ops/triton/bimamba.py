@@ -1,9 +1,10 @@
 # ruff: noqa: RUF005 - Triton's compiler adds tuples but does not unpack them
 """The bidirectional mixer between its two projections, in Triton (Vision Mamba, arXiv 2401.09417, algorithm 1).
 
-Forward is three launches: both convolutions with both x projections; both scans, the time step's projection inside;
-gate and sum. Channels-last throughout; a backward direction is index arithmetic. Backward recomputes the first
-launch and keeps of forward only the states before every chunk and the sum of both scans.
+Forward is four launches: both convolutions from one read of x; both x projections, one batched matrix product; both
+scans, the time step's projection inside; gate and sum. Channels-last throughout; a backward direction is index
+arithmetic. Backward recomputes the first two launches and keeps of forward only the states before every chunk and
+the sum of both scans.
 """
 
 import torch
@@ -11,67 +12,77 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ssm.ops.triton.common import ceil_div, dot_precision, int64, interpreted, options, own_memory, sigmoid
-from mamba_ssm.ops.triton.selective_scan import ScanInputs, _either, scan_backward, scan_forward, states_shape
+from mamba_ssm.ops.triton.common import LOG2_E, ceil_div, int64, options, own_memory, sigmoid
+from mamba_ssm.ops.triton.selective_scan import ScanInputs, scan_backward, scan_forward, states_shape
 
-TOKENS, PROJECTED_CHANNELS = 32, 32  # of a program of the convolution with projection, and of its inner step
+STRIP, STRIP_CHANNELS = 32, 64  # tokens and channels of a program of the convolutions, one warp
+STRIP_GROUP = 8  # tokens whose loads it has under way at once
 BACKWARD_TOKENS = 16  # of the convolution's backward
 CHANNELS = 64
 ROWS = 8  # of the element-wise kernels
 
 
 @triton.jit
-def conv_project_kernel(
-    xz, weight, weight_b, bias, bias_b, x_proj, x_proj_b, u, projected,
-    length, channels, stride_b, stride_l, columns_stride,
-    R: tl.constexpr, COLUMNS: tl.constexpr, COLUMNS_PADDED: tl.constexpr, W: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """u = silu(conv(x)) of both directions, and its projection to B, C and the R columns of the time step.
+def _token(x, token, inside, stride_l, live):
+    """One token's channels in float32, zero outside the sequence."""
+    return tl.load(x + int64(token) * stride_l, mask=inside & live, other=0.0).to(tl.float32)
 
-    u: (2, B, L, D); projected: (2, B, L, columns_stride) float32, columns B, C, time step.
-    Grid: (batch * token tiles, directions).
+
+@triton.jit
+def _silu(v):
+    return v / (1 + tl.exp2(v * -LOG2_E))
+
+
+@triton.jit
+def conv_both_kernel(
+    xz, weight, weight_b, bias, bias_b, u, length, channels, stride_b, stride_l,
+    W: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """u (2, B, L, D) = silu(conv(x)): causal in u[0], anti-causal in u[1].
+
+    A program walks a strip of tokens. What both convolutions of GROUP tokens read, the W - 1 tokens before them and
+    behind them included, is in registers: every token is loaded once, plus 2 (W - 1) a strip.
+    Grid: (batch * strips, channel blocks).
     """
-    tiles = tl.cdiv(length, TOKENS)
-    b, direction = int64(tl.program_id(0) // tiles), int64(tl.program_id(1))
-    backward = direction == 1
-    token = tl.program_id(0) % tiles * TOKENS + tl.arange(0, TOKENS)
-    row = (direction * (tl.num_programs(0) // tiles) + b) * length + token  # of (2, B, L)
-    weight, x_proj = _either(backward, weight, weight_b), _either(backward, x_proj, x_proj_b)
+    strips = tl.cdiv(length, STRIP)
+    b = int64(tl.program_id(0) // strips)
+    first = tl.program_id(0) % strips * STRIP
+    end = tl.minimum(first + STRIP, length)
+    d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    live = d < channels
+    taps = ()
+    taps_b = ()
+    for k in tl.static_range(W):
+        taps = taps + (tl.load(weight + d * W + k, mask=live, other=0.0).to(tl.float32),)
+        taps_b = taps_b + (tl.load(weight_b + d * W + k, mask=live, other=0.0).to(tl.float32),)
+    start = tl.zeros([CHANNELS], tl.float32)
+    start_b = tl.zeros([CHANNELS], tl.float32)
     if bias is not None:
-        bias = _either(backward, bias, bias_b)
-    column = tl.arange(0, COLUMNS_PADDED)
-    source = tl.where(column < COLUMNS - R, column + R, column - (COLUMNS - R))  # x_proj has the time step first
-    total = tl.zeros([TOKENS, COLUMNS_PADDED], tl.float32)
-    for first in range(0, channels, CHANNELS):
-        d = first + tl.arange(0, CHANNELS)
-        live = d < channels
-        value = tl.zeros([TOKENS, CHANNELS], tl.float32)
-        if bias is not None:
-            value += tl.load(bias + d, mask=live, other=0.0).to(tl.float32)[None, :]
-        for k in tl.static_range(W):
-            at = token + tl.where(backward, W - 1 - k, k - (W - 1))
-            inside = (at >= 0) & (at < length)
-            x = tl.load(
-                xz + b * stride_b + at.to(tl.int64)[:, None] * stride_l + d[None, :],
-                mask=inside[:, None] & live[None, :], other=0.0,
-            )  # fmt: skip
-            tap = tl.load(weight + d * W + k, mask=live, other=0.0).to(tl.float32)
-            value += tap[None, :] * x.to(tl.float32)
-        value = (value * sigmoid(value)).to(u.dtype.element_ty)
-        tl.store(u + row[:, None] * channels + d[None, :], value, mask=(token < length)[:, None] & live[None, :])
-        part = tl.load(
-            x_proj + source[None, :] * channels + d[:, None],
-            mask=(column < COLUMNS)[None, :] & live[:, None], other=0.0,
-        )  # fmt: skip
-        part = part.to(value.dtype)
-        if WIDEN:  # the interpreter would multiply the bit patterns of bfloat16
-            value, part = value.to(tl.float32), part.to(tl.float32)
-        total = tl.dot(value, part, total, input_precision=PRECISION)
-    tl.store(
-        projected + row[:, None] * columns_stride + column[None, :], total,
-        mask=(token < length)[:, None] & (column < COLUMNS)[None, :],
-    )  # fmt: skip
+        start += tl.load(bias + d, mask=live, other=0.0).to(tl.float32)
+        start_b += tl.load(bias_b + d, mask=live, other=0.0).to(tl.float32)
+    x = xz + b * stride_b + d
+    u += b * length * channels + d
+    u_b = u + int64(tl.num_programs(0) // strips) * length * channels
+    x_rows = ()  # tokens - (W - 1) ... tokens + GROUP + W - 2 of the group
+    for k in tl.static_range(2 * W - 2):
+        early = first + (k - (W - 1))
+        x_rows = x_rows + (_token(x, early, (early >= 0) & (early < length), stride_l, live),)
+    for token in range(first, end, GROUP):
+        for k in tl.static_range(GROUP):
+            late = token + (k + W - 1)
+            x_rows = x_rows + (_token(x, late, late < length, stride_l, live),)
+        for k in tl.static_range(GROUP):
+            ahead, behind = start, start_b
+            for tap in tl.static_range(W):
+                ahead += taps[tap] * x_rows[k + tap]
+                behind += taps_b[W - 1 - tap] * x_rows[k + W - 1 + tap]
+            at, inside = int64(token + k) * channels, live & (token + k < end)
+            tl.store(u + at, _silu(ahead).to(u.dtype.element_ty), mask=inside)
+            tl.store(u_b + at, _silu(behind).to(u.dtype.element_ty), mask=inside)
+        kept = ()
+        for k in tl.static_range(2 * W - 2):
+            kept = kept + (x_rows[GROUP + k],)
+        x_rows = kept
 
 
 @triton.jit
@@ -192,28 +203,45 @@ def _parameters(forward_params, backward_params):
     return [tuple(map(_contiguous, pair)) for pair in zip(forward_params, backward_params)]
 
 
-def _conv_project(xz: Tensor, parameters) -> tuple[Tensor, Tensor]:
-    """u (2, B, L, D) and its projection (2, B, L, 2 N + R, padded to 4) float32, columns B, C, time step."""
-    conv_weight, conv_bias, x_proj, dt_weight = parameters[:4]
+def conv_both(xz: Tensor, parameters) -> Tensor:
+    """u (2, B, L, D): the convolution and SiLU of both directions. xz (B, L, 2 D), its last axis contiguous."""
+    conv_weight, conv_bias = parameters[:2]
     batch, length, double = xz.shape
-    channels, columns = double // 2, x_proj[0].shape[0]
+    channels = double // 2
     u = torch.empty((2, batch, length, channels), dtype=xz.dtype, device=xz.device)
-    stride = ceil_div(columns, 4) * 4
-    projected = torch.empty((2, batch, length, stride), dtype=torch.float32, device=xz.device)
-    conv_project_kernel[(batch * ceil_div(length, TOKENS), 2)](
-        xz, *conv_weight, *conv_bias, *x_proj, u, projected,
-        length, channels, xz.stride(0), xz.stride(1), stride,
-        R=dt_weight[0].shape[1], COLUMNS=columns, COLUMNS_PADDED=max(16, triton.next_power_of_2(columns)),
-        W=conv_weight[0].shape[1], PRECISION=dot_precision(xz.dtype), WIDEN=interpreted(),
-        TOKENS=TOKENS, CHANNELS=PROJECTED_CHANNELS, **options(num_warps=4),
+    conv_both_kernel[(batch * ceil_div(length, STRIP), ceil_div(channels, STRIP_CHANNELS))](
+        xz, *conv_weight, *conv_bias, u, length, channels, xz.stride(0), xz.stride(1),
+        W=conv_weight[0].shape[1], STRIP=STRIP, GROUP=STRIP_GROUP, CHANNELS=STRIP_CHANNELS, **options(),
     )  # fmt: skip
-    return u, projected
+    return u
+
+
+def project(u: Tensor, parameters) -> Tensor:
+    """(2, B, L, R + 2 N) float32: the time step, B and C of both directions, u times the x projections' weights.
+
+    The weights are rounded to u's dtype as under autocast; sums are float32, and stay so. A float32 u obeys torch's
+    setting for TF32, as all matrix products of a network do.
+    """
+    weights = _stacked(parameters[2], u.dtype).transpose(1, 2)  # (2, D, R + 2 N)
+    rows = u.flatten(1, 2)  # (2, B L, D)
+    if u.is_cuda and torch.version.hip is None and u.dtype != torch.float32:
+        projected = torch.bmm(rows, weights, out_dtype=torch.float32)
+    else:  # only NVIDIA's libraries write sums of 16-bit products in float32
+        projected = torch.bmm(rows.float(), weights.float())
+    return projected.unflatten(1, u.shape[1:3])
+
+
+def _stacked(pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """Both tensors as one of another dtype, in a single launch."""
+    out = torch.empty((2, *pair[0].shape), dtype=dtype, device=pair[0].device)
+    torch._foreach_copy_(list(out), list(pair))
+    return out
 
 
 def _scan_inputs(u: Tensor, projected: Tensor, parameters) -> ScanInputs:
     dt_weight, dt_bias, A, D = parameters[3:]
     states, rank = A[0].shape[1], dt_weight[0].shape[1]
-    B, C, dt, _ = projected.split([states, states, rank, projected.shape[-1] - 2 * states - rank], dim=-1)
+    dt, B, C = projected.split([rank, states, states], dim=-1)
     B, C = (m.unsqueeze(2).transpose(3, 4) for m in (B, C))  # (2, B, 1, N, L)
     return ScanInputs(u.transpose(2, 3), dt.transpose(2, 3), None, B, C, A, D, dt_weight, dt_bias, True)
 
@@ -228,7 +256,8 @@ def bimamba_forward(xz, forward_params, backward_params, scale, save, segments=N
     batch, length, double = xz.shape
     channels = double // 2
     parameters = _parameters(forward_params, backward_params)
-    u, projected = _conv_project(xz, parameters)
+    u = conv_both(xz, parameters)
+    projected = project(u, parameters)
     scans = torch.empty_like(u)
     states = total = None
     saved = xz.new_empty(0, dtype=torch.uint8)
@@ -281,7 +310,8 @@ def bimamba_backward(dy, xz, forward_params, backward_params, scale, saved, segm
         dy.contiguous(), xz, total, dscan, dxz, batch * length, length, channels, xz.stride(0), xz.stride(1), scale,
         ROWS=ROWS, CHANNELS=cut["block"], **options(num_warps=4),
     )  # fmt: skip
-    u, projected = _conv_project(xz, parameters)
+    u = conv_both(xz, parameters)
+    projected = project(u, parameters)
     inputs = _scan_inputs(u, projected, parameters)
     du, ddelta = torch.empty_like(u), torch.empty_like(u)
     both = dscan.transpose(1, 2).expand(2, -1, -1, -1)
