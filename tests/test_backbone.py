@@ -55,6 +55,29 @@ def test_default_configuration_fits_the_model(registered):
     assert data["input_size"] == tuple(cfg["input_size"]) and data["crop_pct"] == 0.875
 
 
+@pytest.mark.parametrize("registered", NAMES)
+def test_every_name_has_timms_shapes_at_its_own_size_and_depth(registered):
+    """On the meta device, where a whole Vim-B costs as little as the smallest."""
+    with torch.device("meta"), torch.no_grad():
+        model = timm.create_model(registered).eval()
+        images = torch.empty(2, *model.default_cfg["input_size"])
+        logits, (tokens, features) = model(images), model.forward_intermediates(images)
+        extractor = timm.create_model(registered, features_only=True).eval()
+        levels = extractor(images)
+    assert logits.shape == (2, 1000) and tokens.shape == (2, model.pos_embed.shape[1], model.num_features)
+    assert len(features) == len(model.feature_info) == len(model.layers)
+    assert {tuple(feature.shape) for feature in features} == {(2, model.embed_dim, *model.patch_embed.grid_size)}
+    infos = zip(extractor.feature_info.channels(), extractor.feature_info.reduction())
+    assert len(levels) == 3 and [level.shape[1] for level in levels] == extractor.feature_info.channels()
+    for level, (_, reduction) in zip(levels, infos):
+        assert level.shape[2] <= -(-images.shape[2] // reduction) + 1  # timm's own bound
+    with torch.device("meta"), torch.no_grad():
+        model.reset_classifier(0)
+        assert model(images).shape == (2, model.num_features)
+        model.reset_classifier(0, "")
+        assert model(images).shape == tokens.shape
+
+
 def test_forward_gives_finite_logits(name):
     model = create(name).eval()
     logits = model(images_for(model))

@@ -77,6 +77,13 @@ def test_onnx_of_registered_names_at_224(name, size, tmp_path):
     assert export.relative_error(export.run_onnx(tmp_path / "model.onnx", images(1, size)), expected) <= 1e-4
 
 
+@pytest.mark.slow
+def test_a_file_that_cannot_be_written_is_one_line(checkpoint, tmp_path, capsys):
+    (tmp_path / "model.pt2").mkdir()
+    assert export.main([str(tmp_path / "model.pt2"), "--checkpoint", str(checkpoint)]) == 4
+    assert capsys.readouterr().err == f"error: [Errno 21] Is a directory: '{tmp_path / 'model.pt2'}'\n"
+
+
 @pytest.mark.parametrize(
     "out, expected", [("model.tflite", "use .onnx or .pt2"), ("absent/model.onnx", "does not exist")]
 )

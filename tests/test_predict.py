@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import hub
 import inference
 import predict
 from helpers import random_image
@@ -103,6 +104,27 @@ def test_a_place_for_the_output_that_is_not_there_is_said_before_the_work(photos
     assert run(photos, "--output", str(photos / "absent" / "out.csv")) == 4
     expected = f"error: --output {photos}/absent/out.csv: its folder does not exist; make it first\n"
     assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(
+    "file, content, expected",
+    [
+        ("model.safetensors", "", "header too small"),
+        ("config.json", "{}", "config.json lacks 'architecture'"),
+        ("config.json", "{", "no whole folder"),
+        ("config.json", '{"architecture": "vim_of_mine"}', "vim_of_mine"),
+        ("config.json", '{"architecture": "vim_nano_patch4_32", "pretrained_cfg": {}, "model_args": {"a": 3}}', "'a'"),
+    ],
+    ids=str,
+)
+def test_a_damaged_folder_is_one_line(photos, capsys, file, content, expected):
+    assert hub.main(["export", str(write_checkpoint(photos)), str(photos / "folder")]) == 0
+    assert run(photos, checkpoint=photos / "folder") == 0
+    assert f"{photos}/folder (SHA-256 " in capsys.readouterr().err
+    (photos / "folder" / file).write_text(content)
+    assert run(photos, checkpoint=photos / "folder") == 4
+    error = capsys.readouterr().err
+    assert expected in error and str(photos / "folder") in error and error.count("\n") == 1
 
 
 FAULTS = ["no such image", "empty folder", "broken image", "no checkpoint", "no such device", "no such GPU"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+import inference
 import visualize
 from helpers import random_image
 from models_mamba import VisionMamba
@@ -74,6 +75,52 @@ def test_a_picture_for_every_image(tmp_path, capsys):
     for name in names:
         with Image.open(tmp_path / "pictures" / name) as picture:
             assert picture.width > 600 and len(picture.convert("L").getcolors(1 << 20)) > 50, "not blank"
+
+
+def explain(**arguments):
+    model = fill(VisionMamba(**SIZES | arguments)).eval()
+    classifier = inference.Classifier(model, None, ["ant", "bee", "cow"], "a test's")
+    image = torch.randn(model.in_chans, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
+    return visualize.explain(classifier, image, 1, None)
+
+
+def titles(figure) -> list[str]:
+    return [axes.get_title() for axes in figure.axes if axes.get_title()]
+
+
+@pytest.mark.parametrize(
+    "arguments, readers",
+    [({}, [8]), ({"cls_token": "head"}, [0]), ({"cls_token": "double"}, [0, 17]),
+     ({"cls_token": "none", "global_pool": "mean"}, []), ({"img_size": (12, 24), "in_chans": 1}, [9])],
+    ids=str,
+)  # fmt: skip
+def test_every_panel_says_what_it_shows(arguments, readers):
+    explanation = explain(**arguments)
+    grid = tuple(side // 4 for side in explanation.image.shape[1:])
+    assert explanation.readers == readers
+    assert {tuple(values.shape) for values in (explanation.cam, *explanation.reads.values())} == {grid}
+    figure = visualize.explanation_figure(explanation, "why", layer=1)
+    found = titles(figure)
+    reader = "what the class token reads" if readers else "what all tokens read, on average"
+    assert len(found) == 8 and sum(reader in title for title in found) == 1
+    assert sum("dotted: the class token" in title for title in found) == (2 if readers else 0)
+    labels = [axes.get_ylabel() for axes in figure.axes[8:]]
+    assert labels == ["share of the largest value in the panel", "log10 of mean |alpha| over channels"]
+
+
+def test_long_sequences_have_no_matrices_but_all_the_rest(monkeypatch):
+    monkeypatch.setattr(visualize, "LONGEST_MATRIX", 10)
+    explanation = explain()
+    assert not explanation.matrices and all(values.any() for values in explanation.reads.values())
+    assert len(titles(visualize.explanation_figure(explanation, "why", layer=1))) == 6
+
+
+def test_a_map_of_nothing_says_so():
+    explanation = explain()._replace(cam=torch.zeros(4, 4))
+    found = titles(visualize.explanation_figure(explanation, "why", layer=1))
+    assert [title for title in found if "zero everywhere" in title] == [
+        "Grad-CAM of what enters block 1:\npatches that speak for the class\n(zero everywhere)"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_inspect_says_what_is_in_a_file(tmp_path, capsys):
     path = write_checkpoint(tmp_path, best_metric=71.25)
     assert hub.main(["inspect", str(path)]) == 0
     text = capsys.readouterr().out
-    for fact in ("sha256", "model, model_ema, epoch, args, class_names", "best top-1 71.25 %",
+    for fact in ("sha256", "model, model_ema, epoch, args, class_names", "best top-1 71.25 % of the run's epochs, raw",
                  "vim_nano_patch4_32", "embed_dim=16", "img_size=16", "num_classes=3"):  # fmt: skip
         assert fact in text
     command = next(line for line in text.splitlines() if line.startswith("model      timm"))
@@ -173,6 +173,16 @@ def test_an_exported_folder_loads_in_timm(tmp_path, capsys):
     assert read_checkpoint(path).sha256 in card and "local-dir:" in card
     adapted = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=5, img_size=(16, 32))
     assert adapted(torch.randn(1, 3, 16, 32)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("evaluated, kind", [("both", "raw"), ("ema", "averaged")])
+def test_the_card_says_whose_accuracy_it_states(tmp_path, evaluated, kind):
+    """The run's best may be of other weights and of another epoch than those in the folder."""
+    args = argparse.Namespace(eval_weights=evaluated)
+    path = write_checkpoint(tmp_path, best_metric=71.25, args=args)
+    assert hub.main(["export", str(path), "--ema", str(tmp_path / "folder")]) == 0
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert f"Best top-1:** 71.25 % of the run's epochs, {kind} weights, held-out images" in card
 
 
 @pytest.mark.parametrize("settings", [{"data_set": "DIGITS"}, {"data_set": "IMNET", "eval_crop_ratio": 0.6}], ids=str)
@@ -205,6 +215,10 @@ def test_fine_tuning_from_a_rectangle_finds_its_grid_in_the_file(tmp_path, capsy
     torch.save({"model": model.state_dict(), "args": args}, tmp_path / "rectangle.pth")
     assert hub.grid_of(read_checkpoint(tmp_path / "rectangle.pth")) == (2, 3)
     assert hub.grid_of(read_checkpoint(write_checkpoint(tmp_path))) is None
+    resnet = {"model": timm.create_model("resnet18").state_dict(), "args": argparse.Namespace(
+        model="resnet18", input_size=(64, 96))}  # fmt: skip
+    torch.save(resnet, tmp_path / "resnet.pth")
+    assert hub.grid_of(read_checkpoint(tmp_path / "resnet.pth")) is None, "it has no position embeddings"
     flags = f"{QUICK} --epochs 1 --input-size 16x8 --no-model-ema --finetune {tmp_path / 'rectangle.pth'}"
     assert main.main(flags.split()) == 0
     assert "pos_embed resampled from 2 x 3 to 4 x 2" in capsys.readouterr().out
@@ -234,6 +248,24 @@ def test_push_without_a_network_is_one_line(tmp_path, hub_cache, capsys):
     path = write_checkpoint(tmp_path)
     assert hub.main(["export", str(path), str(tmp_path / "out"), "--push", "me/my-vim"]) == 4
     assert "needs a network" in capsys.readouterr().err
+    assert hub.main(["export", str(path), str(tmp_path / "out"), "--push", "me/my/vim"]) == 4
+    error = capsys.readouterr().err
+    assert error == "error: --push me/my/vim: expected OWNER/REPO, the name of a repository on the Hub\n"
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [("resnet18", "unexpected keyword argument 'img_size'"), ("vim_two_blocks", "the weights do not fit the model")],
+)
+def test_a_file_of_another_model_than_told_is_one_line(tmp_path, capsys, name, expected):
+    model = small_model().state_dict()
+    del model["norm_f.weight"]
+    path = write_checkpoint(tmp_path, model=model, args=argparse.Namespace(input_size=16))
+    name = "vim_nano_patch4_32" if name == "vim_two_blocks" else name
+    assert hub.main(["export", str(path), str(tmp_path / "out"), "--model", name]) == 4
+    error = capsys.readouterr().err
+    assert f"{path} is no {name}: " in error and expected in error
+    assert error.count("\n") == 1 and "--finetune" not in error
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ HUB_DEFAULT_FILE = "model.safetensors"
 # Exact types that the safe loader gives back: it would refuse subclasses, such as a numpy float or an enum.
 PLAIN_TYPES = (type(None), bool, int, float, complex, str, torch.Size, torch.device, torch.dtype)
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+STRICT_ADVICE = " (--finetune re-makes the head and resamples pos_embed)"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)\.pth")
 
 
@@ -290,7 +291,7 @@ def load_weights(
         if name in state_dict and state_dict[name].shape != own[name].shape
     ]
     if report.problems:
-        advice = "" if mode == "finetune" else " (--finetune re-makes the head and resamples pos_embed)"
+        advice = "" if mode == "finetune" else STRICT_ADVICE
         raise CheckpointError(f"the weights do not fit the model: {report.problems}{advice}")
     model.load_state_dict(state_dict, strict=False)
     return report
@@ -633,9 +634,10 @@ def _damage(path: Path) -> str | None:
 
 
 def _one_line(error: Exception) -> str:
-    """An error's first sentence; its class where it says nothing."""
+    """An error's first sentence; its class where that says nothing, and before a bare word such as a KeyError's."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].split(". ")[0][:300] if lines else type(error).__name__
+    first = lines[0].split(". ")[0][:300] if lines else ""
+    return first if " " in first else ": ".join(filter(None, (type(error).__name__, first)))
 
 
 def _some(names: list[str], limit: int = 5) -> str:

@@ -51,6 +51,12 @@ def export_onnx(program: ExportedProgram, path: Path) -> None:
     found.save(path)
 
 
+def save_program(program: ExportedProgram, path: Path) -> None:
+    """Write torch.export's own format. torch's writer says why not in a RuntimeError of many lines."""
+    with open(path, "wb") as file:
+        torch.export.save(program, file)
+
+
 def require(package: str) -> None:
     """Raises ConfigError if an optional package is not there."""
     try:
@@ -101,7 +107,7 @@ def command(args: argparse.Namespace) -> None:
         export_onnx(program, path)
         found = run_onnx(path, images)
     else:
-        torch.export.save(program, path)
+        save_program(program, path)
         found = torch.export.load(path).module()(images).detach()
     error = relative_error(found, expected)
     if error > TOLERANCE:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import timm
 import torch
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from timm.layers import to_2tuple
 from timm.models import push_to_hf_hub, save_for_hf
 from timm.models._hub import generate_readme
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import models_baseline  # noqa: F401  (registers its models with timm)
 from arguments import OneLineParser
 from augment import channel_statistics, crop_ratio
-from checkpoint import Checkpoint, CheckpointError, load_weights, read_checkpoint
+from checkpoint import STRICT_ADVICE, Checkpoint, CheckpointError, load_weights, read_checkpoint
 from models_mamba import CLS_TOKENS, VARIANTS
 from pretrained import published_weights
 
@@ -64,10 +64,36 @@ def identify(checkpoint: Checkpoint, name: str | None = None) -> Identity:
     return Identity(name, _differing(facts, defaults, side))
 
 
+def open_model(
+    checkpoint: Checkpoint, name: str | None = None, weights: str = "auto"
+) -> tuple[nn.Module, Identity, str]:
+    """The model that a file fits, in evaluation mode with the file's weights; its identity; their entry in the file.
+
+    Args:
+        name: the model, where the file does not tell. weights: see `choose_entry`.
+
+    Raises CheckpointError.
+    """
+    identity = identify(checkpoint, name)
+    entry = choose_entry(checkpoint, identity, weights)
+    state_dict = checkpoint.weights(entry)
+    try:
+        model = identity.create()
+        load_weights(model, state_dict)
+    except (CheckpointError, TypeError) as error:  # a TypeError where another model does not take the arguments
+        reason = " ".join(str(error).removesuffix(STRICT_ADVICE).split())
+        raise CheckpointError(f"{checkpoint.path} is no {identity.name}: {reason}") from error
+    return model.eval(), identity, entry
+
+
 def grid_of(checkpoint: Checkpoint) -> tuple[int, int] | None:
-    """(H, W) in patches of the images that a file's model was built for; None for squares, which need no telling."""
+    """(H, W) in patches of the images that a file's model was built for; None for squares, which need no telling.
+
+    None as well for a model without position embeddings, which has no use for it.
+    """
     size = getattr(checkpoint.args, "input_size", None)
-    if size is None or isinstance(size, int):
+    state_dict = checkpoint.model if checkpoint.model is not None else checkpoint.model_ema
+    if size is None or isinstance(size, int) or "pos_embed" not in state_dict:
         return None
     with torch.device("meta"):
         return tuple(identify(checkpoint).create().patch_embed.grid_size)
@@ -220,11 +246,17 @@ def inspect(checkpoint: Checkpoint, name: str | None = None) -> str:
     if checkpoint.epoch is not None:
         lines.append(f"epoch      {checkpoint.epoch}")
     if checkpoint.best_metric is not None:
-        lines.append(f"best top-1 {checkpoint.best_metric:.2f} %")
+        lines.append(f"best top-1 {best_in_words(checkpoint)}")
     lines.append(f"fits       {identity.name}")
     options = "".join(f", {name}={value!r}" for name, value in identity.arguments.items())
     lines.append(f'model      timm.create_model("{identity.name}"{options})')
     return "\n".join(lines)
+
+
+def best_in_words(checkpoint: Checkpoint) -> str:
+    """The best accuracy of a file's run, which need be neither of this file's epoch nor of both its weights."""
+    kind = "averaged" if getattr(checkpoint.args, "eval_weights", None) == "ema" else "raw"
+    return f"{checkpoint.best_metric:.2f} % of the run's epochs, {kind} weights, held-out images"
 
 
 def evaluation_settings(model: nn.Module, settings: argparse.Namespace) -> argparse.Namespace:
@@ -266,7 +298,7 @@ def _json_arguments(identity: Identity) -> dict:
 
 def model_card(identity: Identity, source: Checkpoint) -> dict:
     """What the model card says, in timm's form."""
-    top1 = {} if source.best_metric is None else {"Top-1 on held-out images": f"{source.best_metric:.2f} %"}
+    top1 = {} if source.best_metric is None else {"Best top-1": best_in_words(source)}
     return {
         "tags": ["image-classification", "timm", "vision-mamba"],
         "license": "apache-2.0",
@@ -299,6 +331,8 @@ def push_to_hub(model: nn.Module, repo: str, identity: Identity, source: Checkpo
             model, repo, model_config=config, model_card=model_card(identity, source),
             model_args=_json_arguments(identity), safe_serialization=True,
         )  # fmt: skip
+    except HFValidationError as error:
+        raise CheckpointError(f"--push {repo}: expected OWNER/REPO, the name of a repository on the Hub") from error
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
         raise CheckpointError(
             f"--push {repo}: {' '.join(str(error).split())[:200]}; it needs a network and `hf auth login`"
@@ -326,10 +360,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def export(args, checkpoint: Checkpoint) -> None:
     """`checkpoint.py export`."""
-    identity = identify(checkpoint, args.model)
-    entry = choose_entry(checkpoint, identity, args.weights)
-    model = identity.create().eval()
-    load_weights(model, checkpoint.weights(entry))
+    model, identity, entry = open_model(checkpoint, args.model, args.weights)
     model.pretrained_cfg = model.pretrained_cfg | preprocessing(model, checkpoint)
     names = list(checkpoint.extra.get("class_names", []))
     export_folder(model, Path(args.out), identity, checkpoint, names)

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from arguments import ConfigError
 from augment import build_transform
-from checkpoint import CheckpointError, load_weights, read_checkpoint
+from checkpoint import CheckpointError, file_digest, read_checkpoint
 from datasets import BrokenImage, DataError, read_image
-from hub import choose_entry, evaluation_settings, identify
+from hub import evaluation_settings, open_model
 
 IMAGENET_CLASSES = 1000
 
@@ -60,16 +61,12 @@ def load_classifier(args: argparse.Namespace) -> Classifier:
     """Model, preprocessing and class names of `--checkpoint`. Raises CheckpointError, ConfigError, DataError."""
     device = choose_device(args.device)
     if Path(args.checkpoint).is_dir():
-        model, names = _load_folder(Path(args.checkpoint)), None
+        model, description = _load_folder(Path(args.checkpoint))
         names = list(model.pretrained_cfg.get("label_names") or [])
         settings = argparse.Namespace(eval_crop_ratio=model.pretrained_cfg["crop_pct"])
-        description = args.checkpoint
     else:
         checkpoint = read_checkpoint(args.checkpoint, args.trust_checkpoint)
-        identity = identify(checkpoint, args.model)
-        entry = choose_entry(checkpoint, identity, args.weights)
-        model = identity.create()
-        load_weights(model, checkpoint.weights(entry))
+        model, identity, entry = open_model(checkpoint, args.model, args.weights)
         names = list(checkpoint.extra.get("class_names", []))
         settings = checkpoint.args or argparse.Namespace()
         description = f"{checkpoint.path} (SHA-256 {checkpoint.sha256[:12]}...): {identity.name}, {entry}"
@@ -81,13 +78,19 @@ def load_classifier(args: argparse.Namespace) -> Classifier:
     return Classifier(model.eval().to(device), evaluation_transform(model, settings), names, description)
 
 
-def _load_folder(folder: Path) -> nn.Module:
+def _load_folder(folder: Path) -> tuple[nn.Module, str]:
+    """The model of a folder that `checkpoint.py export` wrote, and a description. Raises CheckpointError."""
     try:
-        return timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except KeyError as error:
+        raise CheckpointError(f"{folder}/config.json lacks {error}: `checkpoint.py export` wrote no such") from error
+    except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder} is no folder that `checkpoint.py export` wrote: {' '.join(str(error).split())[:200]}"
+            f"{folder} is no whole folder that `checkpoint.py export` wrote: {' '.join(str(error).split())[:200]}"
         ) from error
+    weights = folder / "model.safetensors"
+    digest = f" (SHA-256 {file_digest(weights)[:12]}...)" if weights.is_file() else ""
+    return model, f"{folder}{digest}: {model.pretrained_cfg['architecture']}"
 
 
 def choose_device(name: str) -> torch.device:
@@ -168,7 +171,7 @@ def run_cli(command: Callable[[argparse.Namespace], None], args: argparse.Namesp
     """Run a command; what a user can mend becomes one line on stderr and exit code 4."""
     try:
         command(args)
-    except (ConfigError, DataError, CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 4
     return 0

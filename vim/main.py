@@ -65,8 +65,8 @@ def execute(args, world: World) -> int:
         if args.summary:
             log.say(summarise(args, log))
             return EXIT_DONE
-        if not args.data_path:
-            log.say("no --data-path: training on scikit-learn's digits")
+        if args.data_set == "DIGITS" and not args.data_path:
+            log.say(f"no --data-path: {'evaluating' if args.eval else 'training'} on scikit-learn's digits")
         data = build_datasets(args)
         log.say(data.description)
         model = build_model(args, data.num_classes, log.say).to(world.device)

@@ -12,6 +12,7 @@ all before it (`residual`, the float32 stream).
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 
@@ -148,7 +149,8 @@ class PatchEmbed(nn.Module):
             )
         # The patches start the float32 residual stream: under bfloat16 autocast this layer alone cost a third of
         # the logits' error, at 2 % of the arithmetic.
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
 
 

@@ -1,6 +1,6 @@
 """Data sets as others keep them, found by timm's readers: webdataset shards and Hugging Face datasets.
 
-    wds/           tar shards below --data-path, described by its _info.json or by the split's shard names
+    wds/           tar shards below --data-path, listed by its _info.json or by a split such as "train-{00..31}.tar"
     hfds/NAME      a Hugging Face data set, or a folder of one, prepared on disk
     hfids/NAME     the same, streamed once and kept in memory as the compressed files it consists of
 
@@ -159,6 +159,12 @@ def _open_wds(args, name: str, split: str) -> tuple[TarSource, list[str]]:
     root = Path(args.data_path or "").expanduser()
     if not args.data_path or not root.is_dir():
         raise DataError(f"--data-set wds/ needs --data-path, the folder with the shards; {root} is none")
+    names_shards = "tar" in split or ".." in split  # as timm tells them from a split's name
+    if not names_shards and not any((root / name).is_file() for name in ("_info.json", "info.json")):
+        raise DataError(
+            f"--data-set wds/ --data-path {root} holds no _info.json to say which shards split {split!r} has: write "
+            "one, or name the shards, as in --train-split 'train-{0000..0099}.tar'"
+        )
     reader = _reader(args, split, str(root))
     tars = [root / file for file in reader.split_info.filenames]
     label_key = args.label_key or reader.split_info.alt_label

@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 wrong flag, 4 an image or a checkpoint that cannot be used
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,6 +27,7 @@ from models_mamba import VisionMamba, split_cls_tokens
 
 # Beyond this length the whole matrix takes minutes and shows nothing; the class token's row is always drawn.
 LONGEST_MATRIX = 800
+DECADES = 4  # of the matrices' colour scale
 DIRECTIONS = {"forward": "", "backward": "_b"}
 SPANS = {"forward": "tokens up to its own", "backward": "tokens from its own on"}
 
@@ -169,22 +172,26 @@ def displayable(image: Tensor) -> np.ndarray:
     return (image if len(image) == 3 else image.mean(0, keepdim=True).expand(3, -1, -1)).permute(1, 2, 0).numpy()
 
 
-def draw_overlay(axes, picture: np.ndarray, values: Tensor, title: str) -> None:
-    """A map (H', W') as colours over the greyed picture (H, W, 3)."""
-    axes.imshow(picture.mean(-1), cmap="gray", vmin=0, vmax=1)
+def draw_overlay(axes, picture: np.ndarray, values: Tensor, title: str) -> AxesImage:
+    """A map (H', W') over the greyed picture (H, W, 3): the more, the brighter and the less of the picture is left."""
+    axes.imshow(0.7 * picture.mean(-1), cmap="gray", vmin=0, vmax=1)
     values = F.interpolate(values[None, None].float().cpu(), picture.shape[:2], mode="nearest")[0, 0]
-    axes.imshow((values / values.max().clamp_min(1e-30)).numpy(), cmap="inferno", alpha=0.7, vmin=0, vmax=1)
-    axes.set_title(title, fontsize=9)
+    share = (values / values.max().clamp_min(1e-30)).numpy()
+    shown = axes.imshow(share, cmap="inferno", alpha=0.2 + 0.8 * share, vmin=0, vmax=1)
+    axes.set_title(title if share.any() else f"{title}\n(zero everywhere)", fontsize=9)
     axes.axis("off")
+    return shown
 
 
-def draw_matrix(figure: Figure, axes, matrix: Tensor, title: str) -> None:
-    """Attention (L, L), on a logarithmic colour scale of four decades."""
+def draw_matrix(axes, matrix: Tensor, title: str, largest: float, marked: list[int]) -> AxesImage:
+    """Attention (L, L), logarithmic, four decades down from `largest`; dotted lines at the rows `marked`."""
     values = matrix.cpu().clamp_min(1e-30).log10().numpy()
-    shown = axes.imshow(values, cmap="viridis", vmax=values.max(), vmin=values.max() - 4)
+    shown = axes.imshow(values, cmap="viridis", vmax=math.log10(largest), vmin=math.log10(largest) - DECADES)
+    for row in marked:
+        axes.axhline(row, color="white", linewidth=0.8, linestyle=":")
     axes.set_title(title, fontsize=9)
     axes.set(xlabel="token read", ylabel="token that reads")
-    figure.colorbar(shown, ax=axes, shrink=0.75, label="log10")
+    return shown
 
 
 class Explanation(NamedTuple):
@@ -195,7 +202,8 @@ class Explanation(NamedTuple):
     probability: float
     cam: Tensor  # (H', W')
     saliency: Tensor  # (H, W)
-    reads: dict[str, Tensor]  # direction -> (H', W'), what the class token reads
+    readers: list[int]  # the class tokens among all L tokens; none where the model has none
+    reads: dict[str, Tensor]  # direction -> (H', W'), what the class tokens read, else all tokens, on average
     matrices: dict[str, Tensor]  # direction -> (L, L); empty where there are too many tokens
 
 
@@ -210,52 +218,68 @@ def explain(classifier: Classifier, image: Tensor, layer: int, number: int | Non
     reads, matrices = {}, {}
     length = record.mixer_input.shape[1]
     grid = model.patch_embed.grid_size
-    readers = list(model.cls_token_position(grid[0] * grid[1])) or list(range(length))
+    readers = list(model.cls_token_position(grid[0] * grid[1]))
     with torch.no_grad():
         for direction in DIRECTIONS:
             terms = scan_terms(model.layers[layer].mixer, record.mixer_input, direction)
-            row = attention_map(terms, readers, direction).mean(0)  # (L,)
+            row = attention_map(terms, readers or list(range(length)), direction).mean(0)  # (L,)
             patches, _ = split_cls_tokens(row[None, :, None], model.cls_token_design)
             reads[direction] = patches.view(grid)
             if length <= LONGEST_MATRIX:
                 matrices[direction] = attention_map(terms, list(range(length)), direction)
     probability = logits.detach().softmax(dim=1)[0, number].item()
-    cam = grad_cam(model, record)
-    return Explanation(image[0], number, probability, cam, saliency(model, image, number), reads, matrices)
+    maps = grad_cam(model, record), saliency(model, image, number)
+    return Explanation(image[0], number, probability, *maps, readers, reads, matrices)
 
 
-def draw_explanation(explanation: Explanation, name: str, layer: int, path: Path) -> None:
+def explanation_figure(explanation: Explanation, title: str, layer: int) -> Figure:
     """The panels of one image."""
     picture = displayable(explanation.image)
-    figure = Figure(figsize=(14, 7), layout="constrained")
+    figure = Figure(figsize=(14, 7.4), layout="constrained")
+    figure.suptitle(title, fontsize=11)
     axes = figure.subplots(2, 4)
     axes[0, 0].imshow(picture)
-    axes[0, 0].set_title(f"{name}: {100 * explanation.probability:.1f} %", fontsize=9)
+    axes[0, 0].set_title("the image as the model gets it", fontsize=9)
     axes[0, 0].axis("off")
-    draw_overlay(axes[0, 1], picture, explanation.cam, f"Grad-CAM, what enters block {layer}")
-    draw_overlay(axes[0, 2], picture, explanation.saliency, "saliency of the pixels (SmoothGrad)")
-    both = sum(explanation.reads.values())
-    draw_overlay(axes[0, 3], picture, both, f"block {layer}: what the class token reads")
+    cam = f"Grad-CAM of what enters block {layer}:\npatches that speak for the class"
+    draw_overlay(axes[0, 1], picture, explanation.cam, cam)
+    draw_overlay(axes[0, 2], picture, explanation.saliency, "saliency (SmoothGrad):\npixels that move the score")
+    reader = "the class token reads" if explanation.readers else "all tokens read, on average"
+    both = f"hidden attention of block {layer}:\nwhat {reader}"
+    shown = draw_overlay(axes[0, 3], picture, sum(explanation.reads.values()), both)
+    figure.colorbar(shown, ax=axes[0, 3], shrink=0.8, label="share of the largest value in the panel")
     for column, (direction, values) in enumerate(explanation.reads.items()):
-        draw_overlay(axes[1, column], picture, values, f"{direction} direction alone:\n{SPANS[direction]}")
-    for column, direction in enumerate(explanation.reads, start=2):
-        if direction in explanation.matrices:
-            draw_matrix(figure, axes[1, column], explanation.matrices[direction], f"attention, {direction}")
-        else:
-            axes[1, column].axis("off")
-    figure.savefig(path, dpi=110)
+        draw_overlay(axes[1, column], picture, values, f"its {direction} direction alone:\n{SPANS[direction]}")
+    draw_matrices(figure, axes[1, 2:], explanation)
+    return figure
 
 
-def draw_receptive_fields(fields: dict[str, Tensor], images: int, path: Path) -> None:
+def draw_matrices(figure: Figure, axes, explanation: Explanation) -> None:
+    """The whole matrices of both directions on one colour scale, where there are any."""
+    largest = max((matrix.max().item() for matrix in explanation.matrices.values()), default=0.0)
+    note = "\n(dotted: the class token)" if explanation.readers else ""
+    for panel, direction in zip(axes, explanation.reads):
+        if largest == 0:
+            panel.axis("off")
+            continue
+        matrix, title = explanation.matrices[direction], f"hidden attention, {direction}{note}"
+        shown = draw_matrix(panel, matrix, title, largest, explanation.readers)
+    if largest > 0:
+        figure.colorbar(shown, ax=axes[-1], shrink=0.8, label="log10 of mean |alpha| over channels")
+
+
+def receptive_field_figure(fields: dict[str, Tensor], images: int) -> Figure:
     """Side by side, on a logarithmic colour scale of three decades."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    figure.suptitle(f"effective receptive field, mean of {images} image(s)", fontsize=10)
-    for axes, (title, field) in zip(figure.subplots(1, len(fields)), fields.items()):
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    count = "1 image" if images == 1 else f"mean of {images} images"
+    figure.suptitle(f"effective receptive field: pixels that a token depends on ({count})", fontsize=10)
+    panels = figure.subplots(1, len(fields))
+    for axes, (title, field) in zip(panels, fields.items()):
         shown = axes.imshow(field.cpu().clamp_min(1e-30).log10().numpy(), cmap="inferno", vmin=-3, vmax=0)
         axes.set_title(title, fontsize=9)
         axes.axis("off")
-        figure.colorbar(shown, ax=axes, shrink=0.8, label="log10 of |d token / d pixel|, largest = 0")
-    figure.savefig(path, dpi=110)
+    figure.colorbar(shown, ax=panels, shrink=0.8, label="log10 of |d token / d pixel|, largest = 0")
+    return figure
 
 
 # ---- command -----------------------------------------------------------------------------------------------
@@ -300,11 +324,17 @@ def command(args: argparse.Namespace) -> None:
     images = torch.stack([classifier.load_image(file) for file in files])  # (B, C, H, W)
     for i, file in enumerate(tqdm(files, unit="image", disable=not sys.stderr.isatty())):
         explanation = explain(classifier, images[i], layer, args.number)
-        path = folder / f"{i:03d}-{file.stem}.png"
-        draw_explanation(explanation, classifier.class_names[explanation.number], layer, path)
-        print(path)
-    path = folder / "receptive_field.png"
-    draw_receptive_fields(receptive_fields(classifier.model, images.to(classifier.device)), len(files), path)
+        asked = "the predicted class" if args.number is None else f"class {args.number}"
+        name = classifier.class_names[explanation.number]
+        title = f"{file.name}: why {name!r}, {asked}, {100 * explanation.probability:.1f} % probable"
+        save(explanation_figure(explanation, title, layer), folder / f"{i:03d}-{file.stem}.png")
+    fields = receptive_fields(classifier.model, images.to(classifier.device))
+    save(receptive_field_figure(fields, len(files)), folder / "receptive_field.png")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG and print its path."""
+    figure.savefig(path, dpi=110)
     print(path)
 
 
