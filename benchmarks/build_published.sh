@@ -4,6 +4,7 @@
 #   PYTHON             the interpreter of the environment that will use them (default: python3)
 #   PUBLISHED_SOURCES  a folder with the two source packages, for machines without a network; `pip download
 #                      --no-deps --no-build-isolation --no-binary :all: mamba-ssm causal-conv1d` fills it
+#   PUBLISHED_PREBUILT a folder with the result of an earlier build for the same torch, used as it is
 #   MAX_JOBS           compilers at a time (default: all cores)
 #
 # Needs the CUDA toolkit's nvcc. The packages go into a folder of their own because one of them has the import
@@ -11,12 +12,16 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-target=$root/output/published
+target=${PUBLISHED_PREBUILT:-$root/output/published}
 python=${PYTHON:-python3}
 
 if compgen -G "$target/selective_scan_cuda*.so" >/dev/null && compgen -G "$target/causal_conv1d_cuda*.so" >/dev/null; then
     echo "The published kernels are built: $target"
     exit 0
+fi
+if [[ -n ${PUBLISHED_PREBUILT:-} ]]; then
+    echo "The published kernels are left out: PUBLISHED_PREBUILT=$target lacks one of the two extensions." >&2
+    exit 1
 fi
 nvcc=${CUDA_HOME:+$CUDA_HOME/bin/}nvcc
 if ! command -v "$nvcc" >/dev/null; then

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 import harness
-import memory
 import subjects
 import vim_vs_deit
 from subjects import Subject
@@ -35,15 +34,12 @@ def rivals(case: Case, settings: Settings) -> list[Subject]:
 def run(cases: Sequence[Case], settings: Settings, out: Path) -> dict[str, object]:
     """Measure cases and write dense_DEVICE.json and .md. The gate is the caller's."""
     groups = [rivals(case, settings) for case in cases]
-    everyone = [subject for group in groups for subject in group]
-    print(f"  peak memory of {len(everyone)} backbones with pyramid, each in a process of its own", flush=True)
-    peaks = dict(zip(everyone, memory.peak_memory(everyone)))
+    peaks = vim_vs_deit.peaks_beforehand(groups, settings)
     records = []
     for case, group in zip(cases, groups):
         print(f"  {MODE_NAMES[case.mode]}, backbone with pyramid, {case.px} px, batch {case.batch}", flush=True)
         records += vim_vs_deit.measure_case(group, peaks, settings)
-    machine = harness.environment(settings.device, settings.precision) | {"compile": settings.compile}
-    result = {"environment": machine, "measurements": records}
+    result = {"environment": vim_vs_deit.describe_run(settings), "measurements": records}
     modes = dict.fromkeys(case.mode for case in cases)
     tables = "\n\n".join(vim_vs_deit.table(records, mode) for mode in modes)
     heading = "## Backbones with a pyramid of four levels (x4, x2, x1, x0.5)"
@@ -60,12 +56,13 @@ def main() -> None:
     parser.add_argument("--px", nargs="+", type=int, default=list(PX))
     parser.add_argument("--batch", nargs="+", default=[], help="PX:BATCH; 1 where not given")
     parser.add_argument("--seconds", type=float, default=10.0, help="time for one case, at least 3 turns")
+    parser.add_argument("--launch", default="graph", choices=harness.LAUNCHES, help="of a GPU's kernels")
     parser.add_argument("--threads", type=int, default=0, help="torch's thread count; 0: torch's own choice")
     parser.add_argument("--out", type=Path, default=harness.RESULTS)
     args = parser.parse_args()
     harness.set_threads(args.threads)
     device = torch.device(args.device)
-    settings = Settings(device, args.precision, "none", tuple(args.attention), args.seconds)
+    settings = Settings(device, args.precision, "none", tuple(args.attention), args.seconds, launch=args.launch)
     batch = parse_batch(args.batch)
     cases = [case for mode in args.modes for case in cases_of(mode, SIZE, args.px, batch)]
     harness.require_green_tests(device)

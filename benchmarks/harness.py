@@ -2,11 +2,13 @@
 
 Rules. Rivals are timed in turns (A B A B ...) in one process after a warm-up, so that a busy machine or a
 cold clock meets all of them alike; a ratio is the median of the ratios of the turns; every figure carries
-its spread (quartiles). The kernels' tests run first: with a red test no figure is printed.
+its spread (quartiles). On a GPU every rival is a captured CUDA graph, so that its kernels are timed and not Python's
+launching of them. The kernels' tests run first: with a red test no figure is printed.
 """
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -32,6 +34,8 @@ MIN_TURNS = 3
 # A sample of a short call times several of them, so that the clock and the synchronisation do not count.
 SAMPLE_SECONDS = 0.01
 LONG_SECONDS = 1.0
+LAUNCHES = ("graph", "eager")
+MAX_TEST_WORKERS = 16  # compiling kernels keeps a core busy each
 
 
 # ---- timing
@@ -107,6 +111,44 @@ def interleave(
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
+# ---- CUDA graphs
+
+
+def on_side_stream(call: Callable[[], object]) -> None:
+    """Run a call as a capture will: kernels are compiled, libraries have chosen theirs."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def capture(call: Callable[[], object], pool=None) -> Callable[[], None]:
+    """The kernels of one call as a CUDA graph; calling the result launches them. The call itself is not run.
+
+    `pool`: memory shared with graphs of which no two run at once, and of which nothing is read afterwards.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.current_stream()):  # which a failed capture would not put back
+        with torch.cuda.graph(graph, pool=pool):
+            call()
+    return graph.replay
+
+
+def launched(
+    call: Callable[[], object], launch: str, device: torch.device, pool=None
+) -> tuple[Callable[[], object], str]:
+    """What is to be timed, and how it starts its kernels: "cuda graph", "eager", or "eager (why no graph)"."""
+    if launch == "eager" or device.type != "cuda":
+        return call, "eager"
+    try:
+        on_side_stream(call)
+        return capture(call, pool), "cuda graph"
+    except RuntimeError as error:  # what cannot be captured (a copy to the host, say) is a rival all the same
+        torch.cuda.synchronize(device)
+        return call, f"eager ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+
+
 # ---- the machine
 
 
@@ -116,7 +158,12 @@ def _output_of(*command: str) -> str:
 
 
 def commit() -> str:
-    """The commit that is measured; "+ changes" if files other than the results differ from it."""
+    """The commit that is measured; "+ changes" if files other than the results differ from it.
+
+    BENCHMARK_COMMIT names it where a copy of the files is measured without their repository.
+    """
+    if os.environ.get("BENCHMARK_COMMIT"):
+        return os.environ["BENCHMARK_COMMIT"]
     status = ("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     head = _output_of("git", "rev-parse", "--short=12", "HEAD") or "unknown"
     return f"{head} + changes" if _output_of(*status) else head
@@ -192,12 +239,19 @@ def require_green_tests(device: torch.device) -> None:
     marks = "gpu" if device.type == "cuda" else "not gpu and not slow"
     tests = [f"{folder}/tests" for folder in KERNEL_PACKAGES]
     print(f"The kernels' tests first ({marks}); this takes a minute or two:", flush=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-m", marks, *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-m", marks, *_workers(device), *tests]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if result.returncode != 0:
         sys.exit(f"{result.stdout[-4000:]}\nThe kernels' tests are red: no figures.")
     print(result.stdout.strip().splitlines()[-1], flush=True)
     remember_green(device, digest)
+
+
+def _workers(device: torch.device) -> list[str]:
+    """pytest-xdist's processes, where it is installed: most of a GPU's tests is compiling, which takes a CPU."""
+    if device.type != "cuda" or importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(min(os.cpu_count(), MAX_TEST_WORKERS))]
 
 
 def remember_green(device: torch.device, digest: str) -> None:

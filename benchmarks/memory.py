@@ -1,8 +1,8 @@
-"""Peak memory of a subject beyond its weights and input, each in a process of its own.
+"""Peak memory of a subject beyond its weights and input.
 
-On a GPU: the allocator's peak minus what was allocated before the call. On a CPU: the peak of the
-resident set (/proc, Linux) minus the resident set just before the call. A small run of the same kind
-comes first, so that libraries and thread pools are not counted.
+On a GPU: the allocator's peak minus what was allocated before the call, in this process, of the very callable that is
+timed afterwards. On a CPU: the peak of the resident set (/proc, Linux) minus the resident set just before the call,
+each subject in a process of its own. A run before it sees to it that libraries and thread pools are not counted.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,12 +22,7 @@ WARMUP_PX = 64
 
 
 def peak_memory(subjects: Sequence) -> list[int | None]:
-    """Bytes for each subject; None where it did not fit.
-
-    On a CPU one helper process forks once per subject. A GPU's allocator is asked in this process.
-    """
-    if subjects and subjects[0].device.startswith("cuda"):
-        return [_measure(subject) for subject in subjects]
+    """Bytes for each subject on a CPU; None where it did not fit. One helper process forks once per subject."""
     request = json.dumps([subject.fields() for subject in subjects])
     result = subprocess.run(
         [sys.executable, __file__], input=request, stdout=subprocess.PIPE, text=True, check=True
@@ -49,36 +44,41 @@ def _measure_cpu(call) -> int:
     return 1024 * (_kilobytes("/proc/self/status", "VmHWM") - before)
 
 
-def _measure_cuda(call) -> int:
-    import torch
-
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def _measure(subject) -> int | None:
-    """The peak of one call; None if the allocation was refused."""
+def ready_on_gpu(subject) -> tuple[Callable[[], object] | None, int | None]:
+    """(the subject's callable, bytes of its peak), or (None, None) where it did not fit."""
     import torch
 
     import subjects
 
-    on_cpu = torch.device(subject.device).type == "cpu"
-    if not on_cpu:
-        gc.collect()
-        torch.cuda.empty_cache()
+    gc.collect()
+    torch.cuda.empty_cache()
+    try:
+        call = subjects.build(subject)
+        call()  # kernels are compiled, libraries have their workspaces, the optimiser its moments
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+    except torch.OutOfMemoryError:
+        return None, None
+    return call, torch.cuda.max_memory_allocated() - before
+
+
+def _measure(subject) -> int | None:
+    """The peak of one call on a CPU; None if the allocation was refused."""
+    import torch
+
+    import subjects
+
     subjects.build(replace(subject, px=WARMUP_PX, batch=1))()
-    if on_cpu:
-        limit = int(SHARE_OF_MEMORY * 1024 * _kilobytes("/proc/meminfo", "MemAvailable"))
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    limit = int(SHARE_OF_MEMORY * 1024 * _kilobytes("/proc/meminfo", "MemAvailable"))
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     try:
         call = subjects.build(subject)
         if subject.mode != "infer":
             call()  # gradients and the optimiser's moments exist before the measured step, as in training
-        return _measure_cpu(call) if on_cpu else _measure_cuda(call)
+        return _measure_cpu(call)
     except torch.OutOfMemoryError:
         return None
     except RuntimeError as error:

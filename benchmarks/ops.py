@@ -208,7 +208,9 @@ def work_per_call(op: str, batch: int, length: int) -> int:
     return elements if op == "conv" else elements * STATE * (2 if op == "mixer" else 1)
 
 
-def measure_op(op: str, shape: str, device, dtype, seconds: float, slow_backward: bool) -> list[dict]:
+def measure_op(
+    op: str, shape: str, device, dtype, seconds: float, slow_backward: bool, launch: str = "graph"
+) -> list[dict]:
     """Both passes of all rivals in one set of turns; without `slow_backward` slow ones go forward only."""
     batch, length = SHAPES[shape]
     rivals = OPS[op](batch, length, device, dtype)
@@ -217,6 +219,9 @@ def measure_op(op: str, shape: str, device, dtype, seconds: float, slow_backward
         calls["forward", name] = rival.run_forward
         if slow_backward or name not in SLOW_BACKWARD:
             calls["forward + backward", name] = rival.run_both
+    how = {}
+    for key, call in calls.items():
+        calls[key], how[key] = harness.launched(call, launch, device)
     timings = harness.interleave(calls, device, seconds=seconds)
     records = []
     for (phase, name), timing in timings.items():
@@ -231,6 +236,7 @@ def measure_op(op: str, shape: str, device, dtype, seconds: float, slow_backward
                 "seconds_q1": low,
                 "seconds_q3": high,
                 "turns": len(timing.samples),
+                "launch": how[phase, name],
                 "work_per_second": work_per_call(op, batch, length) / timing.median,
                 "ours_faster_by": harness.ratio(timing, timings[phase, "ours"]),
                 "times_own_forward": harness.ratio(timing, timings["forward", name]),
@@ -278,7 +284,9 @@ def table(records: list[dict]) -> str:
     return f"{harness.markdown_table(header, rows)}\n\n{note}"
 
 
-def run(device: torch.device, dtype: torch.dtype, seconds: float, out: Path, quick: bool = False) -> dict:
+def run(
+    device: torch.device, dtype: torch.dtype, seconds: float, out: Path, quick: bool = False, launch: str = "graph"
+) -> dict:
     """Measure all ops and write ops_DEVICE.json and .md. The gate is the caller's."""
     check_agreement(device, dtype)
     records = []
@@ -286,7 +294,7 @@ def run(device: torch.device, dtype: torch.dtype, seconds: float, out: Path, qui
         for shape in SHAPES:
             print(f"  {op}, {shape}", flush=True)
             slow_backward = shape == SLOW_BACKWARD_SHAPE and not quick
-            records += measure_op(op, shape, device, dtype, seconds, slow_backward)
+            records += measure_op(op, shape, device, dtype, seconds, slow_backward, launch)
     peers = {"mambapy": mambapy_scan(), "transformers": transformers_mixer()}
     missing = [name for name, peer in peers.items() if peer is None]
     result = {
@@ -304,13 +312,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--seconds", type=float, default=6.0, help="time for one op at one shape")
     parser.add_argument("--quick", action="store_true", help="the slow peers' forward only")
+    parser.add_argument("--launch", default="graph", choices=harness.LAUNCHES, help="of a GPU's kernels")
     parser.add_argument("--threads", type=int, default=0, help="torch's thread count; 0: torch's own choice")
     parser.add_argument("--out", type=Path, default=harness.RESULTS)
     args = parser.parse_args()
     harness.set_threads(args.threads)
     device = torch.device(args.device)
     harness.require_green_tests(device)
-    run(device, getattr(torch, args.dtype), args.seconds, args.out.resolve(), args.quick)
+    run(device, getattr(torch, args.dtype), args.seconds, args.out.resolve(), args.quick, args.launch)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """The published kernels as a peer: Vim's mixer composed from the public functions of mamba-ssm and causal-conv1d.
 
 `benchmarks/build_published.sh` builds them into output/published, outside the environment, because one of them has
-the import name of this repository's package. Here they are imported from that folder while ours step aside; both
-then live in one process, and rivals are timed in turns.
+the import name of this repository's package; PUBLISHED_PREBUILT names another folder, built before. Here they are
+imported from that folder while ours step aside; both then live in one process, and rivals are timed in turns.
 """
 
 import contextlib
 import functools
 import importlib
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 from harness import ROOT
 
-FOLDER = ROOT / "output" / "published"
+FOLDER = Path(os.environ.get("PUBLISHED_PREBUILT") or ROOT / "output" / "published").resolve()
 PACKAGES = ("mamba_ssm", "causal_conv1d")
 EXTENSIONS = ("selective_scan_cuda", "causal_conv1d_cuda")
 
@@ -60,7 +61,7 @@ def packages_from(folder: Path) -> Iterator[None]:
 def kernels(folder: Path = FOLDER) -> Kernels:
     """The published functions; ImportError where they are not built, or built for another torch."""
     if not folder.is_dir():
-        raise ImportError(f"not built (benchmarks/build_published.sh builds them into {folder.relative_to(ROOT)})")
+        raise ImportError(f"not built (benchmarks/build_published.sh builds them into {folder})")
     with packages_from(folder):
         for name in EXTENSIONS:
             importlib.import_module(name)

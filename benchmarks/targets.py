@@ -20,7 +20,7 @@ for _size in ("tiny", "small"):
 PUBLISHED = "vim_tiny_patch16_224 (published kernels)"
 FUSED = ("sdpa", "flash", "cudnn", "efficient")
 
-Results = Mapping[str, Mapping]  # {"ops": ..., "models": ...}: the parsed JSON files of one device, or fewer
+Results = Mapping[str, Mapping]  # {"ops": ..., "models": ..., "stability": ...}: one device's JSON files, or fewer
 Measure = Callable[[Results], float | None]
 
 
@@ -130,6 +130,18 @@ def updates_per_second(shape: str) -> Measure:
     return quotient(op_value("scan", shape, "ours", "forward", "work_per_second"), lambda _: 1e9)
 
 
+def conditions_held(model: str, px: int, steps: int) -> Measure:
+    """How many hold of a run of stability.py: bfloat16 stayed finite, its loss fell, it ended as float32's."""
+
+    def measure(results: Results) -> float | None:
+        record = results.get("stability")
+        if not record or (record["model"], record["px"]) != (model, px) or record["steps"] < steps:
+            return None
+        return float(sum(record["verdict"][key] for key in ("finite", "falls", "as_float32")))
+
+    return measure
+
+
 def growth(results: Results) -> float | None:
     measured = results.get("models", {}).get("growth")
     return measured["median"] if measured else None
@@ -181,6 +193,8 @@ GPU_GOALS = (
          quotient(model_value("peak_memory", TI, 1248, "infer", 64), lambda _: 1e9), " GB", at_most=True),
     Goal("training memory of Vim-Ti per token and layer, 224 px, batch 128", 2_000,
          bytes_per_token_and_layer(TI, 224, 128, 24), " bytes", at_most=True),
+    Goal("1,000 training steps of Vim-Ti in bfloat16, 224 px: finite, loss falls, ends as float32's", 3,
+         conditions_held(TI, 224, 1000), " of 3"),
 )  # fmt: skip
 
 GOALS = {"cpu": CPU_GOALS, "cuda": GPU_GOALS}
@@ -203,7 +217,8 @@ def table(goals: tuple[Goal, ...], results: Results) -> str:
 
 def load(folder: Path, device: str) -> dict[str, Mapping]:
     """The result files of one device that exist in a folder."""
-    files = {"ops": folder / f"ops_{device}.json", "models": folder / f"vim_vs_deit_{device}.json"}
+    names = {"ops": "ops", "models": "vim_vs_deit", "stability": "stability"}
+    files = {part: folder / f"{name}_{device}.json" for part, name in names.items()}
     return {part: json.loads(path.read_text()) for part, path in files.items() if path.exists()}
 
 

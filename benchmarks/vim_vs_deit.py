@@ -2,7 +2,8 @@
 
 Each case holds the rivals of one resolution and mode and times them in turns. DeiT is timm's, with
 attention by name: "eager" writes the attention matrix, "sdpa" is torch's own choice, "flash", "cudnn",
-"efficient" and "math" force one of its backends.
+"efficient" and "math" force one of its backends. On a GPU every rival is timed as a CUDA graph (--launch eager: as
+Python calls it); one that cannot be captured is timed eagerly, and its record says so.
 
     python benchmarks/vim_vs_deit.py                                     the CPU's table
     python benchmarks/vim_vs_deit.py --px 224 512 --size tiny --modes infer
@@ -11,9 +12,10 @@ attention by name: "eager" writes the attention matrix, "sdpa" is torch's own ch
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -39,6 +41,15 @@ class Settings:
     attention: tuple[str, ...]
     seconds: float
     published: bool = False  # the published CUDA kernels take part
+    launch: str = "graph"  # on a GPU: "graph" or "eager"
+
+
+class Ready(NamedTuple):
+    """A subject that can be timed; `call` and `peak` are None where it did not fit in memory."""
+
+    call: Callable[[], object] | None
+    peak: int | None
+    launch: str | None
 
 
 # ---- cases
@@ -53,15 +64,52 @@ def rivals(size: str, px: int, batch: int, mode: str, settings: Settings) -> lis
     return [Subject(name, px, batch, mode, settings.precision, device, settings.compile) for name in names]
 
 
+def peaks_beforehand(groups: Sequence[Sequence[Subject]], settings: Settings) -> dict[Subject, int | None]:
+    """On a CPU, where each subject needs a process of its own; on a GPU `measure_case` finds them."""
+    if settings.device.type == "cuda":
+        return {}
+    everyone = [subject for group in groups for subject in group]
+    print(f"  peak memory of {len(everyone)} runs, each in a process of its own", flush=True)
+    return dict(zip(everyone, memory.peak_memory(everyone)))
+
+
+def ready_on_cpu(case: Sequence[Subject], peaks: Mapping[Subject, int | None]) -> dict[Subject, Ready]:
+    missing = Ready(None, None, None)
+    return {
+        subject: missing if peaks[subject] is None else Ready(subjects.build(subject), peaks[subject], "eager")
+        for subject in case
+    }
+
+
+def ready_on_gpu(case: Sequence[Subject], settings: Settings) -> dict[Subject, Ready]:
+    """All peaks first: graphs keep their memory, which the rivals of a case share."""
+    built = {subject: memory.ready_on_gpu(subject) for subject in case}
+    pool = torch.cuda.graph_pool_handle()
+    ready = {}
+    for subject, (call, peak) in built.items():
+        how = None
+        if call is not None:
+            call, how = harness.launched(call, launch_of(subject, settings), settings.device, pool)
+        ready[subject] = Ready(call, peak, how)
+    return ready
+
+
+def launch_of(subject: Subject, settings: Settings) -> str:
+    """torch.compile's modes with CUDA graphs of their own are launched as they are."""
+    return settings.launch if subject.compile in ("none", "default") else "eager"
+
+
 def measure_case(case: Sequence[Subject], peaks: Mapping[Subject, int | None], settings: Settings) -> list[dict]:
     """Time a case in turns; what did not fit in memory is left out. The first subject is compared with."""
-    calls = {subject: subjects.build(subject) for subject in case if peaks[subject] is not None}
+    ready = ready_on_gpu(case, settings) if settings.device.type == "cuda" else ready_on_cpu(case, peaks)
+    calls = {subject: one.call for subject, one in ready.items() if one.call is not None}
     timings = harness.interleave(calls, settings.device, seconds=settings.seconds)
-    return [record_of(subject, peaks[subject], timings, case[0]) for subject in case]
+    return [record_of(subject, one, timings, case[0]) for subject, one in ready.items()]
 
 
-def record_of(subject: Subject, peak: int | None, timings: dict, first: Subject) -> dict[str, object]:
-    record = subject.fields() | {"attention_backend": subjects.attention_chosen(subject), "peak_memory": peak}
+def record_of(subject: Subject, ready: Ready, timings: dict, first: Subject) -> dict[str, object]:
+    record = subject.fields() | {"attention_backend": subjects.attention_chosen(subject)}
+    record |= {"peak_memory": ready.peak, "launch": ready.launch}
     if subject not in timings:
         return record | {"seconds": None}
     timing = timings[subject]
@@ -82,7 +130,10 @@ def record_of(subject: Subject, peak: int | None, timings: dict, first: Subject)
 def growth(size: str, settings: Settings, low: int = 512, high: int = 1248) -> dict[str, object]:
     """Vim's time per token at `high` px over that at `low` px, batch 1, in turns: 1 is linear."""
     vim, batch = SIZES[size][0], 1
-    calls = {px: subjects.build(rivals(size, px, batch, "infer", settings)[0]) for px in (low, high)}
+    calls = {}
+    for px in (low, high):
+        subject = rivals(size, px, batch, "infer", settings)[0]
+        calls[px], _ = harness.launched(subjects.build(subject), launch_of(subject, settings), settings.device)
     timings = harness.interleave(calls, settings.device, seconds=settings.seconds)
     tokens = [(px // PATCH) ** 2 + 1 for px in (low, high)]
     per_turn = harness.ratio(timings[high], timings[low])
@@ -125,7 +176,14 @@ def table(records: list[dict], mode: str) -> str:
             ]
         )
     header = ["px", "batch", "model", "images/s", "quartiles", "Vim faster by", "peak beyond weights, MB"]
-    return f"### {MODE_NAMES[mode].capitalize()}\n\n{harness.markdown_table(header, rows)}"
+    parts = [f"### {MODE_NAMES[mode].capitalize()}", harness.markdown_table(header, rows), _not_captured(records, mode)]
+    return "\n\n".join(filter(None, parts))
+
+
+def _not_captured(records: list[dict], mode: str) -> str:
+    """A line that names the runs which became no CUDA graph, and why."""
+    odd = [record for record in records if record["mode"] == mode and (record["launch"] or "").startswith("eager (")]
+    return "; ".join(f"{record['px']} px, {_label(record)}: launched {record['launch']}" for record in odd)
 
 
 def figure(records: list[dict], path: Path, size: str, title: str) -> None:
@@ -180,14 +238,12 @@ def cases_of(mode: str, size: str, resolutions: Sequence[int], batch: Mapping[in
 def run(cases: Sequence[Case], settings: Settings, out: Path) -> dict[str, object]:
     """Measure cases and write vim_vs_deit_DEVICE.json, .md and one .png a size. The gate is the caller's."""
     groups = [rivals(case.size, case.px, case.batch, case.mode, settings) for case in cases]
-    everyone = [subject for group in groups for subject in group]
-    print(f"  peak memory of {len(everyone)} runs, each in a process of its own", flush=True)
-    peaks = dict(zip(everyone, memory.peak_memory(everyone)))
+    peaks = peaks_beforehand(groups, settings)
     records = []
     for case, group in zip(cases, groups):
         print(f"  {MODE_NAMES[case.mode]}, {case.size}, {case.px} px, batch {case.batch}", flush=True)
         records += measure_case(group, peaks, settings)
-    machine = harness.environment(settings.device, settings.precision) | {"compile": settings.compile}
+    machine = describe_run(settings)
     result = {"environment": machine, "measurements": records, "growth": growth("tiny", settings)}
     name = f"vim_vs_deit_{settings.device.type}"
     tables = "\n\n".join(table(records, mode) for mode in dict.fromkeys(case.mode for case in cases))
@@ -196,6 +252,12 @@ def run(cases: Sequence[Case], settings: Settings, out: Path) -> dict[str, objec
         title = f"{machine['device']}, {settings.precision}, commit {machine['commit']}"
         figure(records, out / f"{name}_{size}.png", size, title)
     return result
+
+
+def describe_run(settings: Settings) -> dict[str, object]:
+    launch = settings.launch if settings.device.type == "cuda" else "eager"
+    more = {"compile": settings.compile, "launch": launch}
+    return harness.environment(settings.device, settings.precision) | more
 
 
 def parse_batch(items: Sequence[str]) -> dict[int, int]:
@@ -218,12 +280,14 @@ def main() -> None:
     parser.add_argument("--px", nargs="+", type=int, default=list(PX))
     parser.add_argument("--batch", nargs="+", default=["224:8"], help="PX:BATCH; 1 where not given")
     parser.add_argument("--seconds", type=float, default=10.0, help="time for one case, at least 3 turns")
+    parser.add_argument("--launch", default="graph", choices=harness.LAUNCHES, help="of a GPU's kernels")
     parser.add_argument("--threads", type=int, default=0, help="torch's thread count; 0: torch's own choice")
     parser.add_argument("--out", type=Path, default=harness.RESULTS)
     args = parser.parse_args()
     harness.set_threads(args.threads)
     device = torch.device(args.device)
-    settings = Settings(device, args.precision, args.compile, tuple(args.attention), args.seconds)
+    attention = tuple(args.attention)
+    settings = Settings(device, args.precision, args.compile, attention, args.seconds, launch=args.launch)
     batch = parse_batch(args.batch)
     cases = [case for mode in args.modes for size in args.size for case in cases_of(mode, size, args.px, batch)]
     harness.require_green_tests(device)

@@ -252,10 +252,26 @@ def test_every_goal_asks_for_a_case_that_the_full_run_measures():
         ]
         figures = {"peak_memory": 1, "images_per_second": 1.0, "first_faster_by": {"median": 1.0}}
         records = [subject.fields() | figures for subject in subjects]
-        results = {"models": {"measurements": records, "growth": {"median": 1.0}}}
+        verdict = {"finite": True, "falls": True, "as_float32": True}
+        stability = {"model": "vim_tiny_patch16_224", "px": 224, "steps": 1000, "verdict": verdict}
+        models = {"measurements": records, "growth": {"median": 1.0}}
+        results = {"models": models, "stability": stability}
         unfed = [goal.work for goal in goals if goal.measure(results) is None]
         elsewhere = ("selective scan", "forward + backward of the mixer", "the same against the published")
         assert [work for work in unfed if not work.startswith(elsewhere)] == []
+
+
+def test_stability_counts_for_a_run_long_enough_of_that_model():
+    import targets
+
+    goal = targets.GPU_GOALS[-1]
+    verdict = {"finite": True, "falls": True, "as_float32": True}
+    run = {"model": "vim_tiny_patch16_224", "px": 224, "steps": 1000, "verdict": verdict}
+    assert goal.met(goal.measure({"stability": run}))
+    assert not goal.met(goal.measure({"stability": run | {"verdict": verdict | {"falls": False}}}))
+    for change in ({"steps": 100}, {"px": 64}, {"model": "vim_small_patch16_224"}):
+        assert goal.measure({"stability": run | change}) is None
+    assert goal.measure({}) is None
 
 
 # ---- a whole run, small

@@ -105,6 +105,123 @@ def test_the_build_says_what_it_lacks(tmp_path):
     assert result.returncode == 1 and f"no {tmp_path}/bin/nvcc" in result.stderr
 
 
+def test_a_build_made_before_is_used_as_it_is(tmp_path):
+    environment = {"PATH": os.environ["PATH"], "PUBLISHED_PREBUILT": str(tmp_path)}
+    script = ROOT / "benchmarks" / "build_published.sh"
+    result = subprocess.run(["bash", script], env=environment, capture_output=True, text=True)
+    assert result.returncode == 1 and "lacks one of the two extensions" in result.stderr
+    for name in ("selective_scan_cuda.abi3.so", "causal_conv1d_cuda.abi3.so"):
+        (tmp_path / name).touch()
+    result = subprocess.run(["bash", script], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and str(tmp_path) in result.stdout
+    command = [sys.executable, "-c", "import published; print(published.FOLDER)"]
+    environment |= {"PYTHONPATH": str(ROOT / "benchmarks")}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.stdout.strip() == str(tmp_path.resolve()), result.stderr
+
+
+# ---- graphs, and the part of a run that only a GPU takes
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """A device whose graphs are the calls themselves."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import harness
+
+    monkeypatch.setattr(harness, "on_side_stream", lambda call: call())
+    monkeypatch.setattr(harness, "capture", lambda call, pool=None: lambda: call())
+    monkeypatch.setattr(harness, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    return torch.device("cuda")
+
+
+def test_a_rival_that_cannot_be_captured_is_timed_eagerly_and_says_so(pretended_gpu, monkeypatch):
+    import harness
+
+    calls = []
+
+    def call():
+        calls.append(1)
+
+    graph, how = harness.launched(call, "graph", pretended_gpu)
+    assert how == "cuda graph" and len(calls) == 1 and graph is not call
+    assert harness.launched(call, "eager", pretended_gpu) == (call, "eager")
+    assert harness.launched(call, "graph", torch.device("cpu")) == (call, "eager")
+
+    def refuse(call, pool=None):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(harness, "capture", refuse)
+    kept, how = harness.launched(call, "graph", pretended_gpu)
+    assert kept is call and how == "eager (RuntimeError: operation not permitted when stream is capturing)"
+
+
+def test_a_case_on_a_gpu_measures_memory_and_time_of_one_build(pretended_gpu, monkeypatch):
+    import harness
+    import memory
+    import vim_vs_deit
+    from subjects import Subject
+
+    monkeypatch.setattr(harness, "SAMPLE_SECONDS", 0.0)
+    case = [Subject(f"vim_{size}_patch16_224", 224, 2, device="cuda") for size in ("tiny", "small", "base")]
+    built = []
+
+    def ready_on_gpu(subject):
+        built.append(subject)
+        return (None, None) if "base" in subject.name else (lambda: None, 7)
+
+    def launched(call, launch, device, pool=None):
+        assert pool == "pool"
+        return call, "cuda graph" if launch == "graph" else "eager (RuntimeError: no)"
+
+    monkeypatch.setattr(memory, "ready_on_gpu", ready_on_gpu)
+    monkeypatch.setattr(harness, "launched", launched)
+    settings = vim_vs_deit.Settings(pretended_gpu, "bfloat16", "none", (), seconds=0.0)
+    assert vim_vs_deit.peaks_beforehand([case], settings) == {}
+    records = vim_vs_deit.measure_case(case, {}, settings)
+    assert built == case
+    assert [record["peak_memory"] for record in records] == [7, 7, None]
+    assert [record["launch"] for record in records] == ["cuda graph", "cuda graph", None]
+    assert records[1]["first_faster_by"]["median"] > 0 and records[2]["seconds"] is None
+    table = vim_vs_deit.table(records, "infer")
+    assert "does not fit" in table and "RuntimeError" not in table
+    records[1]["launch"] = "eager (RuntimeError: no)"
+    assert "224 px, vim_small: launched eager (RuntimeError: no)" in vim_vs_deit.table(records, "infer")
+
+
+def test_torch_compiles_own_graphs_are_not_captured_again(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from subjects import Subject
+    from vim_vs_deit import Settings, launch_of
+
+    settings = Settings(torch.device("cuda"), "bfloat16", "none", (), 1.0)
+    modes = ("none", "default", "reduce-overhead")
+    subjects = [Subject("vim_tiny_patch16_224", 224, 1, device="cuda", compile=mode) for mode in modes]
+    assert [launch_of(subject, settings) for subject in subjects] == ["graph", "graph", "eager"]
+
+
+def test_the_gpus_tests_run_in_several_processes_where_they_can(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import harness
+
+    monkeypatch.setattr(harness.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: name)
+    assert harness._workers(torch.device("cuda")) == ["-n", "6"]
+    assert harness._workers(torch.device("cpu")) == []
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    assert harness._workers(torch.device("cuda")) == []
+
+
+def test_a_copy_without_its_repository_can_name_its_commit(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import harness
+
+    monkeypatch.setenv("BENCHMARK_COMMIT", "0123abc")
+    assert harness.commit() == "0123abc"
+
+
 def test_the_microbenchmarks_kernels_compute_what_they_count(tmp_path):
     """Under the interpreter, in a process of its own; 3 rounds."""
     program = """
@@ -141,6 +258,14 @@ def test_stability_is_judged_by_both_curves(monkeypatch):
     assert not judge([*falling[:-1], math.nan], falling)["finite"]
     assert not judge(falling[::-1], falling)["falls"]
     assert not judge([loss + 5 for loss in falling], falling)["as_float32"]
+
+
+def test_the_learning_rate_warms_up_to_its_full_height(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from stability import warmup
+
+    assert warmup(0, 1000) == pytest.approx(0.01) and warmup(25, 1000) == pytest.approx(0.505)
+    assert warmup(50, 1000) == warmup(999, 1000) == 1.0
 
 
 @pytest.mark.slow
