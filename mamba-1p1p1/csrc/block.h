@@ -4,6 +4,10 @@
 // thread waits for another between the products. The direction that comes to a tile first computes its x, the second
 // its z and the output; unless backward needs them, x is the only part of xz that is written to memory, and z and y
 // live for one tile. Backward likewise: dy by the first direction, dhidden by the second.
+//
+// With bf16_products what in_proj multiplies is rounded to bfloat16, and in backward what both projections' products
+// do; their sums and everything else are float32. out_proj stays float32 in forward because its rounding errors, as
+// large as in_proj's, would go straight into the residual stream.
 #pragma once
 
 #include "bimamba_backward.h"
@@ -12,10 +16,10 @@ namespace {
 
 // Packs the panels of several weights, dealt out to the threads of the enclosing parallel region.
 struct PanelWork {
-    void (*pack)(const float*, int64_t, int64_t, int64_t, float*);
+    void (*pack)(const float*, int64_t, int64_t, int64_t, void*);
     const float* weight;
     int64_t N, K;
-    float* packed;
+    void* packed;
 };
 
 template <int COUNT> void pack_all(const PanelWork (&work)[COUNT]) {
@@ -26,21 +30,46 @@ template <int COUNT> void pack_all(const PanelWork (&work)[COUNT]) {
 #pragma omp barrier
 }
 
+// A projection's packed weight, and whether the product rounds to bfloat16.
+struct PackedWeight {
+    bool low;
+    float* data = nullptr;
+
+    int64_t floats(int64_t elements) const { return low ? elements / 2 : elements; }
+    void take(Arena& arena, int64_t elements) { data = arena.take(floats(elements)); }
+    float* at(int64_t element) const { return data + floats(element); }
+};
+
+// Where each thread rounds a tile of a product's left operand, (TILE, width).
+struct RoundedTiles {
+    int64_t width;
+    bf16* data = nullptr;
+
+    void take(Arena& arena, int64_t threads) { data = (bf16*)arena.take(threads * TILE * width / 2); }
+    bf16* of(const PackedWeight& weight) const {
+        return weight.low ? data + omp_get_thread_num() * TILE * width : nullptr;
+    }
+};
+
+bool rounds(const BlockArguments& arguments) { return BF16_PRODUCTS && arguments.bf16_products; }
+
 struct BlockForward : BimambaForward<float> {
     const BlockArguments& block;
     const int64_t E, D;
-    float *in_panels = nullptr, *out_panels = nullptr;
+    PackedWeight in, out;
+    RoundedTiles rounded;
     float* x_all = nullptr;  // (B, L, D); where z is kept too, xz (B, L, 2 D)
     float *z_tiles = nullptr, *y_tiles = nullptr;  // (threads, TILE, D); where channels are split y is (B, L, D)
 
     BlockForward(const BlockArguments& arguments, const BimambaArguments& mixer)
-        : BimambaForward<float>(mixer), block(arguments), E(arguments.embedding), D(mixer.channels) {}
+        : BimambaForward<float>(mixer), block(arguments), E(arguments.embedding), D(mixer.channels),
+          in{rounds(arguments)}, out{false}, rounded{E} {}
 
     void pack_panels() const {
-        const float* z_weight = block.in_proj + D * E;
-        pack_all({{pack_panel, block.in_proj, D, E, in_panels},
-                  {pack_panel, z_weight, D, E, in_panels + D * E},
-                  {pack_panel, block.out_proj, E, D, out_panels}});
+        auto pack = in.low ? pack_panel<bf16> : pack_panel<float>;
+        pack_all({{pack, block.in_proj, D, E, in.at(0)},
+                  {pack, block.in_proj + D * E, D, E, in.at(D * E)},
+                  {pack_panel<float>, block.out_proj, E, D, out.data}});
     }
 
     // It is saved, or needed whole because channels are split.
@@ -49,11 +78,12 @@ struct BlockForward : BimambaForward<float> {
 
     // x (0) or z (1) of a tile.
     void project_in(int which, int64_t b, int64_t tile, float* to, int64_t step) const {
-        gemm_panels(s.tokens(tile), D, (int)E, block.hidden + (b * s.length + tile * TILE) * E, E,
-                    in_panels + which * D * E, to, step);
+        gemm_panels(s.tokens(tile), D, (int)E, block.hidden + (b * s.length + tile * TILE) * E, E, in.at(which * D * E),
+                    rounded.of(in), to, step);
     }
     void project_out(int64_t b, int64_t tile, const float* y) const {
-        gemm_panels(s.tokens(tile), E, (int)D, y, D, out_panels, block.out + (b * s.length + tile * TILE) * E, E);
+        gemm_panels(s.tokens(tile), E, (int)D, y, D, out.data, rounded.of(out),
+                    block.out + (b * s.length + tile * TILE) * E, E);
     }
 
     void run_block_tile(int64_t b, int dir, int64_t tile, float* state, float* x, bool second, int64_t slot) const {
@@ -96,8 +126,9 @@ int block_forward(const BlockArguments& arguments) {
     for (int pass = 0; pass < 2; ++pass) {
         arena.used = 0;
         op.take(arena, split, threads, !mixer.saved);
-        op.in_panels = arena.take(2 * weight);
-        op.out_panels = arena.take(weight);
+        op.in.take(arena, 2 * weight);
+        op.out.take(arena, weight);
+        op.rounded.take(arena, threads);
         op.x_all = mixer.saved ? (float*)arguments.mixer.xz : arena.take(rows * mixer.xz_token);
         op.z_tiles = arena.take(op.keeps_z() ? 0 : threads * TILE * D);
         op.y_tiles = arena.take((whole ? rows : threads * TILE) * D);
@@ -125,23 +156,27 @@ int block_forward(const BlockArguments& arguments) {
 struct BlockBackward : BackwardCall<float> {
     const BlockArguments& block;
     const int64_t E, D;
-    float *in_panels = nullptr, *out_panels = nullptr, *dy = nullptr;
+    PackedWeight in, out;
+    RoundedTiles rounded;
+    float* dy = nullptr;
 
     BlockBackward(const BlockArguments& arguments, const BimambaArguments& mixer)
-        : BackwardCall<float>(mixer), block(arguments), E(arguments.embedding), D(mixer.channels) {}
+        : BackwardCall<float>(mixer), block(arguments), E(arguments.embedding), D(mixer.channels),
+          in{rounds(arguments)}, out{rounds(arguments)}, rounded{larger(E, 2 * D)} {}
 
     void pack_panels() const {
-        pack_all({{pack_panel_transposed, block.in_proj, E, 2 * D, in_panels},
-                  {pack_panel_transposed, block.out_proj, D, E, out_panels}});
+        auto pack = in.low ? pack_panel_transposed<bf16> : pack_panel_transposed<float>;
+        pack_all({{pack, block.in_proj, E, 2 * D, in.data}, {pack, block.out_proj, D, E, out.data}});
     }
     void project_dy(int64_t b, int64_t tile) const {
         const int64_t row = b * s.length + tile * TILE;
-        gemm_panels(s.tokens(tile), D, (int)E, block.dout + row * E, E, out_panels, dy + row * D, D);
+        gemm_panels(s.tokens(tile), D, (int)E, block.dout + row * E, E, out.data, rounded.of(out), dy + row * D,
+                    D);
     }
     void project_dhidden(int64_t b, int64_t tile) const {
         const int64_t row = b * s.length + tile * TILE;
-        gemm_panels(s.tokens(tile), E, (int)(2 * D), (const float*)a.dxz + row * 2 * D, 2 * D, in_panels,
-                    block.dhidden + row * E, E);
+        gemm_panels(s.tokens(tile), E, (int)(2 * D), (const float*)a.dxz + row * 2 * D, 2 * D, in.data,
+                    rounded.of(in), block.dhidden + row * E, E);
     }
 
     template <class Run> void each_tile(Run run) const {
@@ -165,8 +200,9 @@ int block_backward(const BlockArguments& arguments) {
     for (int pass = 0; pass < 2; ++pass) {
         arena.used = 0;
         take_backward(arena, op, split, threads);
-        op.in_panels = arena.take(2 * weight);
-        op.out_panels = arena.take(weight);
+        op.in.take(arena, 2 * weight);
+        op.out.take(arena, weight);
+        op.rounded.take(arena, threads);
         op.dy = arena.take(mixer.batch * mixer.length * op.D);
         if (pass == 0 && !(arena.base = mamba_ssm_workspace(arena.used))) return 1;
     }

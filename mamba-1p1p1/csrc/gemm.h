@@ -4,7 +4,8 @@
 // strides (so it may be transposed); rows of B and C are contiguous. Serves the skinny products of the mixer (N or K of
 // about 48) better than a general library: no packing, no threads to wake.
 //
-// gemm_panels: the block's own projections, whose weights are packed first.
+// gemm_panels: the block's own projections, whose weights are packed first; float32 or, where the processor multiplies
+// and adds pairs of bfloat16, those with float32 sums.
 #pragma once
 
 #include "simd.h"
@@ -50,62 +51,115 @@ void gemm_add(int M, int N, int K, const float* A, int64_t A_row, int64_t A_col,
 }
 
 // A weight (N, K) rearranged for `gemm_panels`: panels of PANEL vectors of rows (the last may be narrower), in a panel
-// [K][vectors][VL]. N and K are multiples of VL.
+// [K][vectors][VL] float32; or, as bfloat16, [K / 2][vectors][VL] pairs of neighbours along K. N is a multiple of VL, K
+// of VL and of twice that for bfloat16.
 constexpr int PANEL = 3;
 
 INLINE int64_t panel_count(int64_t N) { return (N / VL + PANEL - 1) / PANEL; }
 INLINE int panel_vectors(int64_t N, int64_t panel) { return (int)smaller<int64_t>(PANEL, N / VL - panel * PANEL); }
 
-void pack_panel(const float* weight, int64_t N, int64_t K, int64_t panel, float* packed) {
+// How many neighbours along K a lane holds.
+template <class T> constexpr int PER_LANE = sizeof(float) / sizeof(T);
+
+// VL lanes from the VL (float) or 2 VL (bf16) floats at p.
+template <class T> INLINE vf load_lanes(const float* p);
+template <> INLINE vf load_lanes<float>(const float* p) { return load(p); }
+template <> INLINE vf load_lanes<bf16>(const float* p) {
+    bf16 pairs[2 * VL];
+    store(pairs, load(p));
+    store(pairs + VL, load(p + VL));
+    return load((const float*)pairs);
+}
+
+template <class T> void pack_panel(const float* weight, int64_t N, int64_t K, int64_t panel, void* packed) {
     const int vectors = panel_vectors(N, panel);
-    packed += panel * PANEL * VL * K;
+    float* lanes = (float*)((T*)packed + panel * PANEL * VL * K);
     for (int j = 0; j < vectors; ++j)
-        for (int64_t k = 0; k < K; k += VL) {
+        for (int64_t k = 0; k < K / PER_LANE<T>; k += VL) {
+            const float* from = weight + (panel * PANEL + j) * VL * K + k * PER_LANE<T>;
             vf rows[VL];
-            UNROLL for (int i = 0; i < VL; ++i) rows[i] = load(weight + ((panel * PANEL + j) * VL + i) * K + k);
+            UNROLL for (int i = 0; i < VL; ++i) rows[i] = load_lanes<T>(from + i * K);
             transpose(rows);
-            UNROLL for (int i = 0; i < VL; ++i) store(packed + ((k + i) * vectors + j) * VL, rows[i]);
+            UNROLL for (int i = 0; i < VL; ++i) store(lanes + ((k + i) * vectors + j) * VL, rows[i]);
         }
 }
 
-// The same from a weight (K, N).
-void pack_panel_transposed(const float* weight, int64_t N, int64_t K, int64_t panel, float* packed) {
-    const int64_t width = panel_vectors(N, panel) * VL;
-    packed += panel * PANEL * VL * K;
-    for (int64_t k = 0; k < K; ++k)
-        memcpy(packed + k * width, weight + k * N + panel * PANEL * VL, width * sizeof(float));
+// The lanes of one k from row k of a weight (K, N), or from rows k and k + 1.
+template <class T> INLINE vf load_across(const float* row, int64_t N);
+template <> INLINE vf load_across<float>(const float* row, int64_t) { return load(row); }
+template <> INLINE vf load_across<bf16>(const float* row, int64_t N) {
+    vu even = __builtin_convertvector(to_bf16(load(row)), vu);
+    vu odd = __builtin_convertvector(to_bf16(load(row + N)), vu);
+    return (vf)(even | odd << 16);
 }
 
-template <int ROWS, int VECTORS>
-INLINE void panel_block(int K, const float* A, int64_t lda, const float* B, float* C, int64_t ldc) {
+// The same from a weight (K, N).
+template <class T> void pack_panel_transposed(const float* weight, int64_t N, int64_t K, int64_t panel, void* packed) {
+    const int vectors = panel_vectors(N, panel);
+    float* lanes = (float*)((T*)packed + panel * PANEL * VL * K);
+    for (int64_t k = 0; k < K; k += PER_LANE<T>)
+        for (int j = 0; j < vectors; ++j, lanes += VL)
+            store(lanes, load_across<T>(weight + k * N + (panel * PANEL + j) * VL, N));
+}
+
+// sum + a b, where a lane of a and b holds one float32 or two bfloat16.
+template <class T> INLINE vf add_product(vf a, vf b, vf sum);
+template <> INLINE vf add_product<float>(vf a, vf b, vf sum) { return fma(a, b, sum); }
+#if SIMD_AVX512
+// Of AVX512_BF16, which not every processor with AVX-512 has: Python asks mamba_ssm_has_bf16_products before it asks
+// for this. As assembly it needs no compiler flag, which would let the compiler use such instructions everywhere.
+template <> INLINE vf add_product<bf16>(vf a, vf b, vf sum) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
+constexpr bool BF16_PRODUCTS = true;
+#else
+constexpr bool BF16_PRODUCTS = false;
+#endif
+
+template <class T, int ROWS, int VECTORS>
+INLINE void panel_block(int K, const T* A, int64_t lda, const float* B, float* C, int64_t ldc) {
     vf sum[ROWS][VECTORS] = {};
-    for (int k = 0; k < K; ++k) {
+    for (int k = 0; k < K; k += PER_LANE<T>, B += VECTORS * VL) {
         vf b[VECTORS];
-        UNROLL for (int j = 0; j < VECTORS; ++j) b[j] = load(B + (k * VECTORS + j) * VL);
+        UNROLL for (int j = 0; j < VECTORS; ++j) b[j] = load(B + j * VL);
         UNROLL for (int i = 0; i < ROWS; ++i) {
-            vf a = set1(A[i * lda + k]);
-            UNROLL for (int j = 0; j < VECTORS; ++j) sum[i][j] = fma(a, b[j], sum[i][j]);
+            vf a = broadcast(A + i * lda + k);
+            UNROLL for (int j = 0; j < VECTORS; ++j) sum[i][j] = add_product<T>(a, b[j], sum[i][j]);
         }
     }
     UNROLL for (int i = 0; i < ROWS; ++i)
         UNROLL for (int j = 0; j < VECTORS; ++j) store(C + i * ldc + j * VL, sum[i][j]);
 }
 
-template <int VECTORS>
-void panel_rows(int M, int K, const float* A, int64_t lda, const float* B, float* C, int64_t ldc) {
+template <class T, int VECTORS>
+void panel_rows(int M, int K, const T* A, int64_t lda, const float* B, float* C, int64_t ldc) {
     int m = 0;
     for (; m + GEMM_ROWS <= M; m += GEMM_ROWS)
-        panel_block<GEMM_ROWS, VECTORS>(K, A + m * lda, lda, B, C + m * ldc, ldc);
-    for (; m + 2 <= M; m += 2) panel_block<2, VECTORS>(K, A + m * lda, lda, B, C + m * ldc, ldc);
-    for (; m < M; ++m) panel_block<1, VECTORS>(K, A + m * lda, lda, B, C + m * ldc, ldc);
+        panel_block<T, GEMM_ROWS, VECTORS>(K, A + m * lda, lda, B, C + m * ldc, ldc);
+    for (; m + 2 <= M; m += 2) panel_block<T, 2, VECTORS>(K, A + m * lda, lda, B, C + m * ldc, ldc);
+    for (; m < M; ++m) panel_block<T, 1, VECTORS>(K, A + m * lda, lda, B, C + m * ldc, ldc);
 }
 
 // C (M, N) = A (M, K) times the transposed weight.
-void gemm_panels(int M, int64_t N, int K, const float* A, int64_t lda, const float* packed, float* C, int64_t ldc) {
+template <class T>
+void gemm_panels(int M, int64_t N, int K, const T* A, int64_t lda, const T* packed, float* C, int64_t ldc) {
     for (int64_t p = 0; p < panel_count(N); ++p) {
-        auto rows = panel_vectors(N, p) == 3 ? panel_rows<3> : panel_vectors(N, p) == 2 ? panel_rows<2> : panel_rows<1>;
-        rows(M, K, A, lda, packed + p * PANEL * VL * K, C + p * PANEL * VL, ldc);
+        const int vectors = panel_vectors(N, p);
+        auto rows = vectors == 3 ? panel_rows<T, 3> : vectors == 2 ? panel_rows<T, 2> : panel_rows<T, 1>;
+        rows(M, K, A, lda, (const float*)(packed + p * PANEL * VL * K), C + p * PANEL * VL, ldc);
     }
+}
+
+// The same with A in float32 and the weight in one or the other form; bfloat16 rounds A into `rounded` (M, K) first.
+void gemm_panels(int M, int64_t N, int K, const float* A, int64_t lda, const void* packed, bf16* rounded, float* C,
+                 int64_t ldc) {
+    if (!rounded) return gemm_panels(M, N, K, A, lda, (const float*)packed, C, ldc);
+#if SIMD_AVX512
+    for (int m = 0; m < M; ++m)
+        for (int k = 0; k < K; k += VL) store(rounded + m * K + k, load(A + m * lda + k));
+    gemm_panels(M, N, K, rounded, K, (const bf16*)packed, C, ldc);
+#endif
 }
 
 }  // namespace

@@ -37,6 +37,15 @@ EXPORT int mamba_ssm_has_avx512() {
 #endif
 }
 
+// And whether it multiplies and adds pairs of bfloat16 in the AVX-512 kernels.
+EXPORT int mamba_ssm_has_bf16_products() {
+#if defined(__x86_64__)
+    return mamba_ssm_has_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+    return 0;
+#endif
+}
+
 EXPORT int mamba_ssm_has_avx2() {
 #if defined(__x86_64__)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -46,4 +55,4 @@ EXPORT int mamba_ssm_has_avx2() {
 }
 
 // Python's side refuses a library of another number: an argument block that has changed would be read as rubbish.
-EXPORT int mamba_ssm_interface() { return 2; }
+EXPORT int mamba_ssm_interface() { return 3; }

@@ -44,6 +44,13 @@ template <class T> constexpr T larger(T a, T b) { return a > b ? a : b; }
 
 INLINE vf set1(float s) { return s - vf{}; }
 
+// The 32 bits at p, whatever they stand for, in every lane.
+INLINE vf broadcast(const void* p) {
+    int32_t bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    return (vf)(bits - vi{});
+}
+
 INLINE vf fma(vf a, vf b, vf c) {
 #if SIMD_AVX512
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);

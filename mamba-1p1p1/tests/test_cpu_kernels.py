@@ -143,10 +143,20 @@ def test_workspace_left_by_another_call_does_not_matter():
 # ---- the mixer with its projections ------------------------------------------------------------------------
 
 
-def check_block(B, L, E, D, N=16, R=4, W=4, conv_bias=True):
+def block_inputs(B, L, E, D):
+    """hidden, dout, in_proj, out_proj."""
     torch.manual_seed(0)
-    hidden, dout = torch.randn(B, L, E), torch.randn(B, L, E)
     in_proj, out_proj = torch.randn(2 * D, E) * E**-0.5, torch.randn(E, D) * D**-0.5
+    return torch.randn(B, L, E), torch.randn(B, L, E), in_proj, out_proj
+
+
+def check_block(B, L, E, D, N=16, R=4, W=4, conv_bias=True, bf16_products=False):
+    """With bf16_products on inputs that bfloat16 can hold, so that nothing but what is computed on the way is rounded:
+    dxz where it is multiplied for dhidden and din_proj, y for dout_proj. All else must be as exact as float32."""
+    hidden, dout, in_proj, out_proj = block_inputs(B, L, E, D)
+    if bf16_products:
+        hidden, dout, in_proj, out_proj = (t.bfloat16().float() for t in (hidden, dout, in_proj, out_proj))
+    rounded = limit(torch.bfloat16 if bf16_products else torch.float32)
     params = [direction(D, N, R, W, seed, conv_bias) for seed in (1, 2)]
     wide_params = [widened(p) for p in params]
     wide_hidden, wide_dout, wide_in, wide_out = widened((hidden, dout, in_proj, out_proj))
@@ -154,17 +164,17 @@ def check_block(B, L, E, D, N=16, R=4, W=4, conv_bias=True):
     y, _ = reference.bimamba_forward(xz, *wide_params, 0.5, False)
     dxz, *grads = reference.bimamba_backward(wide_dout @ wide_out, xz, *wide_params, 0.5, None)
     for save in (False, True):
-        out, mine_xz, saved = cpu.block_forward(hidden, in_proj, out_proj, *params, 0.5, save)
+        out, mine_xz, saved = cpu.block_forward(hidden, in_proj, out_proj, *params, 0.5, save, bf16_products)
         check(f"out, save={save}", out, y @ wide_out.t(), limit(torch.float32))
     check("xz", mine_xz, xz, limit(torch.float32))
-    mine = cpu.block_backward(dout, hidden, in_proj, out_proj, *params, 0.5, mine_xz, saved)
+    mine = cpu.block_backward(dout, hidden, in_proj, out_proj, *params, 0.5, mine_xz, saved, bf16_products)
     expected = {
         "hidden": dxz @ wide_in,
         "in_proj": dxz.flatten(0, 1).t() @ wide_hidden.flatten(0, 1),
         "out_proj": wide_dout.flatten(0, 1).t() @ y.flatten(0, 1),
     }
     for (name, want), got in zip(expected.items(), mine):
-        check(f"d{name}", got, want, limit(torch.float32))
+        check(f"d{name}", got, want, rounded)
     names = ("conv_weight", "conv_bias", "x_proj_weight", "dt_weight", "dt_bias", "A", "D")
     for side, actual, wanted in zip(("forward", "backward"), mine[3:], grads):
         for name, got, want in zip(names, actual, wanted):
@@ -191,6 +201,67 @@ def test_block_widths(isa, case):
 def test_block_threads(B, threads):
     torch.set_num_threads(threads)
     check_block(B=B, L=131, E=32, D=80)
+
+
+needs_bf16_products = pytest.mark.skipif(
+    not (ISAS and cpu.block_multiplies_bfloat16(32, 32)), reason="this processor does not multiply pairs of bfloat16"
+)
+
+
+@needs_bf16_products
+@pytest.mark.parametrize("L", [1, 2, 63, 64, 65, 197])
+def test_block_of_bfloat16_products_lengths(L):
+    check_block(B=3, L=L, E=32, D=96, bf16_products=True)
+
+
+@needs_bf16_products
+@pytest.mark.parametrize(
+    "case", [{"E": 160, "D": 32}, {"E": 64, "D": 224, "N": 5, "W": 2, "conv_bias": False}], ids=str
+)
+def test_block_of_bfloat16_products_widths(case):
+    check_block(B=2, L=37, bf16_products=True, **case)
+
+
+@needs_bf16_products
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("B", [1, 2, 3])
+def test_block_of_bfloat16_products_threads(B, threads):
+    torch.set_num_threads(threads)
+    check_block(B=B, L=131, E=32, D=64, bf16_products=True)
+
+
+@needs_bf16_products
+def test_bfloat16_products_round_to_nearest_what_they_multiply():
+    """The same as float32 products of operands rounded by torch, which differ from products of unrounded ones."""
+    hidden, dout, in_proj, out_proj = block_inputs(2, 70, 64, 96)
+    low_hidden, low_dout, low_in, low_out = (t.bfloat16().float() for t in (hidden, dout, in_proj, out_proj))
+    params = [direction(96, 16, 4, 4, seed, True) for seed in (1, 2)]
+    out, xz, saved = cpu.block_forward(hidden, in_proj, out_proj, *params, 0.5, True, True)
+    expected = cpu.block_forward(low_hidden, low_in, out_proj, *params, 0.5, True)
+    check("out", out, expected[0], 2e-6)
+    check("xz", xz, expected[1], 2e-6)
+    exact = cpu.block_forward(hidden, in_proj, out_proj, *params, 0.5, True)[1]
+    assert (xz - exact).abs().max() > 1e-3 * exact.abs().max()
+    mine = cpu.block_backward(dout, hidden, in_proj, out_proj, *params, 0.5, xz, saved, True)
+    wanted = cpu.block_backward(low_dout, low_hidden, low_in, low_out, *params, 0.5, *expected[1:])
+    for side in (3, 4):
+        for got, want in zip(mine[side], wanted[side]):
+            check("gradients of a direction", got, want, 2e-5)
+
+
+def test_bfloat16_products_that_cannot_be_had_raise(monkeypatch):
+    hidden, _, in_proj, out_proj = block_inputs(1, 3, 32, 32)
+    params = [direction(32, 16, 4, 4, seed, True) for seed in (1, 2)]
+    monkeypatch.setattr(cpu, "_isa", lambda: "avx2" if "avx2" in ISAS else "portable")
+    with pytest.raises(NotImplementedError, match="bfloat16 products of widths 32 and 32"):
+        cpu.block_forward(hidden, in_proj, out_proj, *params, 0.5, False, True)
+    assert not cpu.block_multiplies_bfloat16(32, 32)
+
+
+@needs_bf16_products
+def test_bfloat16_products_take_widths_of_whole_pairs():
+    assert cpu.block_multiplies_bfloat16(192, 384)
+    assert not cpu.block_multiplies_bfloat16(48, 96) and not cpu.block_multiplies_bfloat16(64, 80)
 
 
 def test_widths_that_the_block_does_not_serve_are_named(monkeypatch):

@@ -14,9 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import mamba_ssm as package
 from mamba_ssm import Mamba, selective_scan_fn
 from mamba_ssm.ops import backend, reference
-from mamba_ssm.ops.bimamba import DirectionParameters, _serves_block, bimamba, bimamba_block
+from mamba_ssm.ops.bimamba import DirectionParameters, _rounds_block, _serves_block, bimamba, bimamba_block
 from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
 from mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn
+
+BF16 = torch.bfloat16
 
 
 def scan_inputs(B=2, D=6, N=4, L=7, form="token", dtype=torch.float64, is_complex=False):
@@ -65,6 +67,9 @@ class Double(torch.nn.Module):
 
 needs_block = pytest.mark.skipif(
     not _serves_block(16, 32, 3, 3), reason="the CPU kernels that take the projections along are not built"
+)
+needs_bf16_products = pytest.mark.skipif(
+    not (_serves_block(32, 32, 3, 3) and _rounds_block(32, 32, 3, 3)), reason="no bfloat16 products here"
 )
 
 # ---- references against each other --------------------------------------------------------------------------
@@ -158,15 +163,15 @@ def test_mixer_registration(dtype, conv_bias):
 
 
 @needs_block
-def test_block_registration():
+@pytest.mark.parametrize("bf16_products", [False, pytest.param(True, marks=needs_bf16_products)])
+def test_block_registration(bf16_products):
     _, ahead, behind = mixer_inputs(D=32, dtype=torch.float32)
-    hidden, in_proj, out_proj = (torch.randn(s, requires_grad=True) for s in ((2, 5, 16), (64, 16), (16, 32)))
-    torch.library.opcheck(
-        torch.ops.mamba_ssm.bimamba_block.default, (hidden, in_proj, out_proj, *ahead, *behind, 0.5, True)
-    )
+    hidden, in_proj, out_proj = (torch.randn(s, requires_grad=True) for s in ((2, 5, 32), (64, 32), (32, 32)))
+    arguments = (hidden, in_proj, out_proj, *ahead, *behind, 0.5, bf16_products, True)
+    torch.library.opcheck(torch.ops.mamba_ssm.bimamba_block.default, arguments)
     plain = [None if t is None else t.detach() for t in (hidden, in_proj, out_proj, *ahead, *behind)]
-    out, xz, saved = torch.ops.mamba_ssm.bimamba_block(*plain, 0.5, True)
-    arguments = (torch.randn_like(out), *plain, xz, saved, 0.5)
+    out, xz, saved = torch.ops.mamba_ssm.bimamba_block(*plain, 0.5, bf16_products, True)
+    arguments = (torch.randn_like(out), *plain, xz, saved, 0.5, bf16_products)
     torch.library.opcheck(torch.ops.mamba_ssm.bimamba_block_backward.default, arguments)
 
 
@@ -292,15 +297,56 @@ def test_low_precision_inputs_keep_a_float32_state(dtype):
     assert (state - exact_state).abs().max() <= 2e-5 * exact_state.abs().max()
 
 
-def test_autocast_gives_bfloat16_outputs_and_float32_parameter_gradients():
+@pytest.mark.parametrize("bimamba_type, dtype", [("none", BF16), ("v1", BF16), ("v2", torch.float32)], ids=str)
+@pytest.mark.parametrize("autocast_dtype", [BF16, torch.float16], ids=str)
+def test_autocast_keeps_parameter_gradients_float32(bimamba_type, dtype, autocast_dtype):
+    """The bidirectional mixer with its projections gives what a CPU adds products up in."""
     torch.manual_seed(0)
-    for bimamba_type in ("none", "v1", "v2"):
-        module = Mamba(32, bimamba_type=bimamba_type)
-        with torch.autocast("cpu", torch.bfloat16):
-            out = module(torch.randn(2, 9, 32))
-        assert out.dtype == torch.bfloat16
+    dtype = autocast_dtype if dtype == BF16 else dtype
+    for d_model in (32, 24):  # whole vectors for the block in one, and not
+        module = Mamba(d_model, bimamba_type=bimamba_type)
+        with torch.autocast("cpu", autocast_dtype):
+            out = module(torch.randn(2, 9, d_model))
+        assert out.dtype == dtype
         out.float().square().sum().backward()
         assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("d_model", [32, 24])
+def test_autocast_stays_close_to_float32(d_model, hidden_dtype):
+    """Output and every gradient, as far as rounding the operands of four products to bfloat16 leaves them."""
+    torch.manual_seed(0)
+    module = Mamba(d_model, bimamba_type="v2", if_divide_out=True)
+    tokens = torch.randn(2, 40, d_model).to(hidden_dtype).requires_grad_()
+    dout = torch.randn(2, 40, d_model)
+
+    def run(enabled):
+        with torch.autocast("cpu", BF16, enabled=enabled):
+            out = module(tokens if enabled else tokens.float())
+        return out, *torch.autograd.grad(out, [tokens, *module.parameters()], dout)
+
+    for name, low, exact in zip(["out", "tokens", *dict(module.named_parameters())], run(True), run(False)):
+        assert (low - exact).abs().max() <= 1e-2 * exact.abs().max(), name
+
+
+def test_mixer_compiles_into_one_graph_under_autocast():
+    torch.manual_seed(0)
+    module, tokens = Mamba(32, bimamba_type="v2", if_divide_out=True), torch.randn(2, 9, 32)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", BF16):
+        out, expected = compiled(tokens), module(tokens)
+    assert out.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(out, expected)
+    dout = torch.randn_like(out)
+    grads = [torch.autograd.grad(y, list(module.parameters()), dout) for y in (out, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_autocast_leaves_a_model_in_bfloat16_alone():
+    module = Mamba(32, bimamba_type="v2").to(BF16)
+    with torch.autocast("cpu", BF16):
+        assert module(torch.randn(2, 9, 32, dtype=BF16)).dtype == BF16
 
 
 def test_the_residual_stream_is_float32():

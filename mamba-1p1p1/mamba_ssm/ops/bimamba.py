@@ -166,12 +166,13 @@ def _bimamba_block(
     A_b: Tensor,
     D_b: Tensor,
     scale: float,
+    bf16_products: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     forward = DirectionParameters(conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D)
     backward = DirectionParameters(conv_weight_b, conv_bias_b, x_proj_weight_b, dt_weight_b, dt_bias_b, A_b, D_b)
     kernels = _kernels(hidden, A, conv_weight)
-    return kernels.block_forward(hidden, in_proj, out_proj, forward, backward, scale, save)
+    return kernels.block_forward(hidden, in_proj, out_proj, forward, backward, scale, save, bf16_products)
 
 
 @_bimamba_block.register_fake
@@ -207,6 +208,7 @@ def _bimamba_block_backward(
     xz: Tensor,
     saved: Tensor,
     scale: float,
+    bf16_products: bool,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
@@ -217,7 +219,7 @@ def _bimamba_block_backward(
     check_saved(saved, _saved_bytes(kernels, xz, conv_weight, dt_weight, A))
     with torch.autocast(hidden.device.type, enabled=False):
         *projections, forward_grads, backward_grads = kernels.block_backward(
-            dout, hidden, in_proj, out_proj, forward, backward, scale, xz, saved
+            dout, hidden, in_proj, out_proj, forward, backward, scale, xz, saved, bf16_products
         )
     grads = (*projections, *forward_grads, *backward_grads)
     return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)
@@ -230,15 +232,15 @@ def _(dout, *inputs):
 
 
 def _setup_block_context(ctx, inputs, output):
-    *tensors, ctx.scale, _ = inputs
+    *tensors, ctx.scale, ctx.bf16_products, _ = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _block_autograd(ctx, dout, *_):
     *inputs, xz, saved = ctx.saved_tensors
-    grads = _bimamba_block_backward(dout, *inputs, xz, saved, ctx.scale)
-    return *(None if t is None else grad for t, grad in zip(inputs, grads)), None, None
+    grads = _bimamba_block_backward(dout, *inputs, xz, saved, ctx.scale, ctx.bf16_products)
+    return *(None if t is None else grad for t, grad in zip(inputs, grads)), None, None, None
 
 
 _bimamba_block.register_autograd(_block_autograd, setup_context=_setup_block_context)
@@ -305,22 +307,46 @@ def bimamba_block(
 ) -> Tensor:
     """`bimamba` with its two projections, without bias: out_proj(bimamba(in_proj(hidden))).
 
-    On a CPU in float32 a tile of tokens passes through all of it while it is in the cache; elsewhere it is the three of
-    them in a row.
+    On a CPU in float32 a tile of tokens passes through all of it while it is in the cache. CPU autocast of float32
+    weights keeps to this path: where the processor multiplies bfloat16 faster, the operands of in_proj and of
+    backward's products are rounded to it, and everything else is float32, the result included. Elsewhere it is the
+    three of them in a row.
 
     Args:
         hidden: (B, L, E). in_proj_weight: (2 D, E), x before z. out_proj_weight: (E, D).
         forward, backward, scale: as of `bimamba`.
 
-    Returns (B, L, E) in the dtype that `bimamba` gets.
+    Returns (B, L, E) in hidden's dtype; under autocast in float32 on a CPU and in autocast's dtype elsewhere.
     """
     inputs = (hidden, in_proj_weight, out_proj_weight)
+    if not _under_cpu_autocast(inputs, forward, backward):
+        return _block(inputs, forward, backward, scale, may_round=False)
+    may_round = torch.get_autocast_dtype("cpu") == torch.bfloat16
+    with torch.autocast("cpu", enabled=False):
+        return _block((hidden.float(), *inputs[1:]), forward, backward, scale, may_round)
+
+
+def _block(
+    inputs: tuple, forward: DirectionParameters, backward: DirectionParameters, scale: float, may_round: bool
+) -> Tensor:
+    hidden, in_proj, out_proj = inputs
     if not _runs_as_block(inputs, forward, backward):
-        return F.linear(bimamba(F.linear(hidden, in_proj_weight), forward, backward, scale), out_proj_weight)
+        return F.linear(bimamba(F.linear(hidden, in_proj), forward, backward, scale), out_proj)
     _check_block(*inputs, forward.D.shape[0])
     _check_parameters(hidden, forward, backward)
+    bf16_products = may_round and _rounds_block(hidden.shape[-1], *forward.A.shape, forward.conv_weight.shape[1])
     save = needs_grad(*inputs, *forward, *backward)
-    return _bimamba_block(*inputs, *forward, *backward, scale, save)[0]
+    return _bimamba_block(*inputs, *forward, *backward, scale, bf16_products, save)[0]
+
+
+def _under_cpu_autocast(inputs: tuple, forward: DirectionParameters, backward: DirectionParameters) -> bool:
+    """Whether autocast is on, on a CPU, for what it casts: parameters in float32, hidden in that or 16 bits."""
+    hidden, *weights = inputs
+    if hidden.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return False
+    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    return all(t is None or t.dtype == torch.float32 for t in (*weights, *forward, *backward))
 
 
 def _runs_as_block(inputs: tuple, forward: DirectionParameters, backward: DirectionParameters) -> bool:
@@ -337,6 +363,13 @@ def _serves_block(embedding: int, channels: int, d_state: int, d_conv: int) -> b
     """Whether the CPU's backend has the block in one, for these widths."""
     kernels = backend.choose("bimamba", torch.device("cpu"), torch.float32, d_state=d_state, d_conv=d_conv)
     return hasattr(kernels, "block_forward") and kernels.block_unsupported(embedding, channels) is None
+
+
+@torch.compiler.assume_constant_result
+def _rounds_block(embedding: int, channels: int, d_state: int, d_conv: int) -> bool:
+    """Whether the CPU's backend multiplies the block's projections in bfloat16, for widths that it serves."""
+    kernels = backend.choose("bimamba", torch.device("cpu"), torch.float32, d_state=d_state, d_conv=d_conv)
+    return kernels.block_multiplies_bfloat16(embedding, channels)
 
 
 def _check_block(hidden: Tensor, in_proj: Tensor, out_proj: Tensor, channels: int) -> None:

@@ -21,7 +21,7 @@ ISAS = ("avx512", "avx2", "portable")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 MAX_WIDTH, MAX_STATES = 4, 256
 _LIBRARY_STEM = "_cpu_kernels"
-INTERFACE = 2  # of the C functions and argument blocks; counted up with csrc/library.cpp
+INTERFACE = 3  # of the C functions and argument blocks; counted up with csrc/library.cpp
 
 
 def _fields(pointers: str = "", integers: str = "", doubles: str = "") -> list:
@@ -52,7 +52,7 @@ class _BlockArguments(ctypes.Structure):
 
     _fields_ = [
         ("mixer", _BimambaArguments),
-        *_fields(integers="embedding"),
+        *_fields(integers="embedding bf16_products"),
         *_fields("hidden in_proj out_proj out dout dhidden"),
     ]
 
@@ -367,13 +367,25 @@ def block_unsupported(embedding: int, channels: int) -> str | None:
     return None
 
 
-def _block_arguments(mixer: _BimambaArguments, **tensors: Tensor) -> _BlockArguments:
+def block_multiplies_bfloat16(embedding: int, channels: int) -> bool:
+    """Whether `bf16_products` of `block_forward` can be had for these widths: it takes AVX-512's bfloat16 product."""
+    both_even = embedding % (2 * _lanes()) == channels % (2 * _lanes()) == 0
+    return _isa() == "avx512" and both_even and bool(_library().mamba_ssm_has_bf16_products())
+
+
+def _block_arguments(mixer: _BimambaArguments, bf16_products: bool, **tensors: Tensor) -> _BlockArguments:
     embedding = tensors["in_proj"].shape[1]
-    return _BlockArguments(mixer=mixer, embedding=embedding, **{name: _pointer(t) for name, t in tensors.items()})
+    if bf16_products and not block_multiplies_bfloat16(embedding, mixer.channels):
+        raise NotImplementedError(f"bfloat16 products of widths {embedding} and {mixer.channels} cannot be had here")
+    pointers = {name: _pointer(tensor) for name, tensor in tensors.items()}
+    return _BlockArguments(mixer=mixer, embedding=embedding, bf16_products=bf16_products, **pointers)
 
 
-def block_forward(hidden, in_proj, out_proj, forward_params, backward_params, scale, save):
-    """out_proj(mixer(in_proj(hidden))) in float32, a tile of tokens at a time: (out (B, L, E), xz, saved)."""
+def block_forward(hidden, in_proj, out_proj, forward_params, backward_params, scale, save, bf16_products=False):
+    """out_proj(mixer(in_proj(hidden))) in float32, a tile of tokens at a time: (out (B, L, E), xz, saved).
+
+    With `bf16_products` what the two projections multiply is rounded to bfloat16; all else is float32 still.
+    """
     hidden, in_proj, out_proj = map(_plain, (hidden, in_proj, out_proj))
     parameters = [[_plain(p) for p in params] for params in (forward_params, backward_params)]
     batch, length, _ = hidden.shape
@@ -383,11 +395,14 @@ def block_forward(hidden, in_proj, out_proj, forward_params, backward_params, sc
     mixer = _mixer_arguments(batch, length, hidden.dtype, parameters, scale)
     if save:
         mixer.xz, mixer.saved = xz.data_ptr(), saved.data_ptr()
-    _call("block_forward", _block_arguments(mixer, hidden=hidden, in_proj=in_proj, out_proj=out_proj, out=out))
+    tensors = {"hidden": hidden, "in_proj": in_proj, "out_proj": out_proj, "out": out}
+    _call("block_forward", _block_arguments(mixer, bf16_products, **tensors))
     return out, xz, saved
 
 
-def block_backward(dout, hidden, in_proj, out_proj, forward_params, backward_params, scale, xz, saved):
+def block_backward(
+    dout, hidden, in_proj, out_proj, forward_params, backward_params, scale, xz, saved, bf16_products=False
+):
     """Gradients of `block_forward`: (dhidden, din_proj, dout_proj, forward gradients, backward gradients)."""
     dout, hidden, in_proj, out_proj = map(_plain, (dout, hidden, in_proj, out_proj))
     originals = (forward_params, backward_params)
@@ -399,10 +414,16 @@ def block_backward(dout, hidden, in_proj, out_proj, forward_params, backward_par
     mixer.y, mixer.dxz = y.data_ptr(), dxz.data_ptr()
     mixer.gradients = (_Direction * 2)(*(_direction(g) for g in grads))
     tensors = {"hidden": hidden, "in_proj": in_proj, "out_proj": out_proj, "dout": dout, "dhidden": dhidden}
-    _call("block_backward", _block_arguments(mixer, **tensors))
-    din_proj = dxz.flatten(0, 1).t() @ hidden.flatten(0, 1)  # (2 D, E)
-    dout_proj = dout.flatten(0, 1).t() @ y.flatten(0, 1)  # (E, D)
+    _call("block_backward", _block_arguments(mixer, bf16_products, **tensors))
+    din_proj = _over_tokens(dxz, hidden, bf16_products)  # (2 D, E)
+    dout_proj = _over_tokens(dout, y, bf16_products)  # (E, D)
     return dhidden, din_proj, dout_proj, *_cast_gradients(grads, originals)
+
+
+def _over_tokens(dout: Tensor, x: Tensor, bf16_products: bool) -> Tensor:
+    """The gradient of a projection's weight, float32: (B, L, M) and (B, L, N) to (M, N)."""
+    dout, x = (t.flatten(0, 1).to(torch.bfloat16 if bf16_products else torch.float32) for t in (dout, x))
+    return (dout.t() @ x).float()
 
 
 # ---- add and norm ------------------------------------------------------------------------------------------
