@@ -296,6 +296,7 @@ def assess(run: Run, loader) -> dict[str, Result]:
     args, results = run.args, {}
     if args.eval_weights != "ema" or run.ema is None:
         results["raw"] = run.task.evaluate(run.model, loader, args, run.world)
+    faults.while_evaluating(run.progress.step, run.world.rank)
     if args.eval_weights != "raw" and run.ema is not None:
         with run.ema.applied_to(run.model):
             results["ema"] = run.task.evaluate(run.model, loader, args, run.world)

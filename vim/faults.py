@@ -15,6 +15,7 @@
 | `sigterm`, `sigusr1`, `sigint` | the signal, to the process itself |
 | `disk-full` | "no space left on device" half way through writing the checkpoint of this step |
 | `kill-writing` | SIGKILL half way through writing the checkpoint of this step |
+| `kill-evaluating` | SIGKILL in the evaluation that follows this many steps |
 
 A process that a launcher has started again is left in peace, else no run would get past its fault.
 """
@@ -33,7 +34,7 @@ VARIABLE = "VIM_FAULT"
 SIGNALS = {"sigterm": signal.SIGTERM, "sigusr1": signal.SIGUSR1, "sigint": signal.SIGINT, "kill": signal.SIGKILL}
 BEFORE = ("raise-before", "oom", "hang", *SIGNALS)
 WRITING = ("disk-full", "kill-writing")
-KINDS = (*BEFORE, "raise-inside", "raise-after", "nan", *WRITING)
+KINDS = (*BEFORE, "raise-inside", "raise-after", "nan", *WRITING, "kill-evaluating")
 
 
 class InjectedError(RuntimeError):
@@ -93,6 +94,12 @@ def after_exchange(step: int, rank: int) -> None:
     """Break what comes after the ranks have agreed on a step."""
     if due(("raise-after",), step, rank):
         raise InjectedError(f"{VARIABLE}: after the exchange of step {step}")
+
+
+def while_evaluating(step: int, rank: int) -> None:
+    """Break the evaluation of a model of `step` steps."""
+    if due(("kill-evaluating",), step, rank):
+        signal.raise_signal(signal.SIGKILL)
 
 
 def while_writing(step: int) -> None:
