@@ -14,11 +14,10 @@ from det.data import build_datasets, collate
 from det.drawing import save_pictures
 from det.evaluation import DetectionResult, evaluate
 from det.model import Detector
-from distributed import EXIT_DONE, World, together
-from engine import Run, build_val_loader
-from main import run_program, saved_weights, train
+from distributed import World, together
+from engine import Run
+from main import evaluate_saved, run_program, train
 from report import RunLog
-from task import in_words
 
 
 class Detection:
@@ -58,19 +57,8 @@ def execute(args, world: World) -> int:
         log.say(data.description)
         model = build_detector(args, data.num_classes, log.say).to(world.device)
     if args.eval:
-        return evaluate_checkpoint(args, world, model, data, task, log)
+        return evaluate_saved(args, world, model, task, data, log)
     return train(assemble(args, world, model, data, task), data, log)
-
-
-def evaluate_checkpoint(args, world: World, model: nn.Module, data: DataBundle, task: Detection, log: RunLog) -> int:
-    """`--eval`: the sets of `--eval-weights` that the file of `--resume` holds."""
-    loader = build_val_loader(data.val, args, world, task.collate)
-    results = {}
-    for name, file in saved_weights(args, model):  # noqa: B007 - they are of one file
-        results[name] = task.evaluate(model, loader, args, world)
-    log.say(f"{file}: {len(data.val):,} images; {in_words(results)}")
-    task.pictures(log, next(iter(results.values())), data)
-    return EXIT_DONE
 
 
 def build_detector(args, num_classes: int, say) -> Detector:

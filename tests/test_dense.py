@@ -1,5 +1,6 @@
 """Backbones for dense prediction: where maps are taken, any image size, weights of classifiers, layer-wise decay."""
 
+from argparse import Namespace
 from copy import deepcopy
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 import tiny  # noqa: F401  (registers the tests' model)
 from arguments import COMMON_FLAGS, ConfigError, Program, parse_args
 from checkpoint import CheckpointError
-from dense import Backbone, DenseModel, build_backbone, choose_taps, load_backbone
+from dense import Backbone, DenseModel, build_backbone, choose_taps, load_backbone, moved_slots
 from models_mamba import VisionMamba, resample_pos_embed, split_cls_tokens
 from optim import build_optimizer
 
@@ -169,6 +170,7 @@ def test_a_classifiers_weights_fit_at_another_size(tmp_path):
     for name, value in backbone.model.state_dict().items():
         assert name == "pos_embed" or torch.equal(value, model.state_dict()[name]), name
     assert "pos_embed resampled from 4 x 4 to 8 x 6 (grid)" in said
+    assert "(grid); class token's slot 8 of 17 taken out, now 24 of 49; left out" in said
     assert said.endswith("left out: head, norm_f") and "SHA-256" in said
 
 
@@ -193,6 +195,34 @@ def test_a_dense_models_backbone_can_be_taken(tmp_path):
     backbone, said = load(tmp_path / "dense.pth", 16)
     assert all(torch.equal(a, b) for a, b in zip(backbone.state_dict().values(), source.state_dict().values()))
     assert said.endswith("left out: head")
+
+
+@pytest.mark.parametrize(("design", "said"), [
+    ("double", "class token's slot 0 and 17 of 18 taken out, now 0 and 49 of 50"),
+    ("head", "class token's slot 0 of 17 taken out, now 0 of 49"),
+    ("none", ""),
+])  # fmt: skip
+def test_the_log_says_which_slots_are_the_class_tokens(design, said):
+    model = vim(cls_token=design, img_size=(64, 48), global_pool="mean" if design == "none" else "token")
+    before = vim(cls_token=design, global_pool="mean" if design == "none" else "token").pos_embed
+    assert moved_slots(model, before) == said
+
+
+def test_a_rectangles_grid_comes_from_its_file(tmp_path):
+    """36 patches that are 4 x 9, not 6 x 6: of a classifier and of a dense model."""
+    size, small = (16, 36), (16, 16)
+    model = timm.create_model("vim_two_blocks", img_size=size, num_classes=7)
+    expected = resample_pos_embed(model.pos_embed, (4, 4), "middle", (4, 9))
+    args = Namespace(model="vim_two_blocks", input_size=size, num_classes=7)
+    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "classifier.pth")
+    state = {f"backbone.model.{name}": value for name, value in model.state_dict().items() if "head" not in name}
+    state = {name: value for name, value in state.items() if "norm_f" not in name}
+    for key in ("crop_size", "input_size"):
+        torch.save({"model": state, "args": Namespace(**{key: size})}, tmp_path / f"{key}.pth")
+    for file in ("classifier", "crop_size", "input_size"):
+        backbone, said = load(tmp_path / f"{file}.pth", small)
+        assert torch.equal(backbone.model.pos_embed, expected), file
+        assert "from 4 x 9 to 4 x 4" in said
 
 
 def test_another_models_weights_are_refused(tmp_path):

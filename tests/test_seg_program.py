@@ -123,7 +123,8 @@ def test_a_classifiers_weights_become_the_backbones(tmp_path, folder, capsys):
     capsys.readouterr()
     assert seg("--data-path", folder, "--finetune", weights, "--epochs", 1) == 0
     said = capsys.readouterr().out
-    assert "pos_embed resampled from 2 x 2 to 6 x 6 (grid); left out: head, norm_f" in said
+    assert "pos_embed resampled from 2 x 2 to 6 x 6 (grid); class token's slot 2 of 5 taken out, now 18 of 37; " in said
+    assert "; left out: head, norm_f" in said
 
 
 def test_layer_decay_matches_every_block():

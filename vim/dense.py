@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from arguments import ConfigError
 from build import as_config_error, check_model_name, create_model, is_vim
-from checkpoint import CheckpointError, load_weights, read_checkpoint
+from checkpoint import Checkpoint, CheckpointError, load_weights, read_checkpoint
+from hub import grid_of
+from models_mamba import cls_token_positions
 
 PREFIX = "backbone."
 
@@ -158,21 +160,48 @@ def load_backbone(args, backbone: Backbone, say=print) -> None:
     checkpoint = read_checkpoint(args.finetune, args.trust_checkpoint)
     weights = checkpoint.weights("model")
     inner = f"{PREFIX}model."
-    if any(name.startswith(inner) for name in weights):
+    dense = any(name.startswith(inner) for name in weights)
+    if dense:
         useless = [name for name in weights if not name.startswith(inner)]
         weights = {name.removeprefix(inner): value for name, value in weights.items() if name.startswith(inner)}
     else:
         useless = [name for name in weights if _after_the_maps(backbone, name)]
         weights = {name: value for name, value in weights.items() if name not in useless}
+    grid = dense_grid(checkpoint, weights) if dense else grid_of(checkpoint)
+    before = weights.get("pos_embed")
     try:
-        report = load_weights(backbone.model, weights, "finetune", args.pos_embed_resize)
+        report = load_weights(backbone.model, weights, "finetune", args.pos_embed_resize, grid)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}; is it of --model {args.model}?") from error
     left_out = ", ".join(dict.fromkeys(name.rpartition(".")[0] or name for name in useless))
-    say(
-        f"backbone from {checkpoint.path} (SHA-256 {checkpoint.sha256[:16]}...): {report}"
-        + (f"; left out: {left_out}" if left_out else "")
-    )
+    slots = moved_slots(backbone.model, before) if report.pos_embed and args.pos_embed_resize == "grid" else ""
+    said = [str(report), slots, f"left out: {left_out}" if left_out else ""]
+    say(f"backbone from {checkpoint.path} (SHA-256 {checkpoint.sha256[:16]}...): {'; '.join(filter(None, said))}")
+
+
+def dense_grid(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> tuple[int, int] | None:
+    """(H, W) of the grid that a dense model's file was trained on; None for a square, which needs no telling.
+
+    The size is among the run's arguments, and the stride is the one that gives as many patches as there are.
+    """
+    size = getattr(checkpoint.args, "crop_size", None) or getattr(checkpoint.args, "input_size", None)
+    if size is None or isinstance(size, int) or "pos_embed" not in weights:
+        return None
+    patches = weights["pos_embed"].shape[1] - sum(name.startswith("cls_token") for name in weights)
+    grids = (tuple(-(-side // stride) for side in size) for stride in range(1, max(size) + 1))
+    return next((grid for grid in grids if grid[0] * grid[1] == patches), None)
+
+
+def moved_slots(model: nn.Module, before: Tensor) -> str:
+    """Where a Vim's class tokens stood in position embeddings (1, L, E), and where they stand now; "" without any."""
+    if not hasattr(model, "cls_token_design"):
+        return ""
+    places = []
+    for length in (before.shape[1], model.pos_embed.shape[1]):
+        patches = length - model.pos_embed.shape[1] + model.patch_embed.num_patches  # as many slots in both
+        found = cls_token_positions(model.cls_token_design, patches)
+        places.append(f"{' and '.join(map(str, found))} of {length}")
+    return f"class token's slot {places[0]} taken out, now {places[1]}" if found else ""
 
 
 def _after_the_maps(backbone: Backbone, name: str) -> bool:
