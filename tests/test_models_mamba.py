@@ -250,6 +250,21 @@ def test_position_embeddings_resample_around_the_class_token(old, new):
     assert resample_pos_embed(pos_embed, old, "middle", old) is pos_embed
 
 
+@pytest.mark.parametrize("size, patch", [((32, 32), (8, 8)), ((33, 47), (8, 16)), ((7, 5), (7, 5))])
+def test_disjoint_patches_are_those_of_the_strided_convolution(size, patch):
+    """What a GPU runs, on a CPU in float64: a remainder is cut off, and gradients reach weight and image."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 3, *patch), (5,)))
+    out = models_mamba.embed_disjoint_patches(x, weight, bias)
+    right = torch.nn.functional.conv2d(x, weight, bias, patch)
+    assert torch.allclose(out, right, rtol=0, atol=1e-12 * right.abs().max().item())
+    assert out.flatten(2).transpose(1, 2).is_contiguous()  # tokens x channels in memory
+    incoming = torch.randn_like(right)
+    for grad, expected in zip(*(torch.autograd.grad(o, (x, weight, bias), incoming) for o in (out, right))):
+        assert torch.allclose(grad, expected, rtol=0, atol=1e-12 * expected.abs().max().item())
+
+
 def test_dynamic_image_size_equals_a_model_built_for_it():
     torch.manual_seed(0)
     dynamic = VisionMamba(**NANO | {"dynamic_img_size": True}).eval()

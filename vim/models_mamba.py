@@ -25,7 +25,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrained import TAG, opening_weights, published_weights
+from pretrained import TAG, opening_weights, published_weights, read_copy
 
 try:
     from mamba_ssm.modules.mamba_simple import BIMAMBA_TYPES, Mamba
@@ -116,6 +116,20 @@ def resample_pos_embed(
     return insert_cls_tokens(grid, cls, cls_token)
 
 
+def embed_disjoint_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.conv2d with a stride of the patch size, as a product of pixels gathered by patch: (B, E, H, W) channels-last.
+
+    x (B, C, height, width), its sides cut to whole patches; weight (E, C, patch height, patch width). For a GPU,
+    where cuDNN would convert the image to channels-last: 0.29 of the 0.57 ms that 128 images of 224 px took on an H200.
+    """
+    patch = weight.shape[2:]
+    height, width = (side // size for side, size in zip(x.shape[2:], patch))
+    x = x[:, :, : height * patch[0], : width * patch[1]]
+    x = x.unflatten(3, (width, patch[1])).unflatten(2, (height, patch[0]))  # (B, C, H, ., W, .)
+    pixels = x.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, H, W, C * patch)
+    return F.conv2d(pixels.permute(0, 3, 1, 2), weight.flatten(1)[:, :, None, None], bias)
+
+
 class PatchEmbed(nn.Module):
     """Image (B, C, height, width) to patches (B, M, E), overlapping if the stride is below the patch size."""
 
@@ -151,7 +165,12 @@ class PatchEmbed(nn.Module):
         # the logits' error, at 2 % of the arithmetic.
         kind = x.device.type
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-            return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+            x = x.to(self.proj.weight.dtype)
+            if x.is_cuda and self.stride == self.patch_size:
+                patches = embed_disjoint_patches(x, self.proj.weight, self.proj.bias)
+            else:
+                patches = self.proj(x)
+            return patches.flatten(2).transpose(1, 2)
 
 
 class AddNorm(nn.Module):
@@ -553,12 +572,17 @@ def _register(name: str, arguments: dict) -> None:
     weights = published_weights(name)
     take = partial(checkpoint_filter_fn, entry=weights.entry) if weights else checkpoint_filter_fn
 
-    def entrypoint(pretrained: bool = False, **kwargs) -> VisionMamba:
+    def entrypoint(pretrained: bool = False, pretrained_cfg_overlay: dict | None = None, **kwargs) -> VisionMamba:
         with opening_weights(name):
-            return build_model_with_cfg(
+            copied = read_copy(pretrained_cfg_overlay) if pretrained else {}
+            model = build_model_with_cfg(
                 VisionMamba, name, pretrained, pretrained_filter_fn=take,
+                pretrained_cfg_overlay=(pretrained_cfg_overlay or {}) | copied,
                 feature_cfg={"out_indices": 3, "feature_cls": "getter"}, **(arguments | kwargs),
             )  # fmt: skip
+        for module in model.modules() if copied else ():  # a feature extractor holds the model; neither keeps the file
+            getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
+        return model
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__doc__ = f"`VisionMamba` with {arguments}, and whatever else its constructor takes."
