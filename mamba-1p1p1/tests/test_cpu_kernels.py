@@ -249,13 +249,19 @@ def test_bfloat16_products_round_to_nearest_what_they_multiply():
             check("gradients of a direction", got, want, 2e-5)
 
 
-def test_bfloat16_products_that_cannot_be_had_raise(monkeypatch):
-    hidden, _, in_proj, out_proj = block_inputs(1, 3, 32, 32)
-    params = [direction(32, 16, 4, 4, seed, True) for seed in (1, 2)]
-    monkeypatch.setattr(cpu, "_isa", lambda: "avx2" if "avx2" in ISAS else "portable")
-    with pytest.raises(NotImplementedError, match="bfloat16 products of widths 32 and 32"):
-        cpu.block_forward(hidden, in_proj, out_proj, *params, 0.5, False, True)
-    assert not cpu.block_multiplies_bfloat16(32, 32)
+@pytest.mark.parametrize("E, D", [(32, 64), (48, 80)])
+def test_bfloat16_products_that_cannot_be_had_are_float32(monkeypatch, E, D):
+    """Another instruction set, or half a pair of vectors."""
+    if E == 32:
+        monkeypatch.setenv(cpu.ISA_VARIABLE, "avx2" if "avx2" in ISAS else "portable")
+    hidden, dout, in_proj, out_proj = block_inputs(2, 37, E, D)
+    params = [direction(D, 16, 4, 4, seed, True) for seed in (1, 2)]
+    results = []
+    for allowed in (False, True):
+        out, xz, saved = cpu.block_forward(hidden, in_proj, out_proj, *params, 0.5, True, allowed)
+        grads = cpu.block_backward(dout, hidden, in_proj, out_proj, *params, 0.5, xz, saved, allowed)
+        results.append([out, xz, *grads[:3], *grads[3], *grads[4]])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 @needs_bf16_products

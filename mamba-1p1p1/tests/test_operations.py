@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mamba_ssm as package
 from mamba_ssm import Mamba, selective_scan_fn
 from mamba_ssm.ops import backend, reference
-from mamba_ssm.ops.bimamba import DirectionParameters, _rounds_block, _serves_block, bimamba, bimamba_block
+from mamba_ssm.ops.bimamba import DirectionParameters, _serves_block, bimamba, bimamba_block
 from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
 from mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn
 
@@ -67,9 +67,6 @@ class Double(torch.nn.Module):
 
 needs_block = pytest.mark.skipif(
     not _serves_block(16, 32, 3, 3), reason="the CPU kernels that take the projections along are not built"
-)
-needs_bf16_products = pytest.mark.skipif(
-    not (_serves_block(32, 32, 3, 3) and _rounds_block(32, 32, 3, 3)), reason="no bfloat16 products here"
 )
 
 # ---- references against each other --------------------------------------------------------------------------
@@ -163,7 +160,7 @@ def test_mixer_registration(dtype, conv_bias):
 
 
 @needs_block
-@pytest.mark.parametrize("bf16_products", [False, pytest.param(True, marks=needs_bf16_products)])
+@pytest.mark.parametrize("bf16_products", [False, True])
 def test_block_registration(bf16_products):
     _, ahead, behind = mixer_inputs(D=32, dtype=torch.float32)
     hidden, in_proj, out_proj = (torch.randn(s, requires_grad=True) for s in ((2, 5, 32), (64, 32), (32, 32)))

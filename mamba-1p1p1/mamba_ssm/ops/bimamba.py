@@ -320,21 +320,20 @@ def bimamba_block(
     """
     inputs = (hidden, in_proj_weight, out_proj_weight)
     if not _under_cpu_autocast(inputs, forward, backward):
-        return _block(inputs, forward, backward, scale, may_round=False)
-    may_round = torch.get_autocast_dtype("cpu") == torch.bfloat16
+        return _block(inputs, forward, backward, scale, bf16_products=False)
+    bf16_products = torch.get_autocast_dtype("cpu") == torch.bfloat16
     with torch.autocast("cpu", enabled=False):
-        return _block((hidden.float(), *inputs[1:]), forward, backward, scale, may_round)
+        return _block((hidden.float(), *inputs[1:]), forward, backward, scale, bf16_products)
 
 
 def _block(
-    inputs: tuple, forward: DirectionParameters, backward: DirectionParameters, scale: float, may_round: bool
+    inputs: tuple, forward: DirectionParameters, backward: DirectionParameters, scale: float, bf16_products: bool
 ) -> Tensor:
     hidden, in_proj, out_proj = inputs
     if not _runs_as_block(inputs, forward, backward):
         return F.linear(bimamba(F.linear(hidden, in_proj), forward, backward, scale), out_proj)
     _check_block(*inputs, forward.D.shape[0])
     _check_parameters(hidden, forward, backward)
-    bf16_products = may_round and _rounds_block(hidden.shape[-1], *forward.A.shape, forward.conv_weight.shape[1])
     save = needs_grad(*inputs, *forward, *backward)
     return _bimamba_block(*inputs, *forward, *backward, scale, bf16_products, save)[0]
 
@@ -363,13 +362,6 @@ def _serves_block(embedding: int, channels: int, d_state: int, d_conv: int) -> b
     """Whether the CPU's backend has the block in one, for these widths."""
     kernels = backend.choose("bimamba", torch.device("cpu"), torch.float32, d_state=d_state, d_conv=d_conv)
     return hasattr(kernels, "block_forward") and kernels.block_unsupported(embedding, channels) is None
-
-
-@torch.compiler.assume_constant_result
-def _rounds_block(embedding: int, channels: int, d_state: int, d_conv: int) -> bool:
-    """Whether the CPU's backend multiplies the block's projections in bfloat16, for widths that it serves."""
-    kernels = backend.choose("bimamba", torch.device("cpu"), torch.float32, d_state=d_state, d_conv=d_conv)
-    return kernels.block_multiplies_bfloat16(embedding, channels)
 
 
 def _check_block(hidden: Tensor, in_proj: Tensor, out_proj: Tensor, channels: int) -> None:

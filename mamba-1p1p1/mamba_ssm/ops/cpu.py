@@ -368,15 +368,13 @@ def block_unsupported(embedding: int, channels: int) -> str | None:
 
 
 def block_multiplies_bfloat16(embedding: int, channels: int) -> bool:
-    """Whether `bf16_products` of `block_forward` can be had for these widths: it takes AVX-512's bfloat16 product."""
+    """Whether `bf16_products` makes a difference here: it takes the processor's product of bfloat16 pairs."""
     both_even = embedding % (2 * _lanes()) == channels % (2 * _lanes()) == 0
     return _isa() == "avx512" and both_even and bool(_library().mamba_ssm_has_bf16_products())
 
 
 def _block_arguments(mixer: _BimambaArguments, bf16_products: bool, **tensors: Tensor) -> _BlockArguments:
     embedding = tensors["in_proj"].shape[1]
-    if bf16_products and not block_multiplies_bfloat16(embedding, mixer.channels):
-        raise NotImplementedError(f"bfloat16 products of widths {embedding} and {mixer.channels} cannot be had here")
     pointers = {name: _pointer(tensor) for name, tensor in tensors.items()}
     return _BlockArguments(mixer=mixer, embedding=embedding, bf16_products=bf16_products, **pointers)
 
@@ -384,8 +382,10 @@ def _block_arguments(mixer: _BimambaArguments, bf16_products: bool, **tensors: T
 def block_forward(hidden, in_proj, out_proj, forward_params, backward_params, scale, save, bf16_products=False):
     """out_proj(mixer(in_proj(hidden))) in float32, a tile of tokens at a time: (out (B, L, E), xz, saved).
 
-    With `bf16_products` what the two projections multiply is rounded to bfloat16; all else is float32 still.
+    `bf16_products` allows bfloat16 where the processor multiplies it faster: what in_proj multiplies, and in backward
+    both projections' products, is rounded to it.
     """
+    bf16_products = bf16_products and block_multiplies_bfloat16(*out_proj.shape)
     hidden, in_proj, out_proj = map(_plain, (hidden, in_proj, out_proj))
     parameters = [[_plain(p) for p in params] for params in (forward_params, backward_params)]
     batch, length, _ = hidden.shape
@@ -404,6 +404,7 @@ def block_backward(
     dout, hidden, in_proj, out_proj, forward_params, backward_params, scale, xz, saved, bf16_products=False
 ):
     """Gradients of `block_forward`: (dhidden, din_proj, dout_proj, forward gradients, backward gradients)."""
+    bf16_products = bf16_products and block_multiplies_bfloat16(*out_proj.shape)
     dout, hidden, in_proj, out_proj = map(_plain, (dout, hidden, in_proj, out_proj))
     originals = (forward_params, backward_params)
     parameters = [[_plain(p) for p in params] for params in originals]
