@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 import hub
 import main
@@ -93,12 +94,19 @@ def test_offline_says_what_to_do(hub_cache):
         timm.create_model("vim_tiny_patch16_224", pretrained=True, **SMALL)
 
 
-def test_a_copied_file_serves_as_pretrained_weights(tmp_path):
-    torch.save(published_state("vim_tiny_patch16_224"), tmp_path / "copied.pth")
-    overlay = {"file": str(tmp_path / "copied.pth")}
-    model = timm.create_model("vim_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
-    # timm's own reader prefers the average where a file has both.
-    assert torch.equal(model.head.weight, published_state("vim_tiny_patch16_224")["model_ema"]["head.weight"])
+@pytest.mark.parametrize("name", ["vim_tiny_patch16_224", "vim_base_patch16_224"])
+def test_a_copied_file_serves_as_pretrained_weights(tmp_path, name):
+    """With the weights that the Hub's file gives: timm's own reader would take the average of either."""
+    state = published_state(name)
+    torch.save(state, tmp_path / "copied.pth")
+    save_file(state["model"], tmp_path / "copied.safetensors")
+    for file, entry in (("copied.pth", PUBLISHED[name].entry), ("copied.safetensors", "model")):
+        arguments = SMALL | {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / file)}}
+        model = timm.create_model(name, **arguments)
+        assert torch.equal(model.head.weight, state[entry]["head.weight"])
+        extractor = timm.create_model(name, features_only=True, out_indices=(0,), **arguments).model
+        assert torch.equal(extractor.cls_token, state[entry]["cls_token"])
+        assert not model.pretrained_cfg.get("state_dict") and not extractor.pretrained_cfg.get("state_dict")
 
 
 @pytest.mark.parametrize("address", ["hf-hub:hustvl/Vim-small-midclstok", "hf-hub:someone/else/weights.pth"])
@@ -209,19 +217,21 @@ def test_an_export_into_a_file_is_one_line(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_fine_tuning_from_a_rectangle_finds_its_grid_in_the_file(tmp_path, capsys):
+def test_fine_tuning_from_a_rectangle_on_the_hub_finds_its_grid_in_the_file(tmp_path, hub_cache, capsys):
     model = timm.create_model("vim_two_blocks", img_size=(8, 12), num_classes=10)
     args = argparse.Namespace(model="vim_two_blocks", input_size=(8, 12), num_classes=10)
-    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "rectangle.pth")
-    assert hub.grid_of(read_checkpoint(tmp_path / "rectangle.pth")) == (2, 3)
+    file = hub_cache("someone/else", "rectangle.pth", {"model": model.state_dict(), "args": args})
+    assert hub.grid_of(read_checkpoint(file)) == (2, 3)
     assert hub.grid_of(read_checkpoint(write_checkpoint(tmp_path))) is None
     resnet = {"model": timm.create_model("resnet18").state_dict(), "args": argparse.Namespace(
         model="resnet18", input_size=(64, 96))}  # fmt: skip
     torch.save(resnet, tmp_path / "resnet.pth")
     assert hub.grid_of(read_checkpoint(tmp_path / "resnet.pth")) is None, "it has no position embeddings"
-    flags = f"{QUICK} --epochs 1 --input-size 16x8 --no-model-ema --finetune {tmp_path / 'rectangle.pth'}"
+    flags = f"{QUICK} --epochs 1 --input-size 16x8 --no-model-ema --finetune hf-hub:someone/else/rectangle.pth"
     assert main.main(flags.split()) == 0
-    assert "pos_embed resampled from 2 x 3 to 4 x 2" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "pos_embed resampled from 2 x 3 to 4 x 2" in text
+    assert f"rectangle.pth (SHA-256 {read_checkpoint(file).sha256[:16]}...)" in text
 
 
 def test_push_uploads_the_same_folder(tmp_path, monkeypatch, capsys):

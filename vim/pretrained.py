@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors.torch import load_file
 
 TAG = "hustvl_in1k"
 
@@ -37,6 +38,20 @@ PUBLISHED = {
 def published_weights(name: str) -> PublishedWeights | None:
     """The weights of a registered name, long or short; None where none were published."""
     return PUBLISHED.get(name.split("_bimambav2")[0])
+
+
+def read_copy(overlay: dict | None) -> dict:
+    """What `pretrained_cfg_overlay={"file": PATH}` has to say besides, so that a copied file gives the same weights.
+
+    timm's own reader of files takes the average of a file that has one; its readers of the Hub and of a state dict
+    leave the choice to the model.
+    """
+    path = (overlay or {}).get("file")
+    if not path:
+        return {}
+    if str(path).endswith(".safetensors"):
+        return {"state_dict": load_file(path)}
+    return {"state_dict": torch.load(path, map_location="cpu", weights_only=True)}
 
 
 @contextmanager
