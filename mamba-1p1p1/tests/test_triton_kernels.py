@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mamba_ssm.modules import mamba_simple
 from mamba_ssm.ops import bimamba, reference
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
@@ -310,6 +311,16 @@ def test_parameters_of_any_dtype_are_read_as_they_are():
     for grad, right in zip(grads[0] + grads[1], expected[0] + expected[1]):
         assert grad.dtype == torch.bfloat16
         assert relative_error(grad, right.double().cpu()) <= tolerance(torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_directions_A_at_once_is_the_same(dtype):
+    A_logs = [Draw()(6, 4, dtype=dtype).requires_grad_() for _ in range(2)]
+    together, alone = mamba_simple._negative_exps_together(A_logs), [mamba_simple._negative_exp(A) for A in A_logs]
+    incoming = [Draw()(6, 4) for _ in range(2)]
+    grads, expected = (torch.autograd.grad(As, A_logs, incoming) for As in (together, alone))
+    for actual, right in zip((*together, *grads), (*alone, *expected)):
+        torch.testing.assert_close(actual, right)
 
 
 class DeviceWork(TorchDispatchMode):

@@ -138,18 +138,18 @@ class Mamba(nn.Module):
         dt = torch.exp(uniform * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)).clamp(min=dt_init_floor)
         dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse softplus
 
-    def _parameters_of(self, suffix: str) -> DirectionParameters:
+    def _parameters_of(self, suffix: str, A: Tensor) -> DirectionParameters:
         """The parameters of the forward ("") or backward ("_b") direction of "v2"."""
         conv, x_proj, dt_proj = (getattr(self, name + suffix) for name in ("conv1d", "x_proj", "dt_proj"))
-        A_log = self.A_b_log if suffix else self.A_log
         return DirectionParameters(
-            conv.weight.squeeze(1), conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias,
-            _negative_exp(A_log), getattr(self, "D" + suffix),
+            conv.weight.squeeze(1), conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A,
+            getattr(self, "D" + suffix),
         )  # fmt: skip
 
     def _mix_v2(self, hidden_states: Tensor) -> Tensor:
         """The mixer "v2" with its projections: (B, L, E) -> (B, L, E)."""
-        directions = self._parameters_of(""), self._parameters_of("_b")
+        A, A_b = _negative_exps([self.A_log, self.A_b_log])
+        directions = self._parameters_of("", A), self._parameters_of("_b", A_b)
         scale = 0.5 if self.if_divide_out else 1.0
         if self.use_fast_path and _is_plain(self.in_proj) and _is_plain(self.out_proj):
             return bimamba_block(hidden_states, self.in_proj.weight, self.out_proj.weight, *directions, scale)
@@ -246,4 +246,19 @@ def _is_plain(linear: nn.Module) -> bool:
 
 def _negative_exp(A_log: Tensor) -> Tensor:
     """A = -exp(A_log), float32 at least."""
-    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+    return -torch.exp(_at_least_float32(A_log))
+
+
+def _negative_exps(A_logs: list[Tensor]) -> list[Tensor]:
+    """`_negative_exp` of several. On a GPU two launches serve all; a compiler fuses them by itself."""
+    if A_logs[0].is_cuda and not torch.compiler.is_compiling():
+        return _negative_exps_together(A_logs)
+    return [_negative_exp(A_log) for A_log in A_logs]
+
+
+def _negative_exps_together(A_logs: list[Tensor]) -> list[Tensor]:
+    return torch._foreach_neg(torch._foreach_exp([_at_least_float32(A_log) for A_log in A_logs]))
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
