@@ -234,6 +234,13 @@ def test_fine_tuning_from_a_rectangle_on_the_hub_finds_its_grid_in_the_file(tmp_
     assert f"rectangle.pth (SHA-256 {read_checkpoint(file).sha256[:16]}...)" in text
 
 
+def test_a_text_file_is_no_checkpoint(tmp_path, capsys):
+    (tmp_path / "text.pth").write_text("hello\n")
+    assert hub.main(["inspect", str(tmp_path / "text.pth")]) == 4
+    error = capsys.readouterr().err
+    assert "text.pth is damaged or no checkpoint (cut short?): KeyError: " in error and error.count("\n") == 1
+
+
 def test_push_uploads_the_same_folder(tmp_path, monkeypatch, capsys):
     """Everything but the network: what would be uploaded loads back."""
     from huggingface_hub import HfApi, RepoUrl
