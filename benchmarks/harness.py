@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 KERNEL_PACKAGES = ("causal_conv1d", "mamba-1p1p1")
-KERNEL_FILES = {".py", ".toml", ".c", ".cpp", ".h", ".hpp", ".so", ".dylib"}
+KERNEL_FILES = {".py", ".toml", ".c", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".so", ".dylib"}
 VERDICTS = ROOT / "output" / "kernel-tests-green.json"
 
 HelpFormatter = argparse.RawDescriptionHelpFormatter
@@ -180,21 +181,25 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def backends(device: torch.device) -> dict[str, str]:
-    """Which implementation of each kernel package serves float32 tensors of this device."""
+def backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Which implementation of each kernel package serves tensors of this device and dtype."""
     import causal_conv1d.backend
     import mamba_ssm.ops.backend
 
-    conv = causal_conv1d.backend.choose(device, torch.float32, 4)
-    scan = mamba_ssm.ops.backend.choose("selective_scan", device, torch.float32, 16, 4)
-    block = mamba_ssm.ops.backend.choose("bimamba", device, torch.float32, 16, 4)
+    conv = causal_conv1d.backend.choose(device, dtype, 4)
+    scan = mamba_ssm.ops.backend.choose("selective_scan", device, dtype, 16, 4)
+    block = mamba_ssm.ops.backend.choose("bimamba", device, dtype, 16, 4)
     return {"causal_conv1d": conv.__name__, "selective_scan": scan.__name__, "bimamba": block.__name__}
 
 
 def environment(device: torch.device, precision: str) -> dict[str, object]:
-    """What a figure needs beside it: commit, device, threads, precision, versions, backends."""
+    """What a figure needs beside it: commit, device, threads, precision, versions, backends.
+
+    `precision` begins with the name of a dtype, that of the activations.
+    """
     import timm
 
+    dtype = getattr(torch, re.match(r"[a-z]+[0-9]+", precision).group())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "commit": commit(),
@@ -203,7 +208,7 @@ def environment(device: torch.device, precision: str) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "precision": precision,
         "tf32": torch.get_float32_matmul_precision() != "highest",
-        "backends": backends(device),
+        "backends": backends(device, dtype),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

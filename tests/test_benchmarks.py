@@ -61,6 +61,22 @@ def test_the_environment_names_what_a_figure_needs():
     assert set(record["backends"]) == {"causal_conv1d", "selective_scan", "bimamba"}
 
 
+def test_the_backend_named_is_the_one_of_the_measured_precision(monkeypatch):
+    import harness
+    import mamba_ssm.ops.backend
+
+    asked, choose = [], mamba_ssm.ops.backend.choose
+
+    def note(op, device, dtype, *sizes):
+        asked.append(dtype)
+        return choose(op, device, dtype, *sizes)
+
+    monkeypatch.setattr(mamba_ssm.ops.backend, "choose", note)
+    for precision in ("bfloat16-weights", "bfloat16 and float32", "float32"):
+        harness.environment(CPU, precision)
+    assert asked == 2 * [torch.bfloat16] + 2 * [torch.bfloat16] + 2 * [torch.float32]
+
+
 # ---- the gate
 
 
