@@ -78,13 +78,17 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, initial_states
         raise ValueError(
             f"x must be (B, D, L) and weight (D, W) with the same D, not {tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    if x.shape[-1] == 0:
-        raise ValueError(f"x {tuple(x.shape)} holds no token: the length must be at least 1")
+    if x.shape[-1] == 0 or weight.shape[1] == 0:
+        raise ValueError(
+            f"x {tuple(x.shape)} or weight {tuple(weight.shape)} is empty: length and width must be at least 1"
+        )
     expected = {"bias": (bias, (x.shape[1],)), "initial_states": (initial_states, (*x.shape[:2], weight.shape[1] - 1))}
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, not {tuple(tensor.shape)}")
-    for name, tensor in {"weight": weight, "bias": bias, "initial_states": initial_states}.items():
+    for name, tensor in {"x": x, "weight": weight, "bias": bias, "initial_states": initial_states}.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}: the convolution takes floating-point tensors")
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move them to one device")
 

@@ -152,6 +152,9 @@ def test_states_of_packed_sequences():
     [
         ({"activation": "relu"}, NotImplementedError, "relu"),
         ({"x": torch.zeros(2, 6, 0)}, ValueError, "at least 1"),
+        ({"weight": torch.zeros(6, 0)}, ValueError, "at least 1"),
+        ({"x": torch.zeros(2, 6, 9, dtype=torch.int32)}, ValueError, "x has dtype torch.int32"),
+        ({"weight": torch.zeros(6, 4, dtype=torch.complex64)}, ValueError, "weight has dtype torch.complex64"),
         ({"x": torch.zeros(2, 5, 9)}, ValueError, "same D"),
         ({"bias": torch.zeros(5)}, ValueError, "bias"),
         ({"initial_states": torch.zeros(2, 6, 4)}, ValueError, "initial_states"),
@@ -189,3 +192,11 @@ def test_report_of_backends():
     )
     assert package.__version__ in run.stdout
     assert all(name in run.stdout for name in ("reference  available", "cpu", "triton", backend.ENVIRONMENT_VARIABLE))
+
+
+@pytest.mark.parametrize("variable", [backend.ENVIRONMENT_VARIABLE, "CAUSAL_CONV1D_CPU_ISA"])
+def test_report_of_an_unknown_choice_is_one_line(variable):
+    environment = dict(os.environ) | {variable: "fastest"}
+    run = subprocess.run([sys.executable, "-m", "causal_conv1d"], capture_output=True, text=True, env=environment)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1
+    assert run.stderr.startswith(f"{variable}='fastest' is unknown: use ")

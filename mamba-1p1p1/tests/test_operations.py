@@ -378,7 +378,11 @@ def test_fast_path_is_the_same_function(bimamba_type, options):
         (0, torch.zeros(2, 6, 7, dtype=torch.int32), "int32"),
         (1, torch.zeros(2, 6, 8), "delta"),
         (2, torch.zeros(5, 4), "same D"),
+        (1, torch.zeros(2, 6, 7, dtype=torch.complex64), "delta has dtype torch.complex64"),
         (3, torch.zeros(2, 4, 8), "B must be"),
+        (3, torch.zeros(2, 0, 4, 7), "G dividing D"),
+        (4, torch.zeros(2, 4, 7, dtype=torch.complex64), "C has dtype torch.complex64: .* or a complex A"),
+        (6, torch.zeros(2, 6, 7, dtype=torch.int64), "z has dtype torch.int64"),
         (4, torch.zeros(2, 4, 4, 7), "G dividing D"),
         (5, torch.zeros(7), "D must have"),
         (7, torch.zeros(6, device="meta"), "meta"),
@@ -397,12 +401,78 @@ def test_bad_mixer_arguments():
         bimamba(xz[:, :0], ahead, behind)
     with pytest.raises(ValueError, match="backward dt_bias"):
         bimamba(xz, ahead, behind._replace(dt_bias=behind.dt_bias[:-1]))
+    with pytest.raises(ValueError, match="xz has dtype"):
+        bimamba(xz.detach().int(), ahead, behind)
+    with pytest.raises(ValueError, match="forward A has dtype"):
+        bimamba(xz, ahead._replace(A=torch.complex(ahead.A, ahead.A)), behind)
+    with pytest.raises(ValueError, match="forward D is on meta"):
+        bimamba(xz, ahead._replace(D=ahead.D.to("meta")), behind)
     with pytest.raises(ValueError, match="'v3'"):
         Mamba(16, bimamba_type="v3")
     with pytest.raises(TypeError, match="d_stat"):
         Mamba(16, d_stat=4)
     with pytest.raises(NotImplementedError, match="bidirectional"):
         Mamba(16, bimamba_type="v2").allocate_inference_cache(1, 8)
+
+
+@needs_block
+@pytest.mark.parametrize(
+    "position, value, words",
+    [
+        (0, torch.zeros(2, 0, 32), "L >= 1"),
+        (0, torch.zeros(5, 32), "hidden must be"),
+        (1, torch.zeros(63, 32), "in_proj's weight must have shape"),
+        (1, torch.zeros(64, 32, device="meta"), "in_proj's weight is on meta"),
+        (2, torch.zeros(32, 32, device="meta"), "out_proj's weight is on meta"),
+    ],
+)
+def test_bad_block_arguments(position, value, words):
+    _, ahead, behind = mixer_inputs(D=32, dtype=torch.float32)
+    arguments = [torch.zeros(2, 5, 32), torch.zeros(64, 32), torch.zeros(32, 32)]
+    arguments[position] = value
+    for autocast in (False, True):
+        with torch.autocast("cpu", BF16, enabled=autocast), pytest.raises(ValueError, match=words):
+            bimamba_block(*arguments, ahead, behind)
+
+
+@pytest.mark.parametrize(
+    "position, value, words",
+    [
+        (0, torch.zeros(3, 8, dtype=torch.int32), "x has dtype torch.int32"),
+        (0, torch.zeros(3, 7), "must end in the width"),
+        (1, torch.zeros(8, device="meta"), "weight is on meta"),
+        (2, torch.zeros(7), r"bias must have shape \(8,\)"),
+        (3, torch.zeros(2, 8), r"residual must have shape \(3, 8\)"),
+        (3, torch.zeros(3, 8, device="meta"), "residual is on meta"),
+    ],
+)
+def test_bad_norm_arguments(position, value, words):
+    arguments = [torch.zeros(3, 8), torch.ones(8), torch.zeros(8), torch.zeros(3, 8)]
+    arguments[position] = value
+    with pytest.raises(ValueError, match=words):
+        layer_norm_fn(*arguments)
+
+
+@pytest.mark.parametrize("d_state, d_conv", [(300, 4), (4, 5)])
+def test_what_no_kernel_serves_runs_in_the_reference(d_state, d_conv):
+    """More states than the kernels serve, and a longer filter: the same function, output and gradients."""
+    xz, ahead, behind = mixer_inputs(N=d_state, W=d_conv, dtype=torch.float32)
+    y = bimamba(xz, ahead, behind)
+    wide = [DirectionParameters(*(p.detach().double() for p in side)) for side in (ahead, behind)]
+    torch.testing.assert_close(y.double(), reference.bimamba(xz.detach().double(), *wide, 0.5), rtol=1e-4, atol=1e-5)
+    y.sum().backward()
+    assert torch.isfinite(xz.grad).all()
+
+
+def test_an_empty_batch_gives_an_empty_result():
+    xz, ahead, behind = mixer_inputs(D=32, dtype=torch.float32)
+    y = bimamba(xz[:0], ahead, behind)
+    y.sum().backward()
+    assert y.shape == (0, 5, 32) and not ahead.A.grad.any()
+    block = bimamba_block(torch.zeros(0, 5, 32), torch.zeros(64, 32), torch.zeros(32, 32), ahead, behind)
+    assert block.shape == (0, 5, 32)
+    inputs = [t.detach()[:0] if t.dim() == 3 else t.detach() for t in scan_inputs(dtype=torch.float32)]
+    assert selective_scan_fn(*inputs).shape == (0, 6, 7)
 
 
 def test_backward_without_saved_tensors():
@@ -416,7 +486,7 @@ def test_backward_without_saved_tensors():
 
 
 def test_unknown_backend(monkeypatch):
-    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "cuda")
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "fastest")
     with pytest.raises(ValueError, match="reference, cpu, triton"):
         selective_scan_fn(*scan_inputs())
 
@@ -434,6 +504,14 @@ def test_report_of_backends():
     )
     assert package.__version__ in run.stdout
     assert all(name in run.stdout for name in ("reference  available", "cpu", "triton", backend.ENVIRONMENT_VARIABLE))
+
+
+@pytest.mark.parametrize("variable", [backend.ENVIRONMENT_VARIABLE, "MAMBA_SSM_CPU_ISA"])
+def test_report_of_an_unknown_choice_is_one_line(variable):
+    environment = dict(os.environ) | {variable: "fastest"}
+    run = subprocess.run([sys.executable, "-m", "mamba_ssm"], capture_output=True, text=True, env=environment)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1
+    assert run.stderr.startswith(f"{variable}='fastest' is unknown: use ")
 
 
 class Memory:

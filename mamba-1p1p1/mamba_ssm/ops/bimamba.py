@@ -263,6 +263,8 @@ def _check(xz: Tensor, forward: DirectionParameters, backward: DirectionParamete
         raise ValueError(
             f"xz must be (B, L, 2 D) with L >= 1 and D = {forward.D.shape[0]} as the parameters, not {tuple(xz.shape)}"
         )
+    if not xz.is_floating_point():
+        raise ValueError(f"xz has dtype {xz.dtype}: the mixer takes floating-point tensors")
     _check_parameters(xz, forward, backward)
 
 
@@ -277,6 +279,8 @@ def _check_parameters(x: Tensor, forward: DirectionParameters, backward: Directi
         for name, tensor, shape in zip(DirectionParameters._fields, parameters, shapes):
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"{direction} {name} must have shape {shape}, not {tuple(tensor.shape)}")
+            if tensor is not None and not tensor.is_floating_point():
+                raise ValueError(f"{direction} {name} has dtype {tensor.dtype}: the mixer takes floating-point tensors")
             if tensor is not None and tensor.device != x.device:
                 raise ValueError(f"{direction} {name} is on {tensor.device}, its input on {x.device}: move it there")
 
@@ -372,3 +376,5 @@ def _check_block(hidden: Tensor, in_proj: Tensor, out_proj: Tensor, channels: in
     for name, (weight, shape) in shapes.items():
         if tuple(weight.shape) != shape:
             raise ValueError(f"{name}'s weight must have shape {shape}, not {tuple(weight.shape)}")
+        if weight.device != hidden.device:
+            raise ValueError(f"{name}'s weight is on {weight.device}, hidden on {hidden.device}: move it there")

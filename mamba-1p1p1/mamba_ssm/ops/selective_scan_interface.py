@@ -135,8 +135,12 @@ def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> None:
         raise ValueError(f"u must be (B, D, L) and A (D, N) with the same D, not {tuple(u.shape)}, {tuple(A.shape)}")
     if u.shape[-1] == 0:
         raise ValueError(f"u {tuple(u.shape)} holds no token: the length must be at least 1")
-    if not u.is_floating_point():
-        raise ValueError(f"u has dtype {u.dtype}: the scan takes floating-point tensors")
+    for name, tensor in {"u": u, "delta": delta, "z": z, "D": D, "delta_bias": delta_bias}.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}: the scan takes floating-point tensors")
+    for name, tensor in {"A": A, "B": B, "C": C}.items():
+        if not (tensor.is_floating_point() or (tensor.is_complex() and A.is_complex())):
+            raise ValueError(f"{name} has dtype {tensor.dtype}: use floating point, or a complex A")
     (batch, channels, length), d_state = u.shape, A.shape[1]
     for name, tensor, shape in (
         ("delta", delta, u.shape),
@@ -151,7 +155,7 @@ def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> None:
         shape = tuple(matrix.shape)
         groups = shape[1] if len(shape) == 4 else 1
         accepted = ((channels, d_state), (batch, d_state, columns), (batch, groups, d_state, columns))
-        if shape not in accepted or channels % max(groups, 1):
+        if shape not in accepted or groups == 0 or channels % groups:
             raise ValueError(
                 f"{name} must be (D, N), (B, N, L) or (B, G, N, L) with G dividing D = {channels} "
                 f"(L = {columns} here), not {shape}"

@@ -103,12 +103,22 @@ def _backward_flops(dout_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * _forward_flops(dout_shape)
 
 
+def _check_norm(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    if x.dim() == 0 or weight.dim() != 1 or x.shape[-1] != weight.shape[0] or x.shape[-1] == 0:
+        raise ValueError(f"x {tuple(x.shape)} must end in the width, at least 1, of weight {tuple(weight.shape)}")
+    for name, tensor, shape in (("bias", bias, weight.shape), ("residual", residual, x.shape)):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(tensor.shape)}")
+    for name, tensor in {"x": x, "weight": weight, "bias": bias, "residual": residual}.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}: the norm takes floating-point tensors")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move them to one device")
+
+
 def _norm(x, weight, bias, residual, eps, prenorm, residual_in_fp32, kind):
     """Flatten to rows, call the op, restore the shape."""
-    if weight.dim() != 1 or x.shape[-1] != weight.shape[0]:
-        raise ValueError(f"x {tuple(x.shape)} must end in the width of weight {tuple(weight.shape)}")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"residual must have x's shape {tuple(x.shape)}, not {tuple(residual.shape)}")
+    _check_norm(x, weight, bias, residual)
     if residual is not None:
         residual_dtype = residual.dtype
     else:
