@@ -223,6 +223,29 @@ echo "$@" >> "$SCONTROL_LOG"
 """
 
 
+def test_a_task_stopped_while_torch_is_imported_queues_its_job_again(monkeypatch):
+    """submitit's own handler would end the job for good."""
+    asked = []
+
+    class BeingImported(types.ModuleType):
+        def __getattr__(self, name):
+            signal.raise_signal(signal.SIGUSR2)
+            return lambda flags: pytest.fail("trained all the same")
+
+    monkeypatch.setitem(sys.modules, "main", BeingImported("main"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(run_with_submitit.Training, "_find_peers", lambda self: None)
+    monkeypatch.setattr(run_with_submitit.subprocess, "run", lambda command, check: asked.append(command))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    before = signal.getsignal(signal.SIGUSR2)
+    try:
+        assert run_with_submitit.Training([])() == distributed.EXIT_REQUEUE
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert asked == [["scontrol", "requeue", "17"]]
+
+
 @pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False)])
 def test_a_stopped_task_queues_its_job_again(code, requeued, monkeypatch, tmp_path):
     """The rank finds its peers in SLURM's variables, and submitit's signal reaches the run as one it knows."""

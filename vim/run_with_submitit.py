@@ -36,15 +36,19 @@ class Training:
     """What every task of the job runs; submitit stores it, and runs the stored one again after a requeue."""
 
     flags: list[str]
+    program: str = str(Path(__file__).resolve().parent)  # the job starts in the folder it was submitted from
 
     def __call__(self) -> int:
         """Train; queue the job again if it was stopped. Raises RuntimeError for any other end than success."""
-        from main import main
+        # submitit's own handler for its signal would leave in mid-step; the run finishes its step and saves.
+        stopped = []
+        signal.signal(signal.SIGUSR2, lambda number, frame: stopped.append(number))
+        sys.path.insert(0, self.program)
+        from main import main  # it imports torch, which takes its time
 
         self._find_peers()
-        # submitit's own handler for its signal would leave in mid-step; the run finishes its step and saves.
         signal.signal(signal.SIGUSR2, lambda number, frame: signal.raise_signal(signal.SIGUSR1))
-        code = main(self.flags)
+        code = EXIT_REQUEUE if stopped else main(self.flags)
         if code == EXIT_REQUEUE:
             if os.environ["RANK"] == "0":
                 subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)

@@ -2,10 +2,11 @@
 # `make test-slurm`: the real SLURM stops a job at its time limit and requeues it; the run must not notice.
 #
 # On Debian or Ubuntu, as root: installs slurmctld, slurmd, slurm-client and munge, starts a one-node cluster with
-# accounting off in a temporary folder, and submits vim/scripts/train.sbatch with a run that is longer than the
-# job's time limit of one minute. Then the run's tensors, counters and log rows must equal those of the same run
-# without SLURM. Takes five to ten minutes on two cores. The daemons and the folder are removed at the end.
-# PYTHON names the interpreter, EPOCHS the length of the run.
+# accounting off in a temporary folder, and submits a run that is longer than the job's time limit of one minute:
+# by vim/scripts/train.sbatch, and by vim/run_with_submitit.py, for which it fetches submitit. Then each run's tensors,
+# counters and log rows must equal those of the same run without SLURM. Takes ten to twenty minutes on two cores. The
+# daemons and the folder are removed at the end. PYTHON names the interpreter, EPOCHS the length of the run, WAYS what
+# submits it ("batch submitit").
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -61,6 +62,8 @@ start_cluster() {
     chmod 600 "$WORK/munge/key"
     sed -e "s|@WORK@|$WORK|g; s|@HOST@|$host|g; s|@CPUS@|$cpus|g; s|@MEMORY@|$memory|g" \
         "$HERE/slurm.conf" > "$WORK/slurm.conf"
+    touch "$WORK"/gpu{0,1} # run_with_submitit.py asks for one a rank
+    echo "Name=gpu File=$WORK/gpu[0-1]" > "$WORK/gres.conf"
     export SLURM_CONF=$WORK/slurm.conf
     munged --foreground --key-file="$WORK/munge/key" --socket="$WORK/munge/socket" --force \
         --pid-file="$WORK/munge/pid" --log-file="$WORK/munge/log" --seed-file="$WORK/munge/seed" 2> /dev/null &
@@ -88,13 +91,10 @@ hurry() {
     scontrol update "JobId=$1" StartTime=now 2> /dev/null || true # it may have started by itself
 }
 
-run_in_slurm() {
-    export OUTPUT_DIR=$WORK/slurm
-    local job
-    job=$(sbatch --parsable --time=1 --signal=USR1@10 --output="$WORK/job.out" \
-        vim/scripts/train.sbatch vim/scripts/pt-vim-t.sh "${FLAGS[@]}")
+# see_through JOB LOG: until the job is done, however often it is stopped and queued again; then what LOG says of that.
+see_through() {
+    local job=$1 log=$2 waited=0 state=PENDING
     say "submitted job $job with a time limit of one minute, a signal at least 10 seconds before it"
-    local waited=0 state=PENDING
     until [[ $state == COMPLETED ]]; do
         state=$(squeue --noheader --states=all --jobs="$job" --format=%T)
         [[ $state != PENDING ]] || hurry "$job"
@@ -109,7 +109,31 @@ run_in_slurm() {
         say "the run fitted into the time limit; take more EPOCHS"
         return 1
     fi
-    grep -h 'stopped by\|resuming\|queueing\|on the way' "$WORK/job.out" | sed "s|$WORK/||g"
+    grep -h 'stopped by\|resuming\|queueing\|on the way' "$log" | sed "s|$WORK/||g"
+}
+
+# vim/scripts/train.sbatch.
+run_batch() {
+    export OUTPUT_DIR=$WORK/batch
+    local job
+    job=$(sbatch --parsable --time=1 --signal=USR1@10 --output="$WORK/batch.out" \
+        vim/scripts/train.sbatch vim/scripts/pt-vim-t.sh "${FLAGS[@]}")
+    see_through "$job" "$WORK/batch.out" || { tail -n 30 "$WORK/batch.out"; return 1; }
+}
+
+# vim/run_with_submitit.py, with the flags that the recipe gives to main.py.
+run_submitit() {
+    export OUTPUT_DIR=$WORK/submitit
+    local command job log
+    "$PYTHON" -m pip install --disable-pip-version-check --quiet --target "$WORK/packages" submitit
+    eval "command=($(DRY_RUN=1 bash vim/scripts/pt-vim-t.sh "${FLAGS[@]}"))"
+    while [[ ${command[0]} != */main.py ]]; do
+        command=("${command[@]:1}")
+    done
+    job=$(PYTHONPATH=$WORK/packages "$PYTHON" vim/run_with_submitit.py --ngpus 2 --cpus-per-gpu 1 --timeout 1 \
+        --save-seconds 10 -- "${command[@]:1}" | sed -n 's/^submitted job \([0-9]*\);.*/\1/p')
+    log=$OUTPUT_DIR/slurm/${job}_0_log.out
+    see_through "$job" "$log" || { tail -n 30 "${log%.out}".*; return 1; }
 }
 
 run_without_slurm() {
@@ -120,6 +144,11 @@ run_without_slurm() {
 cd "$REPO"
 install_slurm
 start_cluster
-run_in_slurm || { tail -n 30 "$WORK/job.out"; exit 1; }
+for way in ${WAYS:=batch submitit}; do
+    say "the run in SLURM: $way"
+    "run_$way"
+done
 run_without_slurm || { tail -n 30 "$WORK/plain.out"; exit 1; }
-"$PYTHON" "$HERE/compare.py" "$WORK/slurm" "$WORK/plain"
+for way in $WAYS; do
+    "$PYTHON" "$HERE/compare.py" "$WORK/$way" "$WORK/plain"
+done
