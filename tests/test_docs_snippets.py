@@ -1,4 +1,4 @@
-"""The guide's examples, run in its order as a newcomer would, on files that this test writes."""
+"""The documents' examples, run in their order as a newcomer would, on files that this test writes."""
 
 import argparse
 import json
@@ -16,12 +16,22 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import arguments
+import export
+import hub
 import models_mamba  # noqa: F401  (registers its models with timm)
+import predict
+import visualize
 from pretrained import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
-GUIDE = (ROOT / "docs" / "GUIDE.md").read_text()
-SNIPPETS = re.findall(r"^```(\w+)\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
+
+
+def snippets_of(document: str) -> list[tuple[str, str]]:
+    """(language, text) of the code blocks that name a language."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+
+
+SNIPPETS = snippets_of("docs/GUIDE.md")
 
 
 def is_of_big_data(line: str) -> bool:
@@ -127,6 +137,31 @@ def test_commands_of_big_data_have_flags_that_exist():
 
 def test_every_language_of_a_snippet_is_run():
     assert {language for language, _ in SNIPPETS} == {"python", "sh"}
+    assert {language for language, _ in snippets_of("README.md")} == {"python", "bibtex"}
+    assert {language for language, _ in snippets_of("docs/DENSE.md")} == {"python"}
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_and_of_dense_prediction(clone):
+    readme = [snippet for snippet in snippets_of("README.md") if snippet[0] == "python"]
+    # It is written for scripts that stand beside the modules.
+    dense = [("python", f'import sys; sys.path.insert(0, "vim")\n{text}') for _, text in snippets_of("docs/DENSE.md")]
+    assert readme and dense
+    run(clone, readme + dense)
+
+
+PARSERS = {
+    "checkpoint.py": hub.build_parser, "predict.py": predict.build_parser, "visualize.py": visualize.build_parser,
+    "export.py": export.build_parser, "main.py": arguments.build_parser,
+}  # fmt: skip
+
+
+def test_the_readmes_table_of_commands():
+    """Each runs in the guide; here, that this is how they are spelt."""
+    rows = re.findall(r"^\| `python vim/(\S+) (.*?)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert {program for program, _ in rows} == PARSERS.keys()
+    for program, flags in rows:
+        assert PARSERS[program]().parse_args(shlex.split(flags))
 
 
 @pytest.mark.slow
