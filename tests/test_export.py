@@ -68,7 +68,7 @@ def test_the_program_writes_torchs_own_format(checkpoint, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, depth", [("vim_nano_patch4_32", 4), ("vim_tiny_patch16_224", 2)])
 def test_onnx_of_registered_names_at_224(name, depth, tmp_path):
-    """All of nano and two blocks of Vim-Ti: its 24 take a minute of CPU time to write. Measured whole in docs/LOG.md."""
+    """All of nano and two blocks of Vim-Ti, whose 24 take a minute of CPU time to write: docs/LOG.md has them."""
     pytest.importorskip("onnxruntime")
     model = fill(timm.create_model(name, img_size=224, depth=depth)).eval()
     with torch.no_grad():
