@@ -269,6 +269,7 @@ def test_a_stopped_task_queues_its_job_again(code, requeued, monkeypatch, tmp_pa
     before = signal.getsignal(signal.SIGUSR2)
     try:
         assert run_with_submitit.Training([])() == code
+        signal.raise_signal(signal.SIGUSR2)  # the end of the job is near when its process is
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert ("requeue 17" in (tmp_path / "log").read_text()) == requeued

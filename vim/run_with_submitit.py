@@ -49,6 +49,7 @@ class Training:
         self._find_peers()
         signal.signal(signal.SIGUSR2, lambda number, frame: signal.raise_signal(signal.SIGUSR1))
         code = EXIT_REQUEUE if stopped else main(self.flags)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # it would kill a process that is about to end well
         if code == EXIT_REQUEUE:
             if os.environ["RANK"] == "0":
                 subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
