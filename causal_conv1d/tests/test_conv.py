@@ -1,8 +1,10 @@
 """The convolution's public functions: the published numbers, gradients, registration, states, errors, backends."""
 
+import functools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,3 +202,21 @@ def test_report_of_an_unknown_choice_is_one_line(variable):
     run = subprocess.run([sys.executable, "-m", "causal_conv1d"], capture_output=True, text=True, env=environment)
     assert run.returncode == 1 and run.stderr.count("\n") == 1
     assert run.stderr.startswith(f"{variable}='fastest' is unknown: use ")
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_install_works_and_says_so_once(tmp_path):
+    tools = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "PYTHONPATH": str(tmp_path / "lib")}
+    environment = {k: v for k, v in os.environ.items() if k != backend.ENVIRONMENT_VARIABLE} | tools
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, env=environment)
+    build = ["setup.py", "-q", "build", "--build-base", str(tmp_path / "build"), "--build-lib", str(tmp_path / "lib")]
+    said = run([sys.executable, *build], cwd=Path(__file__).parents[1]).stderr
+    assert "'/nonexistent/c++'" in said
+    script = (
+        "import pathlib, torch, causal_conv1d as p; x, w = torch.ones(1, 2, 3), torch.ones(2, 4);"
+        "out = p.causal_conv1d_fn(x, w) + p.causal_conv1d_fn(x, w);"
+        "print(pathlib.Path(p.__file__).parents[1], out.isfinite().all().item())"
+    )
+    used = run([sys.executable, "-c", script], cwd=tmp_path)
+    assert used.stdout == f"{tmp_path / 'lib'} True\n"
+    assert used.stderr.count("reference backend, slow") == used.stderr.count("install g++ with OpenMP") == 1
