@@ -2,16 +2,15 @@
 // mistakes that the emulation must find.
 #include "device.cuh"
 
-// wide = widen(half), half = narrow(v) of n floats, n even; the same by pairs; both ways to TF32.
+// wide = widen(half), half = narrow(v) of n floats, n even; the same by pairs; to TF32.
 extern "C" __global__ void __launch_bounds__(128) conversions(
     const float* v, scalar_t* half, float* wide, unsigned* half_pairs, float* wide_pairs, unsigned* tf32,
-    unsigned* rounded, long long n) {
+    long long n) {
     for (long long i = blockIdx.x * blockDim.x + threadIdx.x; i < n / 2; i += gridDim.x * blockDim.x) {
         for (long long j = 2 * i; j < 2 * i + 2; ++j) {
             half[j] = narrow(v[j]);
             wide[j] = widen(half[j]);
             tf32[j] = to_tf32(v[j]);
-            rounded[j] = round_tf32(v[j]) & 0xffffe000u;
         }
         half_pairs[i] = narrow2(v[2 * i], v[2 * i + 1]);
         widen2(half_pairs[i], wide_pairs[2 * i], wide_pairs[2 * i + 1]);

@@ -87,11 +87,10 @@ class Conversions(NamedTuple):
     half_pairs: torch.Tensor
     wide_pairs: torch.Tensor
     tf32: torch.Tensor
-    rounded: torch.Tensor
 
 
 def conversions(probe, v: torch.Tensor, dtype: torch.dtype) -> Conversions:
-    dtypes = (dtype, torch.float32) * 2 + (torch.float32,) * 2
+    dtypes = (dtype, torch.float32) * 2 + (torch.float32,)
     out = Conversions(*(torch.zeros_like(v, dtype=dtype) for dtype in dtypes))
     kernel = probe("conversions", HALF_IS_BF16=int(dtype == torch.bfloat16))
     kernel((4, 1, 1), 128, 0, v, *out, v.numel())
@@ -119,13 +118,12 @@ def test_conversions(probe, device, dtype):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_rounding_to_tf32(probe, device):
-    """Ten bits of fraction, ties away from zero; one addition gives what the instruction gives, but for NaN."""
+    """Ten bits of fraction, ties away from zero."""
     v = torch.tensor([1.0, 1 + 2**-11, -1 - 2**-11, 1 + 2**-11 - 2**-20, 1 + 3 * 2**-11, 0.1, 2.5, float("inf")])
     expected = [1.0, 1 + 2**-10, -1 - 2**-10, 1.0, 1 + 2**-9, 0.0999755859375, 2.5, float("inf")]
     assert conversions(probe, v.to(device), torch.bfloat16).tf32.tolist() == expected
     v = interesting_floats().to(device)
-    out, number = conversions(probe, v, torch.bfloat16), ~v.isnan()
-    assert torch.equal(bits(out.tf32[number]), bits(out.rounded[number]))
+    out = conversions(probe, v, torch.bfloat16)
     ordinary = v.isfinite() & (v.abs() > 1.2e-38) & (v.abs() < 3.4e38)
     assert ((out.tf32 / v - 1).abs()[ordinary] <= 2**-11).all()
 

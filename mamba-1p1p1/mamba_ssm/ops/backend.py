@@ -1,7 +1,8 @@
 """Which implementation runs: the tensor's device decides, one environment variable overrides.
 
-CUDA and ROCm tensors go to Triton, CPU tensors to the C++ library if it was built, anything else to the
-reference. `MAMBA_SSM_BACKEND=reference|cpu|triton` forces one; a forced backend that cannot run raises.
+CUDA tensors go to the CUDA backend (the mixer in CUDA C++, the rest in Triton) and, where that cannot run, as on
+ROCm, to Triton; CPU tensors to the C++ library if it was built; anything else to the reference.
+`MAMBA_SSM_BACKEND=reference|cpu|triton|cuda` forces one; a forced backend that cannot run raises.
 """
 
 import functools
@@ -17,6 +18,7 @@ MODULES = {
     "reference": "mamba_ssm.ops.reference",
     "cpu": "mamba_ssm.ops.cpu",
     "triton": "mamba_ssm.ops.triton.kernels",
+    "cuda": "mamba_ssm.ops.cuda.kernels",
 }
 _logger = logging.getLogger("mamba_ssm")
 
@@ -44,11 +46,21 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _emulated() -> bool:
+    return "MAMBA_SSM_CUDA_EMULATION" in os.environ
+
+
 def _forced_module(name: str, device_type: str) -> ModuleType:
     module, reason = load(name)
     if module is None:
         raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={name} cannot run here: {reason}")
-    serves = {"reference": True, "cpu": device_type == "cpu", "triton": device_type == "cuda" or _interpreted()}
+    on_gpu = device_type == "cuda"
+    serves = {
+        "reference": True,
+        "cpu": device_type == "cpu",
+        "triton": on_gpu or _interpreted(),
+        "cuda": on_gpu or _emulated(),
+    }
     if not serves[name]:
         raise RuntimeError(
             f"{ENVIRONMENT_VARIABLE}={name} does not serve {device_type!r} tensors: move them, or unset it"
@@ -59,12 +71,16 @@ def _forced_module(name: str, device_type: str) -> ModuleType:
 @functools.cache
 def _automatic(device_type: str) -> tuple[str, ModuleType]:
     """The best backend that can run for a device, said once in the log."""
-    wanted = {"cuda": "triton", "cpu": "cpu"}.get(device_type, "reference")
-    module, reason = load(wanted)
-    if module is not None:
-        _logger.info("%s tensors: %s backend", device_type, wanted)
-        return wanted, module
-    _logger.warning("%s tensors: reference backend, slow; the %s one cannot run: %s", device_type, wanted, reason)
+    candidates = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}.get(device_type, ())
+    reasons = []
+    for wanted in candidates:
+        module, reason = load(wanted)
+        if module is not None:
+            _logger.info("%s tensors: %s backend%s", device_type, wanted, "".join(reasons))
+            return wanted, module
+        reasons.append(f"; the {wanted} one cannot run: {reason}")
+    if candidates:
+        _logger.warning("%s tensors: reference backend, slow%s", device_type, "".join(reasons))
     return "reference", load("reference")[0]
 
 

@@ -34,11 +34,20 @@ def _kernels(xz: Tensor, A: Tensor, conv_weight: Tensor):
     return backend.choose("bimamba", xz.device, xz.dtype, d_state=A.shape[1], d_conv=conv_weight.shape[1])
 
 
-def _saved_bytes(kernels, xz: Tensor, conv_weight: Tensor, dt_weight: Tensor, A: Tensor) -> int:
-    batch, length, double = xz.shape
+def _saved_bytes(kernels, x: Tensor, conv_weight: Tensor, dt_weight: Tensor, A: Tensor) -> int:
+    """x: (B, L, any width) of the activations' dtype."""
+    channels, d_state = A.shape
     return kernels.bimamba_saved_bytes(
-        batch, length, double // 2, A.shape[1], dt_weight.shape[1], conv_weight.shape[1], xz.dtype
+        x.shape[0], x.shape[1], channels, d_state, dt_weight.shape[1], conv_weight.shape[1], x.dtype
     )
+
+
+def _block_keeps(kernels, hidden: Tensor, in_proj: Tensor, conv_weight, dt_weight, A) -> tuple[tuple[int, ...], int]:
+    """What the block keeps for backward: the shape of xz, and bytes. Kernels without BLOCK_KEEPS make it all again."""
+    if not kernels.BLOCK_KEEPS:
+        return (0,), 0
+    xz_shape = (*hidden.shape[:2], in_proj.shape[0])
+    return xz_shape, _saved_bytes(kernels, hidden, conv_weight, dt_weight, A)
 
 
 @torch.library.custom_op("mamba_ssm::bimamba", mutates_args=())
@@ -180,9 +189,8 @@ def _(hidden, in_proj, out_proj, conv_weight, conv_bias, x_proj_weight, dt_weigh
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     if not rest[-1]:
         return out, hidden.new_empty(0), hidden.new_empty(0, dtype=torch.uint8)
-    xz = hidden.new_empty(*hidden.shape[:2], in_proj.shape[0])
-    size = _saved_bytes(_kernels(hidden, A, conv_weight), xz, conv_weight, dt_weight, A)
-    return out, xz, hidden.new_empty(size, dtype=torch.uint8)
+    shape, size = _block_keeps(_kernels(hidden, A, conv_weight), hidden, in_proj, conv_weight, dt_weight, A)
+    return out, hidden.new_empty(shape), hidden.new_empty(size, dtype=torch.uint8)
 
 
 @torch.library.custom_op("mamba_ssm::bimamba_block_backward", mutates_args=())
@@ -216,7 +224,7 @@ def _bimamba_block_backward(
     forward = DirectionParameters(conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D)
     backward = DirectionParameters(conv_weight_b, conv_bias_b, x_proj_weight_b, dt_weight_b, dt_bias_b, A_b, D_b)
     kernels = _kernels(hidden, A, conv_weight)
-    check_saved(saved, _saved_bytes(kernels, xz, conv_weight, dt_weight, A))
+    check_saved(saved, _block_keeps(kernels, hidden, in_proj, conv_weight, dt_weight, A)[1])
     with torch.autocast(hidden.device.type, enabled=False):
         *projections, forward_grads, backward_grads = kernels.block_backward(
             dout, hidden, in_proj, out_proj, forward, backward, scale, xz, saved, bf16_products
@@ -313,8 +321,9 @@ def bimamba_block(
 
     On a CPU in float32 a tile of tokens passes through all of it while it is in the cache. CPU autocast of float32
     weights keeps to this path: where the processor multiplies bfloat16 faster, the operands of in_proj and of
-    backward's products are rounded to it, and everything else is float32, the result included. Elsewhere it is the
-    three of them in a row.
+    backward's products are rounded to it, and everything else is float32, the result included. On an NVIDIA GPU with
+    16-bit activations, by autocast or not, backward keeps `hidden` alone and makes everything else again. Elsewhere it
+    is the three of them in a row.
 
     Args:
         hidden: (B, L, E). in_proj_weight: (2 D, E), x before z. out_proj_weight: (E, D).
@@ -323,6 +332,10 @@ def bimamba_block(
     Returns (B, L, E) in hidden's dtype; under autocast in float32 on a CPU and in autocast's dtype elsewhere.
     """
     inputs = (hidden, in_proj_weight, out_proj_weight)
+    half = _half_block_dtype(hidden, forward)
+    if half is not None:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return _run_block((hidden.to(half), *inputs[1:]), forward, backward, scale, bf16_products=False)
     if not _under_cpu_autocast(inputs, forward, backward):
         return _block(inputs, forward, backward, scale, bf16_products=False)
     bf16_products = torch.get_autocast_dtype("cpu") == torch.bfloat16
@@ -336,10 +349,38 @@ def _block(
     hidden, in_proj, out_proj = inputs
     if not _runs_as_block(inputs, forward, backward):
         return F.linear(bimamba(F.linear(hidden, in_proj), forward, backward, scale), out_proj)
+    return _run_block(inputs, forward, backward, scale, bf16_products)
+
+
+def _run_block(inputs: tuple, forward: DirectionParameters, backward: DirectionParameters, scale, bf16_products: bool):
     _check_block(*inputs, forward.D.shape[0])
-    _check_parameters(hidden, forward, backward)
+    _check_parameters(inputs[0], forward, backward)
     save = needs_grad(*inputs, *forward, *backward)
     return _bimamba_block(*inputs, *forward, *backward, scale, bf16_products, save)[0]
+
+
+def _half_block_dtype(hidden: Tensor, forward: DirectionParameters) -> torch.dtype | None:
+    """The 16-bit dtype in which a GPU's block runs, by autocast or by `hidden` itself; None where it does not."""
+    kind = hidden.device.type
+    if kind != "cuda" and not (kind == "cpu" and _emulates_cuda()):
+        return None
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    rank, d_conv = forward.dt_weight.shape[1], forward.conv_weight.shape[1]
+    return dtype if _serves_half_block(kind, dtype, *forward.A.shape, rank, d_conv) else None
+
+
+@torch.compiler.assume_constant_result
+def _emulates_cuda() -> bool:
+    """Whether a test runs the CUDA kernels on CPU tensors."""
+    return backend.forced() == "cuda"
+
+
+@torch.compiler.assume_constant_result
+def _serves_half_block(kind: str, dtype: torch.dtype, channels: int, d_state: int, rank: int, d_conv: int) -> bool:
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    kernels = backend.choose("bimamba", torch.device(kind), dtype, d_state=d_state, d_conv=d_conv)
+    return hasattr(kernels, "serves_block") and kernels.serves_block(dtype, channels, d_state, rank, d_conv)
 
 
 def _under_cpu_autocast(inputs: tuple, forward: DirectionParameters, backward: DirectionParameters) -> bool:

@@ -142,10 +142,6 @@ DEVICE void widen2(unsigned word, float& low, float& high) {
 #endif
 }
 
-// To the nearest TF32, ties away from zero, in the high bits, which are all that the matrix unit reads: one addition,
-// where the instruction for it takes three.
-DEVICE unsigned round_tf32(float value) { return __float_as_uint(value) + 0x1000u; }
-
 DEVICE float sigmoid(float v) { return rcp(1.0f + ex2(v * -LOG2_E)); }
 
 // log(1 + e^v) = max(v, 0) + log(1 + u) with u = e^-|v|, relative error 4e-7. The polynomial is log(1 + u) / u on

@@ -1,0 +1,385 @@
+"""The bidirectional mixer in CUDA C++ for NVIDIA GPUs (Vision Mamba, arXiv 2401.09417, algorithm 1).
+
+Forward is three launches: both convolutions (conv.cu), both x projections (one batched matrix product), and both
+scans with gate and sum (scan.cu). Backward keeps nothing of forward: it runs it again, this time writing the states
+at every eighth token and the gradients of the gate, and walks back. Activations are 16 bits wide, states, time steps
+and sums float32. No atomics: the same bits on every run.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mamba_ssm.ops.cuda import runtime
+from mamba_ssm.ops.triton import bimamba as triton_bimamba
+from mamba_ssm.ops.triton.common import ceil_div
+
+DTYPES = (torch.bfloat16, torch.float16)
+STATES = 16
+WARP_CHANNELS = 32  # of threads of four channels; a multiple of it is served
+TILE, GROUP = 16, 8  # tokens: of a staged tile, between two saved states
+CONV_THREADS = 64  # of two channels each
+CONV_SEGMENT, CONV_BACKWARD_SEGMENT = 32, 64  # tokens that a thread walks
+SUM_COLUMNS = 32
+MAX_RANK = 64
+
+
+def serves_block(dtype: torch.dtype, channels: int, d_state: int, rank: int, d_conv: int) -> bool:
+    """Whether these kernels serve a mixer of such sizes; Triton's serve the others."""
+    fits = dtype in DTYPES and d_state == STATES and channels % WARP_CHANNELS == 0
+    return fits and rank % 4 == 0 and rank <= MAX_RANK and 2 <= d_conv <= 4
+
+
+def serves(dtype: torch.dtype, batch: int, length: int, channels: int, d_state: int, rank: int, d_conv: int) -> bool:
+    """Whether they serve this batch of it, too.
+
+    A warp walks a whole sequence: where there is less than one of either direction for each multiprocessor, Triton's
+    kernels, which split sequences, are the better choice.
+    """
+    if not serves_block(dtype, channels, d_state, rank, d_conv) or length * 2 * channels >= 2**31:
+        return False
+    return batch * channels >= WARP_CHANNELS * _multiprocessors()
+
+
+def _multiprocessors() -> int:
+    if runtime.emulation():
+        return 1
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+
+class Shape(NamedTuple):
+    """How a scan's kernel is cut (scan.cu)."""
+
+    channels: int  # of a thread
+    warps: int  # of a block, of one direction
+    resident: int  # warps that a multiprocessor is to hold
+
+    @property
+    def width(self) -> int:
+        """Channels of a warp."""
+        return 8 * self.channels
+
+    @property
+    def block(self) -> int:
+        """Channels of a block."""
+        return self.width * self.warps
+
+    @property
+    def pitch(self) -> int:
+        return self.width + 8
+
+
+def _shapes(batch: int, channels: int) -> tuple[Shape, Shape]:
+    """Of forward and backward, by how many warps of four channels a thread there are for a multiprocessor.
+
+    Few: twice as many of two channels hide more latency. Measured on an H200, Vim-Ti at 224 px, batch 128 and at
+    1248 px, batch 32 (docs/LOG.md).
+    """
+    warps = 2 * batch * channels / WARP_CHANNELS / _multiprocessors()
+    if warps <= 8:
+        return Shape(2, 2, 16), Shape(2, 2, 12)
+    return Shape(4, 4, 24 if warps <= 24 else 16), Shape(4, 2, 8)
+
+
+def _serves(xz: Tensor, parameters) -> bool:
+    conv_weight, _, x_proj, dt_weight = parameters[:4]
+    batch, length, double = xz.shape
+    rank, width = dt_weight.shape[1], conv_weight.shape[1]
+    return serves(xz.dtype, batch, length, double // 2, (x_proj.shape[0] - rank) // 2, rank, width)
+
+
+def _parameters(forward_params, backward_params) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Each parameter as a pair of contiguous float32 tensors: no copies where the model keeps float32 weights."""
+    return [
+        tuple(None if p is None else p.float().contiguous() for p in pair)
+        for pair in zip(forward_params, backward_params)
+    ]
+
+
+def _aligned(xz: Tensor) -> Tensor:
+    """xz with rows of adjacent channels that 16-byte copies can read."""
+    whole = xz.stride(2) == 1 and xz.stride(0) % 8 == 0 and xz.stride(1) % 8 == 0 and xz.data_ptr() % 16 == 0
+    whole = whole and xz.shape[1] * xz.stride(1) < 2**31  # 32 bits reach any token of a sequence
+    return xz if whole else xz.clone(memory_format=torch.contiguous_format)
+
+
+def _half(dtype: torch.dtype) -> tuple[str, int]:
+    return "HALF_IS_BF16", int(dtype == torch.bfloat16)
+
+
+def _scan_kernel(name: str, dtype: torch.dtype, rank: int, for_backward: bool, shape: Shape):
+    defines = (
+        _half(dtype), ("RANK", rank), ("FOR_BACKWARD", int(for_backward)),
+        ("CH", shape.channels), ("WARPS", shape.warps), ("RESIDENT", shape.resident),
+    )  # fmt: skip
+    return runtime.load("scan.cu", name, defines)
+
+
+# ---- projections -------------------------------------------------------------------------------------------------
+
+
+def _padded(rank: int) -> int:
+    """Columns of the time step in `projected`: zeros behind `rank` align the rows for the matrix products."""
+    return ceil_div(rank, 8) * 8
+
+
+def _copied(target: Tensor, parts: list[Tensor], sources: list[Tensor]) -> Tensor:
+    """`target`, whose `parts` are made equal to `sources` of any dtype in one launch."""
+    torch._foreach_copy_(parts, sources)
+    return target
+
+
+def _x_proj(parameters, dtype: torch.dtype) -> Tensor:
+    """Both x projections' weights in 16 bits, (2, columns, D): rows of the time step, zeros, B, C."""
+    pair, rank = parameters[2], parameters[3][0].shape[1]
+    rows, channels = pair[0].shape
+    if rank == _padded(rank):
+        both = torch.empty((2, rows, channels), dtype=dtype, device=pair[0].device)
+        return _copied(both, list(both), list(pair))
+    both = torch.zeros((2, rows - rank + _padded(rank), channels), dtype=dtype, device=pair[0].device)
+    parts = [part for one in both for part in (one[:rank], one[_padded(rank) :])]
+    return _copied(both, parts, [part for one in pair for part in (one[:rank], one[rank:])])
+
+
+def _dt_weight(parameters, dtype: torch.dtype) -> Tensor:
+    """Both weights of the time step in 16 bits, (2, D, padded rank)."""
+    pair = parameters[3]
+    channels, rank = pair[0].shape
+    make = torch.empty if rank == _padded(rank) else torch.zeros
+    both = make((2, channels, _padded(rank)), dtype=dtype, device=pair[0].device)
+    return _copied(both, [one[:, :rank] for one in both], list(pair))
+
+
+def _project(u: Tensor, weights: Tensor) -> Tensor:
+    """(2, B L, columns) float32: time step, zeros, B and C of both directions."""
+    rows = u.flatten(1, 2)
+    if u.is_cuda:
+        return torch.bmm(rows, weights.transpose(1, 2), out_dtype=torch.float32)
+    return torch.bmm(rows.float(), weights.transpose(1, 2).float())
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with float32 sums and result."""
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _projections_backward(ddelta, dBC, u, projected, weights, parameters) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """(du through the projections; the gradients of their weights: x projection, time step)."""
+    rank, columns = parameters[3][0].shape[1], projected.shape[-1]
+    padded, rows = _padded(rank), u.shape[1] * u.shape[2]
+    flat_u, flat_ddelta = u.flatten(1, 2), ddelta.flatten(1, 2)  # (2, B L, D)
+    dprojected = torch.empty((2, rows, columns), dtype=u.dtype, device=u.device)
+    torch.bmm(flat_ddelta, _dt_weight(parameters, u.dtype), out=dprojected[..., :padded])
+    runtime.load("sums.cu", "sum_blocks", (_half(u.dtype),))(
+        (ceil_div(rows * STATES // 2, 256), 1, 2), 256, 0, dBC, dprojected, rows, 2 * STATES, dBC.shape[1], columns
+    )
+    du = torch.bmm(dprojected, weights)
+    dt = projected[..., :padded].to(u.dtype)
+    dx_proj = [_product(dprojected[i].T, flat_u[i]) for i in range(2)]
+    if rank != padded:
+        dx_proj = [torch.cat([one[:rank], one[padded:]]) for one in dx_proj]
+    ddt_weight = [_product(flat_ddelta[i].T, dt[i])[:, :rank].contiguous() for i in range(2)]
+    return du, dx_proj, ddt_weight
+
+
+# ---- launches --------------------------------------------------------------------------------------------------
+
+
+def _conv(name: str, xz: Tensor, parameters, segment: int, before: tuple, after: tuple) -> None:
+    conv_weight, conv_bias = parameters[:2]
+    batch, length, double = xz.shape
+    channels = double // 2
+    kernel = runtime.load("conv.cu", name, (_half(xz.dtype), ("WIDTH", conv_weight[0].shape[1])))
+    grid = (ceil_div(channels, 2 * CONV_THREADS), ceil_div(length, segment), batch)
+    sizes = (length, channels, xz.stride(0), xz.stride(1), segment)
+    kernel(grid, CONV_THREADS, 0, xz, *before, *conv_weight, *conv_bias, *after, *sizes)
+
+
+def conv_both(xz: Tensor, parameters) -> Tensor:
+    """u (2, B, L, D): the convolution and SiLU of both directions."""
+    batch, length, double = xz.shape
+    u = torch.empty((2, batch, length, double // 2), dtype=xz.dtype, device=xz.device)
+    _conv("conv_forward", xz, parameters, CONV_SEGMENT, (), (u,))
+    return u
+
+
+def _scan_forward(
+    xz: Tensor, u: Tensor, projected: Tensor, parameters, scale: float, dy: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(y, and for a gradient dy: dscan, dxz of which half is written, states)."""
+    batch, length, double = xz.shape
+    channels = double // 2
+    rank = parameters[3][0].shape[1]
+    y = torch.empty((batch, length, channels), dtype=xz.dtype, device=xz.device)
+    dscan = dxz = states = None
+    if dy is not None:
+        dscan, dxz = torch.empty_like(y), torch.empty((batch, length, double), dtype=xz.dtype, device=xz.device)
+        groups = ceil_div(length, GROUP)
+        states = torch.empty((2, batch, groups, channels, STATES), dtype=torch.float32, device=xz.device)
+    shape = _shapes(batch, channels)[0]
+    tiles = (5 if dy is not None else 4) * TILE * shape.width * 2
+    shared = 2 * (2 * TILE * projected.shape[-1] * 4 + shape.warps * (tiles + TILE * shape.pitch * 4))
+    _scan_kernel("scan_forward", xz.dtype, rank, dy is not None, shape)(
+        (ceil_div(channels, shape.block), batch, 1), 2 * 32 * shape.warps, shared,
+        u, projected, xz, y, dy, dscan, dxz, states, *parameters[3], *parameters[4], *parameters[5], *parameters[6],
+        length, channels, xz.stride(0), xz.stride(1), scale,
+    )  # fmt: skip
+    return y, dscan, dxz, states
+
+
+def _scan_backward(dscan: Tensor, u: Tensor, projected: Tensor, states: Tensor, parameters):
+    """(du, ddelta, shares of dB and dC, of dA, of dD, of the time step's bias)."""
+    _, batch, length, channels = u.shape
+    rank = parameters[3][0].shape[1]
+    shape = _shapes(batch, channels)[1]
+    blocks = ceil_div(channels, shape.block)
+    du, ddelta = torch.empty_like(u), torch.empty_like(u)
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=u.device)
+
+    dBC = new(2, blocks, batch * length, 2 * STATES)
+    dA, dD, dbias = new(2, batch, channels, STATES), new(2, batch, channels), new(2, batch, channels)
+    per_warp = GROUP * shape.width * STATES * 4 + 2 * GROUP * shape.pitch * 4 + 4 * GROUP * shape.width * 2
+    shared = 2 * GROUP * projected.shape[-1] * 4 + shape.warps * per_warp
+    _scan_kernel("scan_backward", u.dtype, rank, True, shape)(
+        (blocks, batch, 2), 32 * shape.warps, shared,
+        dscan, u, projected, states, du, ddelta, dBC, dA, dD, dbias,
+        *parameters[3], *parameters[4], *parameters[5], *parameters[6], length, channels,
+    )  # fmt: skip
+    return du, ddelta, dBC, dA, dD, dbias
+
+
+def _conv_backward(xz: Tensor, du_scan: Tensor, du_projected: Tensor, parameters, dxz: Tensor) -> tuple[Tensor, Tensor]:
+    """Write dx into dxz for both parts of du. Returns shares of the filters' gradients and of the biases'."""
+    batch, length, double = xz.shape
+    parts = (2, batch * ceil_div(length, CONV_BACKWARD_SEGMENT), double // 2)
+    dbias = torch.empty(parts, dtype=torch.float32, device=xz.device)
+    dweight = torch.empty((*parts, parameters[0][0].shape[1]), dtype=torch.float32, device=xz.device)
+    _conv("conv_backward", xz, parameters, CONV_BACKWARD_SEGMENT, (du_scan, du_projected), (dxz, dweight, dbias))
+    return dweight, dbias
+
+
+def _sums(shares: list[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Of five arrays (2, rows, ...): the sums over rows, a pair each, in one launch."""
+    shares = [share.flatten(2) for share in shares]
+    pairs = [tuple(share.new_empty(share.shape[2]) for _ in range(2)) for share in shares]
+    arguments = [
+        argument
+        for share, pair in zip(shares, pairs)
+        for argument in (share, *pair, share.shape[1], share.shape[2])
+    ]
+    widest = max(share.shape[2] for share in shares)
+    runtime.load("sums.cu", "sum_rows", (_half(dtype),))(
+        (ceil_div(widest, SUM_COLUMNS), len(shares), 2), 256, 256 * 4, *arguments
+    )
+    return pairs
+
+
+# ---- backend form ------------------------------------------------------------------------------------------------
+
+
+def bimamba_forward(xz, forward_params, backward_params, scale, save):
+    """(y (B, L, D), saved): nothing is saved."""
+    if not _serves(xz, forward_params):
+        return triton_bimamba.bimamba_forward(xz, forward_params, backward_params, scale, save)
+    parameters, xz = _parameters(forward_params, backward_params), _aligned(xz)
+    u = conv_both(xz, parameters)
+    projected = _project(u, _x_proj(parameters, xz.dtype))
+    y, *_ = _scan_forward(xz, u, projected, parameters, scale)
+    return y, xz.new_empty(0, dtype=torch.uint8)
+
+
+def bimamba_saved_bytes(
+    batch: int, length: int, channels: int, d_state: int, dt_rank: int, d_conv: int, dtype: torch.dtype
+) -> int:
+    """Size of what forward saves for backward: nothing, where these kernels serve."""
+    if serves(dtype, batch, length, channels, d_state, dt_rank, d_conv):
+        return 0
+    return triton_bimamba.bimamba_saved_bytes(batch, length, channels, d_state, dt_rank, d_conv, dtype)
+
+
+def bimamba_backward(dy, xz, forward_params, backward_params, scale, saved):
+    """Gradients: (dxz, those of the forward direction's parameters in order, those of the backward one's)."""
+    if not _serves(xz, forward_params):
+        return triton_bimamba.bimamba_backward(dy, xz, forward_params, backward_params, scale, saved)
+    _, again = _run_again(dy, xz, forward_params, backward_params, scale)
+    return _walk_back(again, forward_params, backward_params)
+
+
+class Again(NamedTuple):
+    """What forward, run again for backward, leaves for the way back."""
+
+    xz: Tensor
+    parameters: list
+    weights: Tensor  # of the x projections
+    u: Tensor
+    projected: Tensor
+    dscan: Tensor
+    dxz: Tensor  # dz in the second half
+    states: Tensor
+
+
+def _run_again(dy, xz, forward_params, backward_params, scale) -> tuple[Tensor, Again]:
+    """(y, and what is needed beside it)."""
+    parameters, xz = _parameters(forward_params, backward_params), _aligned(xz)
+    u, weights = conv_both(xz, parameters), _x_proj(parameters, xz.dtype)
+    projected = _project(u, weights)
+    y, *rest = _scan_forward(xz, u, projected, parameters, scale, dy.contiguous())
+    return y, Again(xz, parameters, weights, u, projected, *rest)
+
+
+def _walk_back(again: Again, forward_params, backward_params):
+    """(dxz, the gradients of both directions)."""
+    xz, parameters, weights, u, projected, dscan, dxz, states = again
+    du_scan, ddelta, dBC, *sums = _scan_backward(dscan, u, projected, states, parameters)
+    du_projected, dx_proj, ddt_weight = _projections_backward(ddelta, dBC, u, projected, weights, parameters)
+    sums += _conv_backward(xz, du_scan, du_projected, parameters, dxz)
+    dA, dD, ddt_bias, dconv_weight, dconv_bias = _sums(sums, xz.dtype)
+    in_order = zip(dconv_weight, dconv_bias, dx_proj, ddt_weight, ddt_bias, dA, dD)
+    grads = [
+        tuple(None if p is None else grad.view(p.shape).to(p.dtype) for grad, p in zip(of_direction, params))
+        for of_direction, params in zip(in_order, (forward_params, backward_params))
+    ]
+    return dxz, *grads
+
+
+# ---- with both projections -----------------------------------------------------------------------------------------
+
+BLOCK_KEEPS = False  # block_forward keeps nothing for backward
+
+
+def block_forward(hidden, in_proj, out_proj, forward_params, backward_params, scale, save, bf16_products):
+    """(out (B, L, E), xz, saved): out_proj(mixer(in_proj(hidden))); of xz and for backward nothing is kept.
+
+    `bf16_products` is of float32 activations and not for these kernels: products are in hidden's dtype.
+    """
+    xz = F.linear(hidden, in_proj.to(hidden.dtype))
+    y, saved = bimamba_forward(xz, forward_params, backward_params, scale, False)
+    return F.linear(y, out_proj.to(hidden.dtype)), hidden.new_empty(0), saved
+
+
+def block_backward(
+    dout, hidden, in_proj, out_proj, forward_params, backward_params, scale, xz, saved, bf16_products
+):
+    """Gradients: (dhidden, din_proj, dout_proj, those of both directions)."""
+    weight_in = in_proj.to(hidden.dtype)
+    xz = F.linear(hidden, weight_in)
+    dy = dout @ out_proj.to(hidden.dtype)
+    if _serves(xz, forward_params):
+        y, again = _run_again(dy, xz, forward_params, backward_params, scale)
+    else:
+        y, saved = triton_bimamba.bimamba_forward(xz, forward_params, backward_params, scale, True)
+        again = None
+    dout_proj = _product(dout.flatten(0, 1).T, y.flatten(0, 1)).to(out_proj.dtype)
+    if again is None:
+        dxz, *grads = triton_bimamba.bimamba_backward(dy, xz, forward_params, backward_params, scale, saved)
+    else:
+        del y, dy, dout  # the way back is the peak of memory
+        dxz, *grads = _walk_back(again, forward_params, backward_params)
+    din_proj = _product(dxz.flatten(0, 1).T, hidden.flatten(0, 1)).to(in_proj.dtype)
+    return dxz @ weight_in, din_proj, dout_proj, *grads

@@ -1,0 +1,255 @@
+"""The mixer's CUDA kernels against the float64 reference: outputs and every gradient.
+
+Without a GPU the kernels' sources, compiled by g++, run on CPU tensors (cuda_emulation.h). On a GPU the same cases run
+there, and larger ones: `-m gpu`.
+
+The kernels take 16-bit activations alone. float16, whose roundings are eight times finer than bfloat16's, shows
+errors of logic; bfloat16 may err by what rounding u, one of the scans, y and the weights costs (docs/LOG.md).
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mamba_ssm.ops import backend, bimamba, reference
+
+pytest.importorskip("triton")
+from mamba_ssm.ops.cuda import bimamba as kernels
+from mamba_ssm.ops.cuda import runtime
+
+EMULATED = not torch.cuda.is_available()
+DEVICE = "cpu" if EMULATED else "cuda"
+pytestmark = [] if EMULATED else [pytest.mark.gpu]
+NAMES = bimamba.DirectionParameters._fields
+# max|x - r| / max|r| of activations and their gradients, and of parameters' gradients
+LIMITS = {torch.float16: (1e-3, 5e-3), torch.bfloat16: (8e-3, 2e-2)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulation():
+    if not EMULATED:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MAMBA_SSM_CUDA_EMULATION", str(Path(__file__).with_name("cuda_emulation.h")))
+        runtime.load.cache_clear()
+        backend.load.cache_clear()
+        yield
+    runtime.load.cache_clear()
+    backend.load.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory from torch.empty holds NaN, so that what a kernel does not write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def case(batch=1, length=11, channels=32, rank=12, width=4, bias=True, dtype=torch.float16):
+    return locals()
+
+
+CASES = {
+    "one-token": case(length=1, batch=2),
+    "two-tokens": case(length=2, width=2, bias=False),
+    "group-and-one": case(length=9, width=3),
+    "tile": case(length=16, batch=3),
+    "tile-and-one": case(length=17, channels=96),
+    "even-tiles": case(length=32),
+    "idle-warps": case(length=21, channels=160),
+    "chunk-less-one": case(length=63),
+    "chunk-and-one": case(length=65, channels=64),
+    "unpadded-rank": case(length=12, rank=8, batch=2),
+    "vim-length": case(length=197),
+    "bf16": case(length=37, channels=64, dtype=torch.bfloat16),
+    "bf16-two-tiles": case(length=25, batch=2, dtype=torch.bfloat16),
+}
+LARGE = {  # of a GPU
+    "vim-tiny": case(batch=3, length=197, channels=384, rank=12, dtype=torch.bfloat16),
+    "stride-8": case(length=730, channels=384, rank=12),
+    "vim-small": case(batch=2, length=197, channels=768, rank=24),
+    "vim-base": case(length=1000, channels=1536, rank=48),
+}
+
+
+def arguments(case, seed=0):
+    """xz, both directions' parameters, the gradient of y."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    D, R, W = (case[key] for key in ("channels", "rank", "width"))
+
+    def direction():
+        parameters = (
+            0.5 * draw(D, W), 0.2 * draw(D) if case["bias"] else None, draw(R + 32, D) / D**0.5,
+            draw(D, R) / R**0.5, draw(D) - 2, -torch.exp(0.3 * draw(D, 16)), draw(D),
+        )  # fmt: skip
+        return bimamba.DirectionParameters(*(None if p is None else p.to(DEVICE) for p in parameters))
+
+    xz, dy = draw(case["batch"], case["length"], 2 * D), draw(case["batch"], case["length"], D)
+    return xz.to(DEVICE, case["dtype"]), direction(), direction(), dy.to(DEVICE, case["dtype"])
+
+
+def in_float64(parameters):
+    return bimamba.DirectionParameters(*(None if p is None else p.cpu().double() for p in parameters))
+
+
+def relative_error(actual, expected):
+    assert actual.shape == expected.shape
+    scale = expected.abs().max().clamp_min(1e-30)
+    return ((actual.double().cpu() - expected).abs().max() / scale).nan_to_num(float("inf")).item()
+
+
+def assert_close(actual, expected, names, limit):
+    for name, grad, right in zip(names, actual, expected):
+        assert (grad is None) == (right is None), name
+        assert grad is None or relative_error(grad, right) <= limit, name
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["two-channels", "four-channels"])
+@pytest.mark.parametrize("name", [*CASES, *([] if EMULATED else LARGE)])
+def test_mixer(name, few, monkeypatch):
+    """Both cuts of the kernels, for few and for many sequences."""
+    case = (CASES | LARGE)[name]
+    warps = 2 * case["batch"] * case["channels"] / kernels.WARP_CHANNELS
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda: warps / (8 if few else 100))
+    assert kernels._shapes(case["batch"], case["channels"])[0].channels == (2 if few else 4)
+    xz, ahead, behind, dy = arguments(case)
+    activations, parameters = LIMITS[case["dtype"]]
+    y, saved = kernels.bimamba_forward(xz, ahead, behind, 0.5, True)
+    assert saved.numel() == 0
+    wide = xz.cpu().double(), in_float64(ahead), in_float64(behind)
+    right, right_saved = reference.bimamba_forward(*wide, 0.5, True)
+    assert relative_error(y, right) <= activations
+
+    dxz, *grads = kernels.bimamba_backward(dy, xz, ahead, behind, 0.5, saved)
+    expected_dxz, *expected = reference.bimamba_backward(dy.cpu().double(), *wide, 0.5, right_saved)
+    assert relative_error(dxz, expected_dxz) <= activations
+    for direction in range(2):
+        assert_close(grads[direction], expected[direction], NAMES, parameters)
+
+
+def test_the_same_bits_twice_and_in_memory_of_their_own(monkeypatch):
+    xz, ahead, behind, dy = arguments(case(length=40, batch=2, channels=64))
+    runs = [kernels.bimamba_backward(dy, xz, ahead, behind, 0.5, None) for _ in range(2)]
+    first, second = ([dxz, *ahead_grads, *behind_grads] for dxz, ahead_grads, behind_grads in runs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert len({grad.untyped_storage().data_ptr() for grad in first}) == len(first)
+
+
+def test_rows_that_16_byte_copies_cannot_read():
+    xz, ahead, behind, dy = arguments(case(length=20))
+    cut = torch.cat([xz, xz[..., :3]], dim=-1)[..., : xz.shape[-1]]  # rows of 67 elements
+    assert cut.stride(1) % 8
+    for run in (
+        lambda x: kernels.bimamba_forward(x, ahead, behind, 0.5, False)[0],
+        lambda x: kernels.bimamba_backward(dy, x, ahead, behind, 0.5, None)[0],
+    ):
+        assert torch.equal(run(xz), run(cut))
+
+
+def test_what_is_served(monkeypatch):
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda: 132)
+    sizes = {"batch": 128, "length": 197, "channels": 384, "d_state": 16, "rank": 12, "d_conv": 4}
+    served = {"dtype": torch.bfloat16} | sizes
+    assert kernels.serves(**served)
+    for change in (
+        {"dtype": torch.float32}, {"batch": 8}, {"channels": 400}, {"d_state": 8}, {"rank": 10}, {"d_conv": 5},
+        {"rank": 96}, {"length": 2**22},
+    ):  # fmt: skip
+        assert not kernels.serves(**served | change), change
+
+
+# ---- with its projections ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cuda_backend(monkeypatch):
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "cuda")
+
+
+def block_arguments(dtype, requires_grad=False):
+    _, ahead, behind, _ = arguments(case(channels=64, length=21))
+    generator = torch.Generator().manual_seed(1)
+    hidden, w_in, w_out = (
+        torch.randn(shape, generator=generator).to(DEVICE) for shape in ((2, 21, 32), (128, 32), (32, 64))
+    )
+    tensors = [hidden.to(dtype), w_in / 32**0.5, w_out / 64**0.5, *ahead, *behind]
+    return [tensor.requires_grad_(requires_grad) for tensor in tensors]
+
+
+def run_block(tensors, dtype=None):
+    count = len(NAMES)
+    directions = (bimamba.DirectionParameters(*tensors[i : i + count]) for i in (3, 3 + count))
+    with torch.autocast(DEVICE, dtype or torch.bfloat16, enabled=dtype is not None):
+        return bimamba.bimamba_block(*tensors[:3], *directions, 0.5)
+
+
+@pytest.mark.parametrize("how", ["autocast", "float16 activations"])
+def test_block(how, cuda_backend):
+    """Out and every gradient, with autocast and without; nothing but hidden is kept for backward."""
+    half = torch.bfloat16 if how == "autocast" else torch.float16
+    activations, parameters = LIMITS[half]
+    tensors = block_arguments(torch.float32 if how == "autocast" else half, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = run_block(tensors, half if how == "autocast" else None)
+    assert out.dtype == half
+    given = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    new = [t for t in kept if t.untyped_storage().data_ptr() not in given and t.numel()]
+    assert sum(t.nbytes for t in new) <= 2 * tensors[0].numel()  # hidden in 16 bits at most
+
+    dout = torch.randn_like(out)
+    grads = torch.autograd.grad(out, tensors, dout)
+    wide = [tensor.detach().cpu().double().requires_grad_() for tensor in tensors]
+    directions = (bimamba.DirectionParameters(*wide[i : i + len(NAMES)]) for i in (3, 3 + len(NAMES)))
+    right = reference.bimamba(wide[0] @ wide[1].T, *directions, 0.5) @ wide[2].T
+    assert relative_error(out.detach(), right.detach()) <= activations
+    expected = torch.autograd.grad(right, wide, dout.cpu().double())
+    names = ("hidden", "in_proj", "out_proj", *NAMES, *NAMES)
+    assert [grad.dtype for grad in grads] == [tensor.dtype for tensor in tensors]
+    assert_close(grads, expected, names, parameters)
+
+
+def test_block_where_triton_walks_few_sequences(cuda_backend, monkeypatch):
+    """A block of too few sequences for these kernels keeps nothing either."""
+    if EMULATED:
+        pytest.skip("Triton's kernels run on a GPU")
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda: 10**6)
+    tensors = block_arguments(torch.float16, requires_grad=True)
+    few = torch.autograd.grad(run_block(tensors).sum(), tensors)
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda: 1)
+    many = torch.autograd.grad(run_block(tensors).sum(), tensors)
+    for a, b in zip(few, many):
+        assert relative_error(a, b.double().cpu()) <= 1e-2
+
+
+def test_registered_op(cuda_backend):
+    tensors = block_arguments(torch.float16, requires_grad=True)
+    arguments = (*tensors, 0.5, False, True)
+    torch.library.opcheck(
+        torch.ops.mamba_ssm.bimamba_block, arguments,
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"), atol=1e-2, rtol=1e-2,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(EMULATED, reason="graphs are of a GPU")
+def test_a_cuda_graph_replays_training(cuda_backend):
+    tensors = block_arguments(torch.float16, requires_grad=True)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            eager = torch.autograd.grad(run_block(tensors).square().sum(), tensors)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = torch.autograd.grad(run_block(tensors).square().sum(), tensors)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(eager, captured))
