@@ -56,7 +56,7 @@ def case(batch=1, length=11, channels=32, rank=12, width=4, bias=True, dtype=tor
 
 CASES = {
     "one-token": case(length=1, batch=2),
-    "two-tokens": case(length=2, width=2, bias=False),
+    "two-tokens": case(length=2, width=2, bias=False, dtype=torch.bfloat16),
     "group-and-one": case(length=9, width=3),
     "tile": case(length=16, batch=3),
     "tile-and-one": case(length=17, channels=96),
