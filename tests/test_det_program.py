@@ -243,7 +243,7 @@ def test_a_flag_of_another_program_is_refused(capsys):
 
 def test_the_file_runs_from_any_folder(tmp_path):
     command = [sys.executable, str(ROOT / "det" / "train.py"), "--help"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Cascade Mask R-CNN" in done.stdout and "--layer-decay" in done.stdout
 
