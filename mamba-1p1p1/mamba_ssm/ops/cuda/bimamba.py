@@ -6,6 +6,7 @@ at every eighth token and the gradients of the gate, and walks back. Activations
 and sums float32. No atomics: the same bits on every run.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -74,13 +75,11 @@ class Shape(NamedTuple):
 def _shapes(batch: int, channels: int) -> tuple[Shape, Shape]:
     """Of forward and backward, by how many warps of four channels a thread there are for a multiprocessor.
 
-    Few: twice as many of two channels hide more latency. Measured on an H200, Vim-Ti at 224 px, batch 128 and at
-    1248 px, batch 32 (docs/LOG.md).
+    Few: twice as many of two channels hide more latency. The fastest on an H200 of those whose registers are not
+    spilled to memory (docs/LOG.md, 2026-11-26).
     """
     warps = 2 * batch * channels / WARP_CHANNELS / _multiprocessors()
-    if warps <= 8:
-        return Shape(2, 2, 16), Shape(2, 2, 12)
-    return Shape(4, 4, 24 if warps <= 24 else 16), Shape(4, 2, 8)
+    return (Shape(2, 2, 16), Shape(2, 4, 12)) if warps <= 8 else (Shape(4, 4, 16), Shape(4, 2, 8))
 
 
 def _serves(xz: Tensor, parameters) -> bool:
@@ -307,36 +306,19 @@ def bimamba_backward(dy, xz, forward_params, backward_params, scale, saved):
     """Gradients: (dxz, those of the forward direction's parameters in order, those of the backward one's)."""
     if not _serves(xz, forward_params):
         return triton_bimamba.bimamba_backward(dy, xz, forward_params, backward_params, scale, saved)
-    _, again = _run_again(dy, xz, forward_params, backward_params, scale)
-    return _walk_back(again, forward_params, backward_params)
+    return _backward(dy, xz, forward_params, backward_params, scale, lambda y: None)
 
 
-class Again(NamedTuple):
-    """What forward, run again for backward, leaves for the way back."""
-
-    xz: Tensor
-    parameters: list
-    weights: Tensor  # of the x projections
-    u: Tensor
-    projected: Tensor
-    dscan: Tensor
-    dxz: Tensor  # dz in the second half
-    states: Tensor
-
-
-def _run_again(dy, xz, forward_params, backward_params, scale) -> tuple[Tensor, Again]:
-    """(y, and what is needed beside it)."""
+def _backward(dy, xz, forward_params, backward_params, scale, use_y: Callable[[Tensor], None]):
+    """bimamba_backward, which gives y, made again, to `use_y` before the peak of memory."""
     parameters, xz = _parameters(forward_params, backward_params), _aligned(xz)
     u, weights = conv_both(xz, parameters), _x_proj(parameters, xz.dtype)
     projected = _project(u, weights)
-    y, *rest = _scan_forward(xz, u, projected, parameters, scale, dy.contiguous())
-    return y, Again(xz, parameters, weights, u, projected, *rest)
-
-
-def _walk_back(again: Again, forward_params, backward_params):
-    """(dxz, the gradients of both directions)."""
-    xz, parameters, weights, u, projected, dscan, dxz, states = again
+    y, dscan, dxz, states = _scan_forward(xz, u, projected, parameters, scale, dy.contiguous())
+    use_y(y)
+    del y, dy
     du_scan, ddelta, dBC, *sums = _scan_backward(dscan, u, projected, states, parameters)
+    del dscan, states
     du_projected, dx_proj, ddt_weight = _projections_backward(ddelta, dBC, u, projected, weights, parameters)
     sums += _conv_backward(xz, du_scan, du_projected, parameters, dxz)
     dA, dD, ddt_bias, dconv_weight, dconv_bias = _sums(sums, xz.dtype)
@@ -367,19 +349,20 @@ def block_backward(
     dout, hidden, in_proj, out_proj, forward_params, backward_params, scale, xz, saved, bf16_products
 ):
     """Gradients: (dhidden, din_proj, dout_proj, those of both directions)."""
-    weight_in = in_proj.to(hidden.dtype)
+    weight_in, weight_out = in_proj.to(hidden.dtype), out_proj.to(hidden.dtype)
     xz = F.linear(hidden, weight_in)
-    dy = dout @ out_proj.to(hidden.dtype)
+    dout_proj = torch.empty_like(out_proj)
+
+    def use_y(y: Tensor) -> None:
+        dout_proj.copy_(_product(dout.flatten(0, 1).T, y.flatten(0, 1)))
+
     if _serves(xz, forward_params):
-        y, again = _run_again(dy, xz, forward_params, backward_params, scale)
+        dxz, *grads = _backward(dout @ weight_out, xz, forward_params, backward_params, scale, use_y)
     else:
         y, saved = triton_bimamba.bimamba_forward(xz, forward_params, backward_params, scale, True)
-        again = None
-    dout_proj = _product(dout.flatten(0, 1).T, y.flatten(0, 1)).to(out_proj.dtype)
-    if again is None:
-        dxz, *grads = triton_bimamba.bimamba_backward(dy, xz, forward_params, backward_params, scale, saved)
-    else:
-        del y, dy, dout  # the way back is the peak of memory
-        dxz, *grads = _walk_back(again, forward_params, backward_params)
+        use_y(y)
+        dxz, *grads = triton_bimamba.bimamba_backward(
+            dout @ weight_out, xz, forward_params, backward_params, scale, saved
+        )
     din_proj = _product(dxz.flatten(0, 1).T, hidden.flatten(0, 1)).to(in_proj.dtype)
     return dxz @ weight_in, din_proj, dout_proj, *grads
