@@ -21,6 +21,7 @@ if [[ $library != "$copy"/lib/* ]] || ! grep -q __asan_report "$library" || ! gr
     exit 1
 fi
 # OpenMP's own threads are never joined and CPython frees nothing at exit: leaks are not looked for.
+# A report ends the process, so pytest must not be holding back what goes to stderr's descriptor.
 LD_PRELOAD=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so) \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=passive \
-    python -m pytest -q -p no:cacheprovider "$package"/tests/test_cpu*.py "${@:2}"
+    python -m pytest -q -p no:cacheprovider --capture=sys "$package"/tests/test_cpu*.py "${@:2}"
