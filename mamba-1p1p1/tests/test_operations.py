@@ -339,7 +339,11 @@ def test_mixer_compiles_into_one_graph_under_autocast():
     torch.testing.assert_close(out, expected)
     dout = torch.randn_like(out)
     grads = [torch.autograd.grad(y, list(module.parameters()), dout) for y in (out, expected)]
-    torch.testing.assert_close(*grads)
+    # Where no kernel takes the projections along, torch rounds the compiled gradients of these: it traces backward
+    # under the autocast that is on around the call.
+    rounded = 1e-5 if _serves_block(32, 64, 16, 4) else 1e-2
+    for grad, eager in zip(*grads):
+        assert (grad - eager).abs().max() <= rounded * eager.abs().max()
 
 
 def test_autocast_leaves_a_model_in_bfloat16_alone():
