@@ -175,7 +175,7 @@ def _size(loop: Loop) -> int:
 def _pieces(block: int, size: str) -> tuple:
     """Trips of the loop that stages the time step of `block` channels in pieces: fewer channels for a large rank."""
     rank = SIZES[size] // 16
-    piece = 64 if rank <= 32 else 32
+    piece = 64 if rank <= 16 else 32
     return max(block // piece, 1), ()
 
 
@@ -199,13 +199,15 @@ def backward_counts(code, size: str) -> dict:
     pairs = (STATES // selective_scan.STATES_AT_A_TIME, ())
     block, per_thread = backward_block()
     lane_states = per_thread * STATES
+    rank = SIZES[size] // 16
+    marks = STATES // (2 if 16 < rank <= 32 else 4)  # trips of the first pass over the states
     marking, back = chunk.inner[-2:]
     staging = chunk.inner[:-2]
     stages = tuple((tiles, tuple(_pieces(block, size) for _ in loop.inner)) for loop in staging)
-    trips = (*stages, (groups - 1, ((STATES // 4, ()),)), (groups, (pairs,)))
+    trips = (*stages, (groups - 1, ((marks, ()),)), (groups, (pairs,)))
     updates = selective_scan.CHUNK * lane_states
     return {
-        "marking": (groups - 1) * marking.cost(((STATES // 4, ()),)) / updates,
+        "marking": (groups - 1) * marking.cost(((marks, ()),)) / updates,
         "back": groups * back.cost((pairs,)) / updates,
         "all": chunk.cost(trips) / updates,
     }

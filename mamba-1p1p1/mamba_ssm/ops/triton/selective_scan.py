@@ -183,7 +183,7 @@ def _stage(
     PRECISION: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """`_stage_piece` for all channels, in pieces whose matrices fit the registers."""
-    PIECE: tl.constexpr = min(BLOCK, 64 if R_PADDED <= 32 else 32)
+    PIECE: tl.constexpr = min(BLOCK, 64 if R_PADDED <= 16 else 32)
     tl.debug_barrier()  # the rows of the tile before have been read
     for piece in range(0, BLOCK, PIECE):
         _stage_piece(
@@ -597,10 +597,13 @@ def scan_backward_kernel(
     """
     WIDTH: tl.constexpr = STATES_AT_A_TIME if N % STATES_AT_A_TIME == 0 else 1
     PAIRS: tl.constexpr = N // WIDTH
-    MARK: tl.constexpr = 4 if N % 4 == 0 else WIDTH  # states at a time of the first pass
+    # states at a time of the first pass; as many as leave no register spilled on sm_90
+    MARK: tl.constexpr = 4 if N % 4 == 0 and R_PADDED != 32 else WIDTH
     COLUMNS: tl.constexpr = PAIRS_PADDED
     ROWS: tl.constexpr = max(16, 2 * WIDTH * GROUP)
     b, first_channel, count, group, block, blocks = _place(channels, group_channels, BLOCK)
+    if not WIDE:
+        first_channel = first_channel.to(tl.int32)  # channels take 32 bits: the kernel is short of registers
     lane = tl.arange(0, BLOCK)
     d = first_channel + lane
     if FULL:  # a mask of None: all channels are there
