@@ -38,6 +38,9 @@ demo: $(VENV)/.installed ## train MODEL on scikit-learn's digits, evaluate it, s
 	@ls $(DEMO_OUT)/*.png
 	@echo "The same run for a DeiT of equal width and depth: make demo MODEL=deit_nano_patch4_32"
 
+# Small tensors: with two threads each waits for the other, the longer the busier the machine.
+demo-seg demo-det: export OMP_NUM_THREADS = 1
+
 demo-seg: $(VENV)/.installed ## train a segmenter on generated scenes of digits, evaluate it, draw what it sees
 	$(BIN)/python seg/train.py --config seg/configs/demo.yaml --output_dir output/demo-seg
 	$(BIN)/python seg/train.py --config seg/configs/demo.yaml --eval \
