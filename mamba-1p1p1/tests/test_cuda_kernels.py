@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops import backend, bimamba, reference
 
 pytest.importorskip("triton")
@@ -206,7 +207,7 @@ def test_block(how, cuda_backend):
     new = [t for t in kept if t.untyped_storage().data_ptr() not in given and t.numel()]
     assert sum(t.nbytes for t in new) <= 2 * tensors[0].numel()  # hidden in 16 bits at most
 
-    dout = torch.randn_like(out)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE, half)
     grads = torch.autograd.grad(out, tensors, dout)
     wide = [tensor.detach().cpu().double().requires_grad_() for tensor in tensors]
     directions = (bimamba.DirectionParameters(*wide[i : i + len(NAMES)]) for i in (3, 3 + len(NAMES)))
@@ -253,3 +254,19 @@ def test_a_cuda_graph_replays_training(cuda_backend):
         captured = torch.autograd.grad(run_block(tensors).square().sum(), tensors)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(eager, captured))
+
+
+def test_the_block_compiles_whole(cuda_backend):
+    """One graph under autocast, forward and backward, with the numbers of eager mode."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    mixer = Mamba(32, dt_rank=12, bimamba_type="v2", if_divide_out=True).to(DEVICE)
+    hidden = torch.randn(2, 21, 32, device=DEVICE, requires_grad=True)
+
+    def run(module):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            out = module(hidden)
+        return out, *torch.autograd.grad(out.float().square().sum(), [hidden, *mixer.parameters()])
+
+    for compiled, eager in zip(run(torch.compile(mixer, fullgraph=True, backend="aot_eager")), run(mixer)):
+        assert relative_error(compiled.detach(), eager.detach().double().cpu()) <= 1e-6

@@ -406,7 +406,7 @@ def _runs_as_block(inputs: tuple, forward: DirectionParameters, backward: Direct
 def _serves_block(embedding: int, channels: int, d_state: int, d_conv: int) -> bool:
     """Whether the CPU's backend has the block in one, for these widths."""
     kernels = backend.choose("bimamba", torch.device("cpu"), torch.float32, d_state=d_state, d_conv=d_conv)
-    return hasattr(kernels, "block_forward") and kernels.block_unsupported(embedding, channels) is None
+    return hasattr(kernels, "block_unsupported") and kernels.block_unsupported(embedding, channels) is None
 
 
 def _check_block(hidden: Tensor, in_proj: Tensor, out_proj: Tensor, channels: int) -> None:
