@@ -26,17 +26,18 @@ struct BimambaArguments {
 };
 
 // The mixer with both of its projections. `mixer` describes what lies between them: forward writes its xz, contiguous,
-// if it has to save anything; backward reads that and writes y and dxz, and its dy is not used. Embedding and channels
-// are multiples of the vector length, with bf16_products of twice that.
+// if it has to save anything; backward reads that and writes y and dxz where they are not null, and its dy is not used.
+// Embedding and channels are multiples of the vector length, with bf16_products of twice that.
 struct BlockArguments {
     BimambaArguments mixer;
     int64_t embedding;
     int64_t bf16_products;  // rounds operands to bfloat16: in_proj's in forward, both projections' in backward
     const float *hidden, *in_proj, *out_proj;  // (B, L, E) contiguous, (2 D, E), (E, D)
     float* out;                                // (B, L, E) contiguous
-    // Backward only; the gradients of both weights are products of what it writes.
+    // Backward only; the gradients of both weights, or null to leave them, products of y and dxz, to the caller.
     const float* dout;  // (B, L, E) contiguous
     float* dhidden;     // (B, L, E) contiguous
+    float *din_proj, *dout_proj;
 };
 
 // A (B, D, L) tensor of any strides.

@@ -183,6 +183,12 @@ struct BlockBackward : BackwardCall<float> {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < s.batch * s.tiles; ++i) run(i / s.tiles, i % s.tiles);
     }
+    // Both weights' gradients, from what all threads have written.
+    void weight_gradients() const {
+        const int64_t rows = s.batch * s.length;
+        if (block.din_proj) gemm_over_rows(rows, 2 * D, E, (const float*)a.dxz, block.hidden, block.din_proj);
+        if (block.dout_proj) gemm_over_rows(rows, E, D, block.dout, (const float*)a.y, block.dout_proj);
+    }
     void run_block_split(int64_t slot) const {
         each_tile([&](int64_t b, int64_t tile) { project_dy(b, tile); });
         run_split(slot);
@@ -194,6 +200,7 @@ int block_backward(const BlockArguments& arguments) {
     BimambaArguments mixer = arguments.mixer;
     BlockBackward op(arguments, mixer);
     const int64_t threads = larger<int64_t>(1, mixer.threads), weight = op.D * op.E;
+    const int64_t rows = mixer.batch * mixer.length;
     const Split split = choose_split(op.s, threads, &op.groups);
 
     Arena arena;
@@ -203,7 +210,9 @@ int block_backward(const BlockArguments& arguments) {
         op.in.take(arena, 2 * weight);
         op.out.take(arena, weight);
         op.rounded.take(arena, threads);
-        op.dy = arena.take(mixer.batch * mixer.length * op.D);
+        op.dy = arena.take(rows * op.D);
+        mixer.y = arguments.mixer.y ? arguments.mixer.y : arena.take(rows * op.D);
+        mixer.dxz = arguments.mixer.dxz ? arguments.mixer.dxz : arena.take(rows * 2 * op.D);
         if (pass == 0 && !(arena.base = mamba_ssm_workspace(arena.used))) return 1;
     }
     mixer.dy = op.dy;
@@ -224,6 +233,7 @@ int block_backward(const BlockArguments& arguments) {
                 if (second) op.project_dhidden(b, tile);
             });
         finish_sums(op, threads);
+        op.weight_gradients();
     }
     for (int dir = 0; dir < 2; ++dir) unpack_gradients(op.s, mixer.gradients[dir], op.sums_of(0, dir), dir == 1);
     return 0;

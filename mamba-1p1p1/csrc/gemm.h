@@ -6,7 +6,11 @@
 //
 // gemm_panels: the block's own projections, whose weights are packed first; float32 or, where the processor multiplies
 // and adds pairs of bfloat16, those with float32 sums.
+//
+// gemm_over_rows: the gradient of such a weight, a sum over all tokens, dealt out to threads.
 #pragma once
+
+#include <omp.h>
 
 #include "simd.h"
 
@@ -160,6 +164,27 @@ void gemm_panels(int M, int64_t N, int K, const float* A, int64_t lda, const voi
         for (int k = 0; k < K; k += VL) store(rounded + m * K + k, load(A + m * lda + k));
     gemm_panels(M, N, K, rounded, K, (const bf16*)packed, C, ldc);
 #endif
+}
+
+// Rows of A and columns of B that one thread multiplies from its caches: VL columns of A, packed, from the first level
+// and the columns of B from the second.
+constexpr int64_t ROWS_AT_ONCE = 256, COLUMNS_AT_ONCE = 8 * PANEL * 16;
+
+// C (M, N) = A^T B of contiguous A (K, M) and B (K, N), M and N multiples of VL. Called by all threads of a parallel
+// region, each of which computes its own rows of C: the sums are in the same order whatever their number.
+void gemm_over_rows(int64_t K, int64_t M, int64_t N, const float* A, const float* B, float* C) {
+    const int64_t slot = omp_get_thread_num(), threads = omp_get_num_threads();
+    const int64_t first = M / VL * slot / threads * VL, last = M / VL * (slot + 1) / threads * VL;
+    alignas(64) float columns[ROWS_AT_ONCE * VL];
+    memset(C + first * N, 0, (last - first) * N * sizeof(float));
+    for (int64_t n = 0; n < N; n += COLUMNS_AT_ONCE)
+        for (int64_t k = 0; k < K; k += ROWS_AT_ONCE) {
+            const int rows = (int)smaller(ROWS_AT_ONCE, K - k), width = (int)smaller(COLUMNS_AT_ONCE, N - n);
+            for (int64_t m = first; m < last; m += VL) {
+                for (int i = 0; i < rows; ++i) store(columns + i * VL, load(A + (k + i) * M + m));
+                gemm_add(VL, width, rows, columns, 1, VL, B + k * N + n, N, C + m * N + n, N);
+            }
+        }
 }
 
 }  // namespace

@@ -55,4 +55,4 @@ EXPORT int mamba_ssm_has_avx2() {
 }
 
 // Python's side refuses a library of another number: an argument block that has changed would be read as rubbish.
-EXPORT int mamba_ssm_interface() { return 3; }
+EXPORT int mamba_ssm_interface() { return 4; }

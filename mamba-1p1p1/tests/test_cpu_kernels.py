@@ -190,10 +190,46 @@ def test_block_long(isa):
     check_block(B=1, L=730, E=32, D=64)
 
 
-@pytest.mark.parametrize("case", [{"E": 80, "D": 16}, {"E": 64, "D": 112, "N": 5, "W": 2, "conv_bias": False}], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [{"E": 80, "D": 16}, {"E": 64, "D": 112, "N": 5, "W": 2, "conv_bias": False}, {"E": 16, "D": 400}],
+    ids=str,
+)
 def test_block_widths(isa, case):
-    """Panels of three vectors, and the one or two that are left over."""
+    """Panels of three vectors, the one or two that are left over, and more columns than are multiplied at once."""
     check_block(B=2, L=37, **case)
+
+
+@pytest.mark.parametrize("bf16_products", [False, True])
+def test_block_backward_repeats_its_bits_and_leaves_its_arguments(isa, bf16_products):
+    """Backward writes to nothing that it is given, and twice the same bits, after other calls with other shapes too."""
+    hidden, dout, in_proj, out_proj = block_inputs(2, 300, 32, 64)
+    params = [direction(64, 16, 4, 4, seed, True) for seed in (1, 2)]
+    _, xz, saved = cpu.block_forward(hidden, in_proj, out_proj, *params, 0.5, True, bf16_products)
+    given = [dout, hidden, in_proj, out_proj, *params[0], *params[1], xz, saved]
+    before = [tensor.clone() for tensor in given]
+
+    def backward():
+        grads = cpu.block_backward(dout, hidden, in_proj, out_proj, *params, 0.5, xz, saved, bf16_products)
+        return [*grads[:3], *grads[3], *grads[4]]
+
+    first = backward()
+    check_block(B=1, L=700, E=32, D=64, bf16_products=bf16_products)
+    assert all(torch.equal(a, b) for a, b in zip(first, backward()))
+    assert all(torch.equal(a, b) for a, b in zip(given, before))
+
+
+def test_block_sums_the_weights_gradients_in_one_order_for_any_number_of_threads():
+    """Of a batch that is dealt out by items, so that what is summed is the same bits."""
+    hidden, dout, in_proj, out_proj = block_inputs(6, 100, 48, 80)
+    params = [direction(80, 16, 4, 4, seed, True) for seed in (1, 2)]
+    grads = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        _, xz, saved = cpu.block_forward(hidden, in_proj, out_proj, *params, 0.5, True)
+        grads.append(cpu.block_backward(dout, hidden, in_proj, out_proj, *params, 0.5, xz, saved)[:3])
+    for other in grads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads[0], other))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])

@@ -21,7 +21,7 @@ ISAS = ("avx512", "avx2", "portable")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 MAX_WIDTH, MAX_STATES = 4, 256
 _LIBRARY_STEM = "_cpu_kernels"
-INTERFACE = 3  # of the C functions and argument blocks; counted up with csrc/library.cpp
+INTERFACE = 4  # of the C functions and argument blocks; counted up with csrc/library.cpp
 
 
 def _fields(pointers: str = "", integers: str = "", doubles: str = "") -> list:
@@ -53,7 +53,7 @@ class _BlockArguments(ctypes.Structure):
     _fields_ = [
         ("mixer", _BimambaArguments),
         *_fields(integers="embedding bf16_products"),
-        *_fields("hidden in_proj out_proj out dout dhidden"),
+        *_fields("hidden in_proj out_proj out dout dhidden din_proj dout_proj"),
     ]
 
 
@@ -412,21 +412,25 @@ def block_backward(
     originals = (forward_params, backward_params)
     parameters = [[_plain(p) for p in params] for params in originals]
     grads = [[None if p is None else torch.empty_like(p) for p in params] for params in parameters]
-    dhidden, dxz = torch.empty_like(hidden), torch.empty_like(xz)
-    y = torch.empty(*hidden.shape[:2], out_proj.shape[1])
+    dhidden = torch.empty_like(hidden)
     mixer = _bimamba_arguments(xz, parameters, scale, saved)
-    mixer.y, mixer.dxz = y.data_ptr(), dxz.data_ptr()
     mixer.gradients = (_Direction * 2)(*(_direction(g) for g in grads))
     tensors = {"hidden": hidden, "in_proj": in_proj, "out_proj": out_proj, "dout": dout, "dhidden": dhidden}
-    _call("block_backward", _block_arguments(mixer, bf16_products, **tensors))
-    din_proj = _over_tokens(dxz, hidden, bf16_products)  # (2 D, E)
-    dout_proj = _over_tokens(dout, y, bf16_products)  # (E, D)
+    if bf16_products:
+        y, dxz = torch.empty(*hidden.shape[:2], out_proj.shape[1]), torch.empty_like(xz)
+        mixer.y, mixer.dxz = y.data_ptr(), dxz.data_ptr()
+        _call("block_backward", _block_arguments(mixer, bf16_products, **tensors))
+        din_proj, dout_proj = _over_tokens(dxz, hidden), _over_tokens(dout, y)
+    else:
+        din_proj, dout_proj = torch.empty_like(in_proj), torch.empty_like(out_proj)
+        tensors |= {"din_proj": din_proj, "dout_proj": dout_proj}
+        _call("block_backward", _block_arguments(mixer, bf16_products, **tensors))
     return dhidden, din_proj, dout_proj, *_cast_gradients(grads, originals)
 
 
-def _over_tokens(dout: Tensor, x: Tensor, bf16_products: bool) -> Tensor:
-    """The gradient of a projection's weight, float32: (B, L, M) and (B, L, N) to (M, N)."""
-    dout, x = (t.flatten(0, 1).to(torch.bfloat16 if bf16_products else torch.float32) for t in (dout, x))
+def _over_tokens(dout: Tensor, x: Tensor) -> Tensor:
+    """The gradient of a projection's weight, rounded operands and float32: (B, L, M) and (B, L, N) to (M, N)."""
+    dout, x = (t.flatten(0, 1).to(torch.bfloat16) for t in (dout, x))
     return (dout.t() @ x).float()
 
 
