@@ -136,6 +136,10 @@ int block_forward(const BlockArguments& arguments) {
     }
     mixer.xz = op.x_all;
     mixer.y = op.y_tiles;
+    if (mixer.saved) {
+        mamba_ssm_large_pages(op.x_all, rows * mixer.xz_token * sizeof(float));
+        mamba_ssm_large_pages(mixer.saved, op.s.saved_floats() * sizeof(float));
+    }
 
 #pragma omp parallel num_threads((int)threads)
     {

@@ -1,5 +1,9 @@
 // What does not depend on the instruction set: which ones this processor has, and the workspace.
+#include <cstdint>
 #include <cstdlib>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "workspace.h"
 
@@ -25,6 +29,17 @@ float* mamba_ssm_workspace(size_t floats) {
         if (workspace.data) workspace.floats = floats;
     }
     return workspace.data;
+}
+
+void mamba_ssm_large_pages(void* data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t PAGE = 2 << 20;
+    const uintptr_t first = ((uintptr_t)data + PAGE - 1) / PAGE * PAGE, last = ((uintptr_t)data + bytes) / PAGE * PAGE;
+    // It is advice: a system without such pages refuses, and ordinary ones do.
+    if (last >= first + 4 * PAGE) (void)madvise((void*)first, last - first, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
 }
 
 // 1 if this processor can run the kernels compiled for an instruction set.

@@ -219,6 +219,18 @@ def test_block_backward_repeats_its_bits_and_leaves_its_arguments(isa, bf16_prod
     assert all(torch.equal(a, b) for a, b in zip(given, before))
 
 
+def test_block_saves_the_same_in_large_pages():
+    """What is saved of a long sequence is large enough for them: the same bits as of one that is not."""
+    hidden, _, in_proj, out_proj = block_inputs(1, 4096, 16, 320)
+    params = [direction(320, 16, 4, 4, seed, True) for seed in (1, 2)]
+    out, xz, saved = cpu.block_forward(hidden.repeat(2, 1, 1), in_proj, out_proj, *params, 0.5, True)
+    assert min(xz.nbytes, saved.nbytes) >= 10 << 20
+    alone, xz_alone, _ = cpu.block_forward(hidden, in_proj, out_proj, *params, 0.5, False)
+    check("xz", xz[0], hidden[0].double() @ in_proj.double().t(), limit(torch.float32))
+    assert torch.equal(xz[0], xz[1]) and torch.equal(out[0], out[1]) and xz_alone.numel() == 0
+    check("out", out[0], alone[0], limit(torch.float32))
+
+
 def test_block_sums_the_weights_gradients_in_one_order_for_any_number_of_threads():
     """Of a batch that is dealt out by items, so that what is summed is the same bits."""
     hidden, dout, in_proj, out_proj = block_inputs(6, 100, 48, 80)
