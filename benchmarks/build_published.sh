@@ -33,6 +33,30 @@ options=(--no-deps --no-build-isolation --no-binary ":all:" --disable-pip-versio
 if [[ -n ${PUBLISHED_SOURCES:-} ]]; then
     options+=(--no-index --find-links "$PUBLISHED_SOURCES")
 fi
+# The packages name nine architectures themselves, whatever TORCH_CUDA_ARCH_LIST says. They get a toolkit whose nvcc
+# drops the others: a tenth of the work.
+toolkit=$(mktemp -d)
+trap 'rm -rf "$toolkit"' EXIT
+real=$(dirname "$(dirname "$(readlink -f "$(command -v "$nvcc")")")")
+ln -s "$real"/* "$toolkit"
+rm "$toolkit/bin"
+mkdir "$toolkit/bin"
+ln -s "$real"/bin/* "$toolkit/bin"
+rm "$toolkit/bin/nvcc"
+cat >"$toolkit/bin/nvcc" <<EOF
+#!/usr/bin/env bash
+kept=()
+while ((\$#)); do
+    case \$1 in
+        -gencode) [[ \$2 == *sm_90 ]] && kept+=("\$1" "\$2"); shift 2 ;;
+        -gencode=*) [[ \$1 == *sm_90 ]] && kept+=("\$1"); shift ;;
+        *) kept+=("\$1"); shift ;;
+    esac
+done
+exec "$real/bin/nvcc" "\${kept[@]}"
+EOF
+chmod +x "$toolkit/bin/nvcc"
+export CUDA_HOME=$toolkit
 export MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE
 export TORCH_CUDA_ARCH_LIST=9.0 MAX_JOBS=${MAX_JOBS:-$(nproc)}
 mkdir -p "$target"
