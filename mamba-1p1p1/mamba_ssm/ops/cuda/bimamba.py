@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mamba_ssm.ops.cuda import runtime
 from mamba_ssm.ops.triton import bimamba as triton_bimamba
+from mamba_ssm.ops.triton.bimamba import product_in_float32
 from mamba_ssm.ops.triton.common import ceil_div
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -153,17 +154,7 @@ def _dt_weight(parameters, dtype: torch.dtype) -> Tensor:
 
 def _project(u: Tensor, weights: Tensor) -> Tensor:
     """(2, B L, columns) float32: time step, zeros, B and C of both directions."""
-    rows = u.flatten(1, 2)
-    if u.is_cuda:
-        return torch.bmm(rows, weights.transpose(1, 2), out_dtype=torch.float32)
-    return torch.bmm(rows.float(), weights.transpose(1, 2).float())
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with float32 sums and result."""
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    return product_in_float32(u.flatten(1, 2), weights.transpose(1, 2))
 
 
 def _projections_backward(ddelta, dBC, u, projected, weights, parameters) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -178,10 +169,10 @@ def _projections_backward(ddelta, dBC, u, projected, weights, parameters) -> tup
     )
     du = torch.bmm(dprojected, weights)
     dt = projected[..., :padded].to(u.dtype)
-    dx_proj = [_product(dprojected[i].T, flat_u[i]) for i in range(2)]
+    dx_proj = [product_in_float32(dprojected[i].T, flat_u[i]) for i in range(2)]
     if rank != padded:
         dx_proj = [torch.cat([one[:rank], one[padded:]]) for one in dx_proj]
-    ddt_weight = [_product(flat_ddelta[i].T, dt[i])[:, :rank].contiguous() for i in range(2)]
+    ddt_weight = [product_in_float32(flat_ddelta[i].T, dt[i])[:, :rank].contiguous() for i in range(2)]
     return du, dx_proj, ddt_weight
 
 
@@ -354,7 +345,7 @@ def block_backward(
     dout_proj = torch.empty_like(out_proj)
 
     def use_y(y: Tensor) -> None:
-        dout_proj.copy_(_product(dout.flatten(0, 1).T, y.flatten(0, 1)))
+        dout_proj.copy_(product_in_float32(dout.flatten(0, 1).T, y.flatten(0, 1)))
 
     if _serves(xz, forward_params):
         dxz, *grads = _backward(dout @ weight_out, xz, forward_params, backward_params, scale, use_y)
@@ -364,5 +355,5 @@ def block_backward(
         dxz, *grads = triton_bimamba.bimamba_backward(
             dout @ weight_out, xz, forward_params, backward_params, scale, saved
         )
-    din_proj = _product(dxz.flatten(0, 1).T, hidden.flatten(0, 1)).to(in_proj.dtype)
+    din_proj = product_in_float32(dxz.flatten(0, 1).T, hidden.flatten(0, 1)).to(in_proj.dtype)
     return dxz @ weight_in, din_proj, dout_proj, *grads

@@ -26,10 +26,6 @@ constexpr int THREADS = 32 * WARPS;       // of a block, or of one direction of 
 
 typedef long long int64;
 
-struct Matrix {  // a pair of parameters, one a direction
-    const float* of[2];
-};
-
 // ---- tiles -----------------------------------------------------------------------------------------------------
 
 // A tile's rows lie in the order in which its scan walks, so that the loops over tokens know no direction.
@@ -287,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
     float* steps = reinterpret_cast<float*>(mine + 2 * PROJECTED * 4 + warp * PER_WARP);  // (TILE, PITCH)
     scalar_t* tile_u = reinterpret_cast<scalar_t*>(steps + TILE * PITCH);
     scalar_t *tile_z = tile_u + 2 * ROWS, *tile_other = tile_z + ROWS, *tile_dy = tile_other + ROWS;
-    float* middle = reinterpret_cast<float*>(tile_z);  // (TILE, 32), in the step that needs neither z nor the other
+    float* middle = reinterpret_cast<float*>(tile_z);  // (TILE, WIDTH), in the step that needs neither z nor the other
 
     const int64 sequence = behind * int64(gridDim.y) + b;  // of (2, batch)
     u += sequence * length * channels + first_channel;

@@ -223,12 +223,15 @@ def project(u: Tensor, parameters) -> Tensor:
     setting for TF32, as all matrix products of a network do.
     """
     weights = _stacked(parameters[2], u.dtype).transpose(1, 2)  # (2, D, R + 2 N)
-    rows = u.flatten(1, 2)  # (2, B L, D)
-    if u.is_cuda and torch.version.hip is None and u.dtype != torch.float32:
-        projected = torch.bmm(rows, weights, out_dtype=torch.float32)
-    else:  # only NVIDIA's libraries write sums of 16-bit products in float32
-        projected = torch.bmm(rows.float(), weights.float())
-    return projected.unflatten(1, u.shape[1:3])
+    return product_in_float32(u.flatten(1, 2), weights).unflatten(1, u.shape[1:3])
+
+
+def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of two matrices, or of two batches of them, with float32 sums and result."""
+    product = torch.bmm if a.dim() == 3 else torch.mm
+    if a.is_cuda and torch.version.hip is None and a.dtype != torch.float32:
+        return product(a, b, out_dtype=torch.float32)
+    return product(a.float(), b.float())  # only NVIDIA's libraries write sums of 16-bit products in float32
 
 
 def _stacked(pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
