@@ -396,6 +396,9 @@ DEVICE void sync_named(int id, int threads) {
     emulation::wait(barrier);
 }
 
+template <typename T>
+DEVICE void hold(T&) {}
+
 DEVICE int warp_of_block() { return static_cast<int>(threadIdx.x / 32); }
 
 DEVICE float shfl_xor(float v, int mask) {
@@ -404,21 +407,42 @@ DEVICE float shfl_xor(float v, int mask) {
     return __uint_as_float(emulation::exchange("shfl_xor", &word, 1).values[emulation::self->lane() ^ mask][0]);
 }
 
-DEVICE void mma_tf32(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    unsigned words[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+namespace emulation {
+
+// Towards zero, as the tensor cores round their sums.
+static inline float cut(double v) {
+    float near = float(v);
+    return fabs(double(near)) > fabs(v) ? nextafterf(near, 0.0f) : near;
+}
+
+// c[16 x 8] += a[16 x 4 CHUNKS] b[4 CHUNKS x 8]; `words`: this lane's of a, then of b.
+template <int CHUNKS>
+static void multiply(float (&c)[4], unsigned (&words)[3 * CHUNKS], const char* what) {
     for (unsigned& word : words) word &= 0xffffe000u;  // the unit does not see the other bits
-    const auto& lanes = emulation::exchange("mma_tf32", words, 6).values;
-    int g = emulation::self->lane() / 4, t = emulation::self->lane() % 4;
+    const auto& lanes = exchange(what, words, 3 * CHUNKS).values;
+    int g = self->lane() / 4, t = self->lane() % 4;
     for (int i = 0; i < 4; i++) {
         int low_row = i / 2, column = 2 * t + i % 2;  // c[i] is at (g + 8 low_row, column)
         double sum = c[i];
-        for (int k = 0; k < 8; k++) {
+        for (int k = 0; k < 4 * CHUNKS; k++) {
             float left = __uint_as_float(lanes[g * 4 + k % 4][low_row + 2 * (k / 4)]);
-            float right = __uint_as_float(lanes[column * 4 + k % 4][4 + k / 4]);
+            float right = __uint_as_float(lanes[column * 4 + k % 4][2 * CHUNKS + k / 4]);
             sum += double(left) * right;
         }
-        c[i] = float(sum);
+        c[i] = cut(sum);
     }
+}
+
+}  // namespace emulation
+
+DEVICE void mma_tf32(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    unsigned words[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+    emulation::multiply<2>(c, words, "mma_tf32 of 8");
+}
+
+DEVICE void mma_tf32(float (&c)[4], const unsigned (&a)[2], unsigned b) {
+    unsigned words[3] = {a[0], a[1], b};
+    emulation::multiply<1>(c, words, "mma_tf32 of 4");
 }
 
 namespace emulation {

@@ -41,6 +41,16 @@ extern "C" __global__ void products(const float* a, const float* b, float* c, fl
     c[(g + 8) * 8 + 2 * t] = scale * (sums[2] - 3.0f), c[(g + 8) * 8 + 2 * t + 1] = scale * (sums[3] - 4.0f);
 }
 
+// c[16, 8] += a[16, 4] b[4, 8], one warp.
+extern "C" __global__ void short_product(const float* a, const float* b, float* c) {
+    const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+    float sums[4];
+    for (int i = 0; i < 4; ++i) sums[i] = c[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
+    const unsigned left[2] = {__float_as_uint(a[g * 4 + t]), __float_as_uint(a[(g + 8) * 4 + t])};
+    mma_tf32(sums, left, __float_as_uint(b[t * 8 + g]));
+    for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
+}
+
 // out[block] = tiles of 128 floats of x[block], each backwards, in a pipeline of two; the last tile's sums over pairs
 // of lanes behind them. 128 threads; 4 of a tile's floats come in copies of 4 bytes.
 extern "C" __global__ void pipeline(const float* x, float* out, long long tiles, int fault) {

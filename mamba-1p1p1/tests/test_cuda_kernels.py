@@ -4,7 +4,8 @@ Without a GPU the kernels' sources, compiled by g++, run on CPU tensors (cuda_em
 there, and larger ones: `-m gpu`.
 
 The kernels take 16-bit activations alone. float16, whose roundings are eight times finer than bfloat16's, shows
-errors of logic; bfloat16 may err by what rounding u, one of the scans, y and the weights costs (docs/LOG.md).
+errors of logic; bfloat16 may err by what rounding u, one of the scans, y and the weights costs (docs/LOG.md). Sums over
+states take TF32 factors, of ten bits like float16's.
 """
 
 from pathlib import Path
@@ -24,7 +25,7 @@ DEVICE = "cpu" if EMULATED else "cuda"
 pytestmark = [pytest.mark.usefixtures("poisoned"), *([] if EMULATED else [pytest.mark.gpu])]
 NAMES = bimamba.DirectionParameters._fields
 # max|x - r| / max|r| of activations and their gradients, and of parameters' gradients
-LIMITS = {torch.float16: (1e-3, 5e-3), torch.bfloat16: (8e-3, 2e-2)}
+LIMITS = {torch.float16: (1.25e-3, 5e-3), torch.bfloat16: (8e-3, 2.5e-2)}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -192,6 +192,26 @@ def test_product_has_the_accuracy_of_tf32(probe, device):
     assert 1e-5 < error.max() < 2**-10
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_short_product(probe, device):
+    """Exact for integers; of other factors the unit cuts off all but ten bits, towards zero."""
+    generator = torch.Generator().manual_seed(5)
+    a, b, c = (torch.randint(-50, 50, shape, generator=generator).float() for shape in ((16, 4), (4, 8), (16, 8)))
+    expected = torch.from_numpy(c.numpy() + a.numpy() @ b.numpy())
+    sums = c.to(device)
+    probe("short_product")((1, 1, 1), 32, 0, a.to(device), b.to(device), sums)
+    assert torch.equal(sums.cpu(), expected)
+
+    a, b = torch.zeros(16, 4), torch.zeros(4, 8)
+    a[:, 0] = torch.linspace(-4, 4, 16)
+    b[0] = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-11, 1 + 2**-10 - 2**-23, -1 - 2**-11, 2 + 2**-10, 3.0, 0.0])
+    seen = torch.tensor([1.0, 1 + 2**-10, 1.0, 1.0, -1.0, 2.0, 3.0, 0.0])
+    sums = torch.zeros(16, 8, device=device)
+    probe("short_product")((1, 1, 1), 32, 0, a.to(device), b.to(device), sums)
+    cut = (a[:, :1].view(torch.int32) & ~0x1FFF).view(torch.float32)
+    assert torch.equal(sums.cpu(), cut * seen)
+
+
 def pipeline_arguments(device, blocks=3, tiles=5):
     x = torch.randn(blocks, tiles, 128, generator=torch.Generator().manual_seed(3)).to(device)
     out = torch.zeros(blocks, tiles + 1, 128, device=device)
@@ -615,9 +635,11 @@ def package_launches():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime, "load", recorder)
         patch.setenv("MAMBA_SSM_CUDA_EMULATION", str(EMULATION))
-        for embed_dim in (192, 384, 768):
-            launch_mixer(bimamba, embed_dim, torch.bfloat16)
-        launch_mixer(bimamba, 192, torch.float16)
+        for multiprocessors in (1, 48):  # many sequences for each, few
+            patch.setattr(bimamba, "_multiprocessors", lambda: multiprocessors)
+            for embed_dim in (192, 384, 768):
+                launch_mixer(bimamba, embed_dim, torch.bfloat16)
+            launch_mixer(bimamba, 192, torch.float16)
     return recorder.loaded
 
 

@@ -21,7 +21,7 @@ from mamba_ssm.ops.triton.common import ceil_div
 DTYPES = (torch.bfloat16, torch.float16)
 STATES = 16
 WARP_CHANNELS = 32  # of threads of four channels; a multiple of it is served
-TILE, GROUP = 16, 8  # tokens: of a staged tile, between two saved states
+TILE = 8  # tokens between two saved states
 CONV_THREADS = 64  # of two channels each
 CONV_SEGMENT, CONV_BACKWARD_SEGMENT = 32, 64  # tokens that a thread walks
 SUM_COLUMNS = 32
@@ -68,9 +68,12 @@ class Shape(NamedTuple):
         """Channels of a block."""
         return self.width * self.warps
 
-    @property
-    def pitch(self) -> int:
-        return self.width + 8
+    def shared(self, columns: int, padded: int, tiles: int, exchanges: int, factors: int, halves: int) -> int:
+        """Bytes of `warps` and what they share: `tiles` of `projected`, and each warp's parameters and tiles of
+        numbers on their way between lanes, singly or as factors, and of 16-bit channels."""
+        row = self.width + 8
+        token = (4 * exchanges + 2 * halves) * row + 4 * factors * (4 * self.width + 8)
+        return tiles * TILE * (columns + 4) * 4 + self.warps * (4 * self.width * (padded + 2) + TILE * token)
 
 
 def _shapes(batch: int, channels: int) -> tuple[Shape, Shape]:
@@ -80,7 +83,7 @@ def _shapes(batch: int, channels: int) -> tuple[Shape, Shape]:
     spilled to memory (docs/LOG.md, 2026-11-26).
     """
     warps = 2 * batch * channels / WARP_CHANNELS / _multiprocessors()
-    return (Shape(2, 2, 16), Shape(2, 4, 12)) if warps <= 8 else (Shape(4, 4, 16), Shape(4, 2, 8))
+    return (Shape(2, 2, 16), Shape(2, 4, 12)) if warps <= 8 else (Shape(4, 2, 12), Shape(4, 2, 8))
 
 
 def _serves(xz: Tensor, parameters) -> bool:
@@ -208,11 +211,11 @@ def _scan_forward(
     dscan = dxz = states = None
     if dy is not None:
         dscan, dxz = torch.empty_like(y), torch.empty((batch, length, double), dtype=xz.dtype, device=xz.device)
-        groups = ceil_div(length, GROUP)
+        groups = ceil_div(length, TILE)
         states = torch.empty((2, batch, groups, channels, STATES), dtype=torch.float32, device=xz.device)
     shape = _shapes(batch, channels)[0]
-    tiles = (5 if dy is not None else 4) * TILE * shape.width * 2
-    shared = 2 * (2 * TILE * projected.shape[-1] * 4 + shape.warps * (tiles + TILE * shape.pitch * 4))
+    halves = 4 if dy is None else 5
+    shared = 2 * shape.shared(projected.shape[-1], _padded(rank), 3, exchanges=1, factors=1, halves=halves)
     _scan_kernel("scan_forward", xz.dtype, rank, dy is not None, shape)(
         (ceil_div(channels, shape.block), batch, 1), 2 * 32 * shape.warps, shared,
         u, projected, xz, y, dy, dscan, dxz, states, *parameters[3], *parameters[4], *parameters[5], *parameters[6],
@@ -234,8 +237,8 @@ def _scan_backward(dscan: Tensor, u: Tensor, projected: Tensor, states: Tensor, 
 
     dBC = new(2, blocks, batch * length, 2 * STATES)
     dA, dD, dbias = new(2, batch, channels, STATES), new(2, batch, channels), new(2, batch, channels)
-    per_warp = GROUP * shape.width * STATES * 4 + 2 * GROUP * shape.pitch * 4 + 4 * GROUP * shape.width * 2
-    shared = 2 * GROUP * projected.shape[-1] * 4 + shape.warps * per_warp
+    shared = shape.shared(projected.shape[-1], _padded(rank), 2, exchanges=3, factors=1, halves=4)
+    shared += shape.warps * TILE // 2 * (shape.width * STATES + 2 * 128) * 4  # states and shares of a tile's halves
     _scan_kernel("scan_backward", u.dtype, rank, True, shape)(
         (blocks, batch, 2), 32 * shape.warps, shared,
         dscan, u, projected, states, du, ddelta, dBC, dA, dD, dbias,

@@ -113,6 +113,13 @@ DEVICE void sync_block() { __syncthreads(); }
 // Barrier `id` (1 to 15) of `threads` threads, whole warps.
 DEVICE void sync_named(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
+// Hold a value in a register: the compiler does not know how to make it again.
+template <typename T>
+DEVICE void hold(T& value) {
+    if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(value));
+    else asm volatile("" : "+r"(value));
+}
+
 // c[16 x 8] += a[16 x 8] b[8 x 8]. With g = lane / 4 and t = lane % 4, a lane holds
 //   a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)    b: (t, g), (t + 4, g)
 //   c: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
@@ -123,6 +130,14 @@ DEVICE void mma_tf32(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// c[16 x 8] += a[16 x 4] b[4 x 8]: a: (g, t), (g + 8, t)    b: (t, g)    c as above.
+DEVICE void mma_tf32(float (&c)[4], const unsigned (&a)[2], unsigned b) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 
 #endif  // VIM_EMULATION

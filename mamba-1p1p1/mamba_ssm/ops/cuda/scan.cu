@@ -5,258 +5,401 @@
 // thread, 2 or 4), WARPS (of a block; forward has as many for each direction) and RESIDENT (warps that a multiprocessor
 // is to hold, from which the compiler derives the registers of a thread).
 //
-// A thread owns CH channels x NS of their 16 states, so that one read of B and C serves CH channels and one read of
-// the time step four states: the exponential, of which a multiprocessor makes 16 a clock, is what bounds the loop.
-// Four threads hold all states of their channels, a warp 8 CH channels: with 4 a thread there are fewest instructions,
-// with 2 twice as many threads, which long sequences in small batches need. Tokens come in tiles of TILE, copied to shared
-// memory one tile ahead. The time step is a matrix product of its RANK low-rank columns, made once a tile. A backward
-// direction is index arithmetic. Activations are 16 bits wide; states, time steps and sums are float32.
+// A warp has 8 CH channels x 16 states and walks a sequence in tiles of eight tokens. Of a token's update
+//   h = exp(delta A) h + (delta x) B,  y = sum over states of C h
+// the decay is one product, one exp2 and one product a state. The rest is for the tensor cores, in TF32 with float32
+// sums: a column times a row, (delta x) B, is added to h; C h is a product with columns of C. Activations are 16 bits
+// wide; states, time steps and sums are float32. A backward direction is index arithmetic.
+//
+// Who has what. With g = lane / 4 and t = lane % 4, a lane has
+//   of states: 4 t to 4 t + 3 of channels CH g + j (States),
+//   of what there is once a token and channel: channels CH g + j of tokens t and t + 4 of a tile (Tokens).
+// Both are places of mma.m16n8k8's sums, and states are so placed that the sum of one product is the left factor of the
+// next, register by register: as sum, rows g and g + 8 are first and second states of one channel; as factor, even and
+// odd ones. So the drive's column has zeros where the other half's rows are (Factors), and a sum over states comes as
+// two numbers, of two columns of C, each with one kind of state (Columns). What is not finite in a state also shows in
+// up to three tokens before it, whose columns have zeros for it.
 
 #include "device.cuh"
 
-constexpr int N = 16, NS = 4;             // states of a channel, of a thread
-constexpr int TILE = 16;                  // tokens of a staged tile: the rows of one matrix product
-constexpr int GROUP = 8;                  // tokens between two saved states
+constexpr int N = 16;                     // states of a channel
+constexpr int TILE = 8, HALF = TILE / 2;  // tokens between two saved states: the columns of one matrix product
 constexpr int PADDED = (RANK + 7) / 8 * 8;  // columns of the time step, with zeros behind RANK
 constexpr int COLUMNS = PADDED + 2 * N;   // of a row of `projected`: time step, B, C
 constexpr int STEPS = PADDED / 8;         // of the product over RANK, eight at a time
+constexpr int PAIRS = CH / 2;             // of a thread's channels
 constexpr int WIDTH = 8 * CH;             // channels of a warp
-constexpr int PITCH = WIDTH + 8;          // floats between rows of WIDTH: the product's stores meet no bank twice
 constexpr int THREADS = 32 * WARPS;       // of a block, or of one direction of it
 
-typedef long long int64;
+// Of a factor the tensor cores take sign, exponent and ten bits. What they cut off, towards zero, is in the mean
+// 0.72 / 2048 of a number whose logarithm is uniform, 0.69 / 2048 of one that is uniform itself; CUT puts it back.
+constexpr float CUT = 1.0f + 0.71f / 2048, READ_OUT = CUT * CUT * CUT;
+constexpr unsigned TF32_BITS = 0xffffe000u;
 
-// ---- tiles -----------------------------------------------------------------------------------------------------
+typedef long long int64;
+typedef float Channels[CH];               // [j]
+typedef float Tokens[CH][2];              // [j][late]: token t + 4 late
+typedef float States[CH][4];              // [j][2 second + odd]: state 4 t + 2 odd + second
+
+// f(j, late) for a lane's channels and tokens.
+template <typename F>
+__device__ __forceinline__ void for_tokens(F f) {
+#pragma unroll
+    for (int j = 0; j < CH; ++j)
+#pragma unroll
+        for (int late = 0; late < 2; ++late) f(j, late);
+}
+
+// ---- tiles in shared memory --------------------------------------------------------------------------------------
 
 // A tile's rows lie in the order in which its scan walks, so that the loops over tokens know no direction.
 struct Walk {
-    int first, along;  // the first row's token, and 1 or -1
+    int first, along, rows;  // the first row's token, 1 or -1, and how many there are
+
+    __device__ __forceinline__ Walk(int tile, int length, bool behind)
+        : first(tile * TILE), along(behind ? -1 : 1), rows(min(TILE, length - tile * TILE)) {
+        if (behind) first += rows - 1;
+    }
+    __device__ __forceinline__ int token(int row) const { return first + along * row; }
 };
 
-__device__ __forceinline__ Walk walk_of(int start, int rows, bool behind) {
-    return behind ? Walk{start + rows - 1, -1} : Walk{start, 1};
+// A tile of `projected`; a row ends with zeros.
+constexpr int PITCH = COLUMNS + 4, PROJECTED = TILE * PITCH;
+
+// What a thread reads or writes of an array (length, stride): some bytes of one row of each tile.
+struct Stream {
+    const char* base;  // with the tile's first row at token 0
+    int bytes;         // from token to token
+
+    __device__ __forceinline__ Stream() {}
+    template <typename T>
+    __device__ __forceinline__ Stream(const T* array, int stride, int along, int row, int column)
+        : base(reinterpret_cast<const char*>(array + int64(along * row) * stride + column)),
+          bytes(stride * static_cast<int>(sizeof(T))) {}
+
+    __device__ __forceinline__ const char* at(Walk walk) const { return base + int64(walk.first) * bytes; }
+};
+
+// A thread's share of the copies of `projected` (length, COLUMNS), by WARPS warps.
+struct ProjectedCopies {
+    static constexpr int PARTS = COLUMNS / 4, ALL = TILE * PARTS, SHARES = (ALL + THREADS - 1) / THREADS;
+    Stream from[SHARES];
+    int to[SHARES];
+
+    __device__ __forceinline__ ProjectedCopies(const float* projected, int along, int thread) {
+#pragma unroll
+        for (int k = 0; k < SHARES; ++k) {
+            const int i = k * THREADS + thread, row = i / PARTS, part = i % PARTS;
+            from[k] = Stream(projected, COLUMNS, along, row, 4 * part);
+            hold(from[k].base);
+            to[k] = row * PITCH + 4 * part;  // beyond the tile for a share that is none
+            hold(to[k]);
+        }
+    }
+
+    __device__ __forceinline__ void copy(float* tile, Walk walk) const {
+#pragma unroll
+        for (int k = 0; k < SHARES; ++k)
+            if (to[k] < walk.rows * PITCH) cp_async16(tile + to[k], from[k].at(walk));
+    }
+};
+
+// A tile of a warp's 16-bit channels. Rows lie 16 bytes farther apart than they are wide: fewer lanes meet in a bank.
+struct Halves {
+    static constexpr int ROW = WIDTH + 8, SIZE = TILE * ROW;
+    scalar_t* memory;
+
+    // What a lane copies, 16 bytes of a row.
+    static __device__ __forceinline__ Stream part(const scalar_t* source, int stride, int along, int lane) {
+        Stream stream(source, stride, along, lane / CH, lane % CH * 8);
+        hold(stream.base);
+        return stream;
+    }
+    __device__ __forceinline__ void copy(const Stream& part, Walk walk, int lane) const {
+        if (lane / CH < walk.rows) cp_async16(memory + lane / CH * ROW + lane % CH * 8, part.at(walk));
+    }
+
+    __device__ __forceinline__ void read(unsigned (&out)[2][PAIRS], int g, int t) const {
+#pragma unroll
+        for (int late = 0; late < 2; ++late) {
+            const scalar_t* source = memory + (t + 4 * late) * ROW + CH * g;
+            if (CH == 4) {
+                const uint2 v = *reinterpret_cast<const uint2*>(source);
+                out[late][0] = v.x, out[late][PAIRS - 1] = v.y;
+            } else {
+                out[late][0] = *reinterpret_cast<const unsigned*>(source);
+            }
+        }
+    }
+
+    static __device__ __forceinline__ void unpack(Tokens& out, const unsigned (&words)[2][PAIRS]) {
+#pragma unroll
+        for (int late = 0; late < 2; ++late)
+#pragma unroll
+            for (int pair = 0; pair < PAIRS; ++pair)
+                widen2(words[late][pair], out[2 * pair][late], out[2 * pair + 1][late]);
+    }
+
+    __device__ __forceinline__ void read(Tokens& out, int g, int t) const {
+        unsigned words[2][PAIRS];
+        read(words, g, t);
+        unpack(out, words);
+    }
+};
+
+// Zeros: what rows behind a sequence's end hold, and the ends of the rows of `projected`.
+__device__ __forceinline__ void clear(void* memory, int bytes, int thread, int threads) {
+    for (int i = 16 * thread; i < bytes; i += 16 * threads)
+        *reinterpret_cast<uint4*>(static_cast<char*>(memory) + i) = make_uint4(0, 0, 0, 0);
 }
 
-// Copy `rows` of up to TILE_ROWS rows of WIDTH 16-bit channels, from `source` on and `stride` elements apart, to
-// (TILE_ROWS, WIDTH), by one warp.
-template <int TILE_ROWS>
-__device__ __forceinline__ void copy_channels(scalar_t* tile, const scalar_t* source, int stride, int rows, int lane) {
-    const int row = lane / CH, part = lane % CH * 8;
-    constexpr int PASS = 32 / CH;  // rows at once
-    tile += row * WIDTH + part, source += row * stride + part;
+// Write a lane's tokens to an array of 16 bits; `to`: row t, this lane's channels.
+__device__ __forceinline__ void store_tokens(const Stream& to, const Tokens& in, Walk walk, int t) {
+    char* target = const_cast<char*>(to.at(walk));
 #pragma unroll
-    for (int i = 0; i < TILE_ROWS; i += PASS)
-        if (row + i < rows) cp_async16(tile + i * WIDTH, source + i * stride);
-}
-
-// Copy `rows` of up to TILE_ROWS rows of `projected`, `stride` elements apart, by WARPS warps.
-template <int TILE_ROWS>
-__device__ __forceinline__ void copy_projected(
-    float* tile, const float* source, int stride, int rows, int warp, int lane) {
-    constexpr int PARTS = COLUMNS / 4;
-    const int part = lane & 7;
-#pragma unroll
-    for (int first = 0; first < TILE_ROWS; first += 4 * WARPS) {
-        const int row = first + 4 * warp + (lane >> 3);
-        if (row < rows)
-#pragma unroll
-            for (int i = 0; i < PARTS; i += 8)
-                if (PARTS >= i + 8 || i + part < PARTS)
-                    cp_async16(tile + row * COLUMNS + 4 * (i + part), source + row * stride + 4 * (i + part));
+    for (int late = 0; late < 2; ++late, target += int64(4 * walk.along) * to.bytes) {
+        if (t + 4 * late >= walk.rows) break;
+        const unsigned low = narrow2(in[0][late], in[1][late]), high = narrow2(in[CH - 2][late], in[CH - 1][late]);
+        if (CH == 4) *reinterpret_cast<uint2*>(target) = make_uint2(low, high);
+        else *reinterpret_cast<unsigned*>(target) = low;
     }
 }
 
-// What this lane needs of the time step's weight (WIDTH, RANK) and bias, as operands of the matrix product. A small
-// RANK's stays in registers; a large one's is read again for every tile.
-constexpr bool HOLD_WEIGHTS = RANK <= 24 && !(FOR_BACKWARD && CH == 4);
+__device__ __forceinline__ void load_channels(Channels& out, const float* source) {
+    if (CH == 4) {
+        const float4 v = *reinterpret_cast<const float4*>(source);
+        out[0] = v.x, out[1] = v.y, out[CH - 2] = v.z, out[CH - 1] = v.w;
+    } else {
+        const float2 v = *reinterpret_cast<const float2*>(source);
+        out[0] = v.x, out[1] = v.y;
+    }
+}
 
-struct StepWeights {
-    unsigned b[CH][STEPS][2];
-    float2 bias[CH];
+// Numbers of a warp's tile, one a token and channel, on their way from their own lane to all that hold the channel's
+// states. Rows lie farther apart than they are wide, so that writing lanes do not meet in a bank.
+struct Exchange {
+    static constexpr int ROW = WIDTH + 8, SIZE = TILE * ROW;
+    float* memory;
 
-    __device__ __forceinline__ void load(const float* weight, const float* source, int lane) {
-        const int g = lane >> 2, t = lane & 3;
+    __device__ __forceinline__ float* at(int token, int g) const { return memory + token * ROW + CH * g; }
+
+    __device__ __forceinline__ void write(const Tokens& in, int g, int t) const {
 #pragma unroll
-        for (int j = 0; j < CH; ++j) {
-            bias[j] = *reinterpret_cast<const float2*>(source + 8 * j + 2 * t);
+        for (int late = 0; late < 2; ++late) {
+            float* target = at(t + 4 * late, g);
+            if (CH == 4)
+                *reinterpret_cast<float4*>(target) =
+                    make_float4(in[0][late], in[1][late], in[CH - 2][late], in[CH - 1][late]);
+            else
+                *reinterpret_cast<float2*>(target) = make_float2(in[0][late], in[1][late]);
+        }
+    }
+
+    __device__ __forceinline__ void read(Channels& out, int token, int g) const { load_channels(out, at(token, g)); }
+
+    // What this lane has written.
+    __device__ __forceinline__ void read(Tokens& out, int g, int t) const {
+        Channels v;
 #pragma unroll
-            for (int k = 0; k < STEPS; ++k)
+        for (int late = 0; late < 2; ++late) {
+            read(v, t + 4 * late, g);
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int column = 8 * k + 4 * half;  // RANK is a multiple of 4
-                    b[j][k][half] = column < RANK ? to_tf32(weight[(8 * j + g) * RANK + column + t]) : 0u;
-                }
+            for (int j = 0; j < CH; ++j) out[j][late] = v[j];
         }
     }
 };
 
-// The time step of 8 or 16 rows x WIDTH channels before softplus: (rows, RANK) x (RANK, WIDTH) + bias, in TF32.
-// A lane gets, of channels 8 j + 2 (lane % 4) + {0, 1}, rows lane / 4 and lane / 4 + 8: raw[j][2 * late + odd].
-template <int TILE_ROWS>
+// The same as columns of left factors: for lanes with even t, the first states' part, (v, 0), for those with odd t, the
+// second states', (0, v).
+struct Factors {
+    static constexpr int ROW = 4 * WIDTH + 8, SIZE = TILE * ROW;
+    float* memory;
+
+    __device__ __forceinline__ void write(const Tokens& in, int g, int t) const {
+#pragma unroll
+        for (int late = 0; late < 2; ++late)
+#pragma unroll
+            for (int pair = 0; pair < PAIRS; ++pair) {
+                float4* target = reinterpret_cast<float4*>(memory + (t + 4 * late) * ROW + pair * 64 + 4 * g);
+                const float even = in[2 * pair][late], odd = in[2 * pair + 1][late];
+                target[0] = make_float4(even, 0.0f, odd, 0.0f);
+                target[8] = make_float4(0.0f, even, 0.0f, odd);
+            }
+    }
+
+    __device__ __forceinline__ void read(unsigned (&out)[CH][2], int token, int g, int t) const {
+#pragma unroll
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            const uint4 v = *reinterpret_cast<const uint4*>(memory + token * ROW + pair * 64 + (t & 1) * 32 + 4 * g);
+            out[2 * pair][0] = v.x, out[2 * pair][1] = v.y, out[2 * pair + 1][0] = v.z, out[2 * pair + 1][1] = v.w;
+        }
+    }
+};
+
+// ---- the time step ---------------------------------------------------------------------------------------------
+
+// What a warp reads once a tile, in shared memory: the time step's weights as left factors of the product, each lane's
+// at its own place, its bias and the skips.
+constexpr int WEIGHTS = PAIRS * STEPS * 32 * 4, PARAMETERS = WEIGHTS + 2 * WIDTH;  // words
+
+__device__ __forceinline__ void stage_parameters(
+    float* parameters, const float* weight, const float* bias, const float* skip, int lane) {
+    const int g = lane >> 2, t = lane & 3;
+    unsigned* memory = reinterpret_cast<unsigned*>(parameters);
+    if (lane < WIDTH) parameters[WEIGHTS + lane] = bias[lane], parameters[WEIGHTS + WIDTH + lane] = skip[lane];
+#pragma unroll 1
+    for (int i = 0; i < PAIRS * STEPS; ++i) {
+        const int pair = i / STEPS, step = i % STEPS;
+        unsigned a[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const int channel = CH * g + 2 * pair + k % 2, column = 8 * step + 2 * t + k / 2;
+            a[k] = column < RANK ? to_tf32(weight[channel * RANK + column]) : 0u;
+        }
+        *reinterpret_cast<uint4*>(memory + (i * 32 + lane) * 4) = make_uint4(a[0], a[1], a[2], a[3]);
+    }
+}
+
+// The time step before softplus: (WIDTH, RANK) x (RANK, TILE) + bias.
 __device__ __forceinline__ void project_steps(
-    float (&raw)[CH][4], const float* projected, const StepWeights& weights, int lane) {
-    projected += (lane >> 2) * COLUMNS + (lane & 3);
-    unsigned a[STEPS][4];
+    Tokens& out, const float* projected, const float* parameters, int lane) {
+    Channels bias;
+    load_channels(bias, parameters + WEIGHTS + CH * (lane >> 2));
+    float sums[PAIRS][4];
 #pragma unroll
-    for (int k = 0; k < STEPS; ++k)
+    for (int pair = 0; pair < PAIRS; ++pair)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int column = 8 * k + 4 * half;
-            a[k][2 * half] = column < RANK ? to_tf32(projected[column]) : 0u;
-            a[k][2 * half + 1] = column < RANK && TILE_ROWS > 8 ? to_tf32(projected[8 * COLUMNS + column]) : 0u;
+        for (int i = 0; i < 4; ++i) sums[pair][i] = bias[2 * pair + i / 2];
+    const int column = lane >> 2, token = column / 2 + 4 * (column % 2);
+    projected += token * PITCH + 2 * (lane & 3);
+    const unsigned* weights = reinterpret_cast<const unsigned*>(parameters) + 4 * lane;
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        const float2 v = *reinterpret_cast<const float2*>(projected + 8 * step);
+        const unsigned b[2] = {to_tf32(v.x), to_tf32(v.y)};
+#pragma unroll
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            const uint4 w = *reinterpret_cast<const uint4*>(weights + (pair * STEPS + step) * 32 * 4);
+            const unsigned a[4] = {w.x, w.y, w.z, w.w};
+            mma_tf32(sums[pair], a, b);
         }
+    }
+#pragma unroll
+    for (int j = 0; j < CH; ++j) out[j][0] = sums[j / 2][j % 2 * 2], out[j][1] = sums[j / 2][j % 2 * 2 + 1];
+}
+
+// Zero for the rows behind a sequence's end. Without a time step such a token leaves the state as it is.
+__device__ __forceinline__ void clear_rows(Tokens& v, int rows, int t) {
+    for_tokens([&](int j, int late) { v[j][late] = t + 4 * late < rows ? v[j][late] : 0.0f; });
+}
+
+// ---- states ----------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float4 in_order(const float (&v)[4]) { return make_float4(v[0], v[2], v[1], v[3]); }
+
+// A in units of log2, so that exp(delta A) is one product and one exp2. `source`: (WIDTH, N) of this warp's channels.
+__device__ __forceinline__ void load_A(States& A, const float* source, int g, int t) {
 #pragma unroll
     for (int j = 0; j < CH; ++j) {
-        raw[j][0] = raw[j][2] = weights.bias[j].x;
-        raw[j][1] = raw[j][3] = weights.bias[j].y;
-#pragma unroll
-        for (int k = 0; k < STEPS; ++k) mma_tf32(raw[j], a[k], weights.b[j][k]);
+        const float4 v = *reinterpret_cast<const float4*>(source + (CH * g + j) * N + 4 * t);
+        A[j][0] = LOG2_E * v.x, A[j][1] = LOG2_E * v.z, A[j][2] = LOG2_E * v.y, A[j][3] = LOG2_E * v.w;
     }
 }
 
-// ---- a thread's channels and states ------------------------------------------------------------------------------
-
-// The channels of a thread, within its warp's. The four threads of CH channels order them differently, each its own
-// first, so that sums over states, which end in the channel's own thread, need few selections: with 4 channels, own is
-// the lane's number and among the first two; with 2, two threads own a channel and write the same to the same place.
-struct Place {
-    int first, second, own, m;  // of both halves of the channels; m: the thread's group of states
-
-    __device__ __forceinline__ explicit Place(int lane) : m(lane & 3) {
-        const int base = (lane >> 2) * CH, half = CH / 2 * (m >> 1);
-        first = base + half, second = base + (CH / 2 - half);
-        own = CH == 4 ? lane : first;
-    }
-
-    __device__ __forceinline__ int channel(int c) const { return c < CH / 2 ? first + c : second + c - CH / 2; }
-};
-
-__device__ __forceinline__ void load_channels(float (&out)[CH], const float* row, Place place) {
-    if (CH == 4) {
-        const float2 low = *reinterpret_cast<const float2*>(row + place.first);
-        const float2 high = *reinterpret_cast<const float2*>(row + place.second);
-        out[0] = low.x, out[1] = low.y, out[CH - 2] = high.x, out[CH - 1] = high.y;
-    } else {
-        out[0] = row[place.first], out[1] = row[place.second];
-    }
-}
-
-__device__ __forceinline__ void load_channels(float (&out)[CH], const scalar_t* row, Place place) {
-    if (CH == 4) {
-        widen2(*reinterpret_cast<const unsigned*>(row + place.first), out[0], out[1]);
-        widen2(*reinterpret_cast<const unsigned*>(row + place.second), out[CH - 2], out[CH - 1]);
-    } else {
-        out[0] = widen(row[place.first]), out[1] = widen(row[place.second]);
-    }
-}
-
-__device__ __forceinline__ void load_states(float (&out)[NS], const float* source) {
+// Four numbers of one channel as they lie in registers, to and from memory of our own.
+__device__ __forceinline__ void load_four(float (&out)[4], const float* source) {
     const float4 v = *reinterpret_cast<const float4*>(source);
     out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
 }
 
-__device__ __forceinline__ void store_states(float* target, const float (&in)[NS]) {
+__device__ __forceinline__ void store_four(float* target, const float (&in)[4]) {
     *reinterpret_cast<float4*>(target) = make_float4(in[0], in[1], in[2], in[3]);
 }
 
-// A in units of log2, so that exp(delta A) is one product and one exp2. `source`: (WIDTH, N) of this warp's channels.
-__device__ __forceinline__ void load_A(float (&A)[CH][NS], const float* source, Place place) {
+// Saved states of a warp's channels: (WIDTH, N), a channel's in the order of the lanes and their registers.
+__device__ __forceinline__ void save_states(float* target, const States& in, int g, int t) {
 #pragma unroll
-    for (int c = 0; c < CH; ++c) {
-        load_states(A[c], source + place.channel(c) * N + NS * place.m);
-#pragma unroll
-        for (int n = 0; n < NS; ++n) A[c][n] *= LOG2_E;
-    }
+    for (int j = 0; j < CH; ++j) store_four(target + (CH * g + j) * N + 4 * t, in[j]);
 }
 
-// The sum over all states of one number a channel, for the lane's own channel; every lane gives CH channels' shares.
-__device__ __forceinline__ float sum_over_states(const float (&v)[CH], int m) {
-    const float even = v[0] + shfl_xor(v[CH / 2], 2);
-    if (CH == 2) return even + shfl_xor(even, 1);
-    const float odd = v[1] + shfl_xor(v[CH - 1], 2);
-    return (m & 1 ? odd : even) + shfl_xor(m & 1 ? even : odd, 1);
+// A row of states, B or C, as right factor of a product with a column, exactly: lanes with t < 2 give the number, of
+// which the unit takes ten bits, those with t >= 2 what is left of it.
+__device__ __forceinline__ unsigned row_factor(const float* row, int g, int t) {
+    const float v = row[2 * g + (t & 1)];
+    const unsigned mask = t & 2 ? TF32_BITS : 0u;
+    return __float_as_uint(v - __uint_as_float(__float_as_uint(v) & mask));
+}
+
+// h += column x row
+__device__ __forceinline__ void add_product(States& h, const unsigned (&column)[CH][2], unsigned row) {
+#pragma unroll
+    for (int j = 0; j < CH; ++j) mma_tf32(h[j], column[j], row);
+}
+
+// h *= exp2(delta A)
+__device__ __forceinline__ void decay(States& h, const States& A, const Channels& delta) {
+#pragma unroll
+    for (int j = 0; j < CH; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) h[j][i] *= ex2(delta[j] * A[j][i]);
+}
+
+// Where in a row of `projected` a lane finds its part of the right factor of a sum over states: two columns g a token,
+// of four tokens, with the even and the odd states of B or C (from `offset` on); everywhere else zeros, from the end.
+struct Columns {
+    int at[4];  // [token % 4]
+
+    __device__ __forceinline__ Columns(int offset, int g, int t) {
+#pragma unroll
+        for (int token = 0; token < 4; ++token) at[token] = g / 2 == token ? offset + 4 * t + 2 * (g & 1) : COLUMNS;
+    }
+};
+
+// Sums over the states of four tokens, in their places.
+struct Sums {
+    float places[CH][4];
+
+    __device__ __forceinline__ Sums() : places{} {}
+
+    // The sums of h times a row of states, of which `part` is this lane's.
+    __device__ __forceinline__ void add(const States& h, const float* part) {
+        const float2 v = *reinterpret_cast<const float2*>(part);
+        const unsigned b[2] = {__float_as_uint(v.x), __float_as_uint(v.y)};
+#pragma unroll
+        for (int j = 0; j < CH; ++j) {
+            const unsigned a[4] = {__float_as_uint(h[j][0]), __float_as_uint(h[j][1]), __float_as_uint(h[j][2]),
+                                   __float_as_uint(h[j][3])};
+            mma_tf32(places[j], a, b);
+        }
+    }
+
+    __device__ __forceinline__ void finish(Tokens& out, int late) const {
+#pragma unroll
+        for (int j = 0; j < CH; ++j) out[j][late] = places[j][0] + places[j][3];
+    }
+};
+
+// h of the token before -> h of `token`, whose B is `row`.
+__device__ __forceinline__ void advance(
+    States& h, const States& A, const Exchange& steps, const Factors& drives, const float* row, int token, int g,
+    int t) {
+    Channels delta;
+    unsigned drive[CH][2];
+    steps.read(delta, token, g);
+    drives.read(drive, token, g, t);
+    decay(h, A, delta);
+    add_product(h, drive, row_factor(row, g, t));
 }
 
 // ---- forward ---------------------------------------------------------------------------------------------------
 
-constexpr int ROWS = TILE * WIDTH;
-
-// One direction's share of a tile of a warp in shared memory.
-struct ForwardTile {
-    const float *projected, *steps;
-    const scalar_t *u, *z, *other, *dy;
-    float* middle;
-};
-
-// Where results go: at this lane's channel of some token. dz is one half of rows of 2 channels.
-struct Targets {
-    scalar_t *y, *dscan, *dz;
-
-    __device__ __forceinline__ void move(int stride) {
-        y += stride;
-        if (FOR_BACKWARD) dscan += stride, dz += 2 * stride;
-    }
-
-    // y = scale silu(z) total, and with FOR_BACKWARD the gradients of total and z for that of y.
-    __device__ __forceinline__ void finish(float total, float z, float dy, float scale) const {
-        const float s = sigmoid(z), gate = scale * z * s;
-        *y = narrow(gate * total);
-        if (FOR_BACKWARD) {
-            *dscan = narrow(gate * dy);
-            *dz = narrow(scale * dy * total * s * (1.0f + z * (1.0f - s)));
-        }
-    }
-};
-
-// Walk `rows` tokens. FINISH: the other scan has been here, and the tokens are finished; else this scan is left in y,
-// or, for `keep`, in tile.middle. `stride`: from row to row of y.
-template <bool FINISH>
-__device__ __forceinline__ void walk_tile(
-    float (&h)[CH][NS], const float (&A)[CH][NS], float skip, const ForwardTile& tile, int rows, bool behind, bool keep,
-    Targets targets, int stride, float* states, int states_stride, float scale, Place place) {
-    const float *projected = tile.projected + PADDED + NS * place.m, *steps = tile.steps;
-    const scalar_t* u = tile.u;
-    int own = place.own;
-#pragma unroll 4
-    for (int i = 0; i < rows; ++i) {
-        if (FOR_BACKWARD && ((behind ? rows - i : i) % GROUP == 0 || i == 0)) {
-#pragma unroll
-            for (int c = 0; c < CH; ++c) store_states(states + place.channel(c) * N + NS * place.m, h[c]);
-            states += states_stride;
-        }
-        float delta[CH], x[CH], B[NS], C[NS], sums[CH];
-        load_channels(delta, steps, place);
-        load_channels(x, u, place);
-        load_states(B, projected);
-        load_states(C, projected + N);
-#pragma unroll
-        for (int c = 0; c < CH; ++c) {
-            const float drive = delta[c] * x[c];
-#pragma unroll
-            for (int n = 0; n < NS; ++n) {
-                h[c][n] = ex2(delta[c] * A[c][n]) * h[c][n] + drive * B[n];
-                sums[c] = n ? sums[c] + C[n] * h[c][n] : C[n] * h[c][n];
-            }
-        }
-        float value = sum_over_states(sums, place.m) + skip * widen(u[place.own]);
-        if (FINISH) {
-            const float dy = FOR_BACKWARD ? widen(tile.dy[own]) : 0.0f;
-            targets.finish(value + widen(tile.other[own]), widen(tile.z[own]), dy, scale);
-        } else {
-            if (keep) tile.middle[own] = value;
-            else *targets.y = narrow(value);
-        }
-        projected += COLUMNS, steps += PITCH, u += WIDTH, own += WIDTH;
-        targets.move(stride);
-    }
-}
-
 // y = scale silu(z) (scan ahead + scan behind), each scan with its skip D u. With FOR_BACKWARD also, for the gradient
-// dy, those of the scans' sum (dscan) and of z (the second half of dxz), and `states` (2, batch, groups, channels, N):
-// what enters every GROUP tokens of either scan.
+// dy, those of the scans' sum (dscan) and of z (the second half of dxz), and `states` (2, batch, tiles, channels, N):
+// what enters every tile of either scan.
 //
 // Grid (channel blocks, batch). Half of a block's warps walk ahead, half behind, tile by tile; in the first half of
-// the way each leaves its scan in y, in the second half it finds the other's there and finishes the token.
+// the way each leaves its scan in y, in the second half it finds the other's there and finishes the token. The one tile
+// in the middle is left by the warps that walk ahead.
 extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)) scan_forward(
     const scalar_t* u, const float* projected, const scalar_t* xz, scalar_t* y,
     const scalar_t* dy, scalar_t* dscan, scalar_t* dxz, float* states,
@@ -269,306 +412,396 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
     const int xz_stride_l = static_cast<int>(xz_stride_l_);
     const int warp_of_both = warp_of_block();
     const bool behind = warp_of_both >= WARPS;
-    const int warp = warp_of_both % WARPS, lane = threadIdx.x % 32, quad = lane >> 2;
-    const Place place(lane);
+    const int warp = warp_of_both % WARPS, lane = threadIdx.x % 32, thread = 32 * warp + lane;
+    const int g = lane >> 2, t = lane & 3;
     const int64 b = blockIdx.y;
-    const int first_channel = (blockIdx.x * WARPS + warp) * WIDTH;
+    const int first_channel = (blockIdx.x * WARPS + warp) * WIDTH, own = first_channel + CH * g;
     const bool active = first_channel < channels;  // the last block may have idle warps
 
-    // shared memory, per direction: two tiles of `projected`, then per warp steps, u (2), z, the other scan, dy
-    constexpr int PROJECTED = TILE * COLUMNS;
-    constexpr int PER_WARP = (4 + FOR_BACKWARD) * ROWS * 2 + TILE * PITCH * 4;
-    char* mine = shared + behind * (2 * PROJECTED * 4 + WARPS * PER_WARP);
-    float* tile_projected = reinterpret_cast<float*>(mine);
-    float* steps = reinterpret_cast<float*>(mine + 2 * PROJECTED * 4 + warp * PER_WARP);  // (TILE, PITCH)
-    scalar_t* tile_u = reinterpret_cast<scalar_t*>(steps + TILE * PITCH);
-    scalar_t *tile_z = tile_u + 2 * ROWS, *tile_other = tile_z + ROWS, *tile_dy = tile_other + ROWS;
-    float* middle = reinterpret_cast<float*>(tile_z);  // (TILE, WIDTH), in the step that needs neither z nor the other
+    // shared memory, per direction: three tiles of `projected`; per warp parameters, steps, drives, and tiles of u (2),
+    // z, the other scan, dy
+    constexpr int TILES = 4 + FOR_BACKWARD;
+    constexpr int PER_WARP = PARAMETERS + Exchange::SIZE + Factors::SIZE + TILES * Halves::SIZE / 2;
+    float* tile_projected = reinterpret_cast<float*>(shared) + behind * (3 * PROJECTED + WARPS * PER_WARP);
+    float* mine = tile_projected + 3 * PROJECTED + warp * PER_WARP;
+    const Exchange steps{mine + PARAMETERS};
+    const Factors drives{steps.memory + Exchange::SIZE};
+    scalar_t* halves = reinterpret_cast<scalar_t*>(drives.memory + Factors::SIZE);
+    const Halves tile_z{halves + 2 * Halves::SIZE}, tile_other{halves + 3 * Halves::SIZE};
+    const Halves tile_dy{halves + 4 * Halves::SIZE};
 
+    const int tiles = (length + TILE - 1) / TILE;
     const int64 sequence = behind * int64(gridDim.y) + b;  // of (2, batch)
     u += sequence * length * channels + first_channel;
     projected += sequence * length * COLUMNS;
     const scalar_t* z = xz + b * xz_stride_b + channels + first_channel;
-    const int64 out = b * length * channels + first_channel;
-    y += out;
-    const int states_stride = channels * N * (behind ? -1 : 1);
+    y += b * length * channels;
     if (FOR_BACKWARD) {
-        dy += out;
-        const int groups = (length + GROUP - 1) / GROUP;
-        states += ((sequence * groups + (behind ? groups - 1 : 0)) * channels + first_channel) * N;
+        dy += b * length * channels + first_channel, dscan += b * length * channels + own;
+        dxz += (2 * b * length + 1) * channels + own;
+        states += (sequence * tiles * channels + first_channel) * N;
     }
-    const float* weight = (behind ? dt_weight_b : dt_weight) + int64(first_channel) * RANK;
-    const float* bias = (behind ? dt_bias_b : dt_bias) + first_channel;
-    StepWeights weights;
-    float A[CH][NS], h[CH][NS] = {};
-    float skip = 0.0f;
+    States A, h = {};
+    clear(tile_projected, 3 * PROJECTED * 4, thread, THREADS);
+    clear(halves, 2 * Halves::SIZE * 2, lane, 32);
     if (active) {
-        if (HOLD_WEIGHTS) weights.load(weight, bias, lane);
-        load_A(A, (behind ? A_behind : A_ahead) + first_channel * N, place);
-        skip = (behind ? D_behind : D_ahead)[first_channel + place.own];
+        stage_parameters(
+            mine, (behind ? dt_weight_b : dt_weight) + int64(first_channel) * RANK,
+            (behind ? dt_bias_b : dt_bias) + first_channel, (behind ? D_behind : D_ahead) + first_channel, lane);
+        load_A(A, (behind ? A_behind : A_ahead) + first_channel * N, g, t);
     }
-    const int tiles = (length + TILE - 1) / TILE;
-
-    // what is fetched next: its tile's first row
+    const Columns of_C(PADDED + N, g, t);
     const int along = behind ? -1 : 1;
-    const float* next_projected = projected + int64(behind ? length - 1 : 0) * COLUMNS;
-    const scalar_t* next_u = u + (behind ? length - 1 : 0) * channels;
-    auto fetch = [&](int step) {
-        const int rows = min(TILE, length - (behind ? tiles - 1 - step : step) * TILE);
-        copy_projected<TILE>(tile_projected + (step & 1) * PROJECTED, next_projected, along * COLUMNS, rows, warp,
-                                    lane);
-        if (active) copy_channels<TILE>(tile_u + (step & 1) * ROWS, next_u, along * channels, rows, lane);
-        next_projected += along * rows * COLUMNS, next_u += along * rows * channels;
-    };
-    fetch(0);
-    cp_async_commit();
-    for (int step = 0; step < tiles; ++step) {
-        const int start = (behind ? tiles - 1 - step : step) * TILE, rows = min(TILE, length - start);
-        const Walk walk = walk_of(start, rows, behind);
-        const bool finish = 2 * step > tiles - 1, meet = 2 * step == tiles - 1;
-        cp_async_wait<0>();
-        // this tile is there, and the one before has been read; half way, what the other scan has left is seen
-        if (2 * step == tiles) sync_block();
-        else if (WARPS > 1) sync_named(1 + behind, THREADS);
-        else sync_warp();
-        if (finish && active) {
-            copy_channels<TILE>(tile_z, z + walk.first * xz_stride_l, along * xz_stride_l, rows, lane);
-            copy_channels<TILE>(tile_other, y + walk.first * channels, along * channels, rows, lane);
-            if (FOR_BACKWARD) copy_channels<TILE>(tile_dy, dy + walk.first * channels, along * channels, rows, lane);
-        }
-        cp_async_commit();
-        if (step + 1 < tiles) fetch(step + 1);
-        cp_async_commit();
-        const ForwardTile tile{
-            tile_projected + (step & 1) * PROJECTED, steps, tile_u + (step & 1) * ROWS, tile_z, tile_other, tile_dy,
-            middle};
-        auto targets_at = [&](int token) {
-            const int at = token * channels + place.own;
-            if (!FOR_BACKWARD) return Targets{y + at, nullptr, nullptr};
-            return Targets{
-                y + at, dscan + out + at, dxz + 2 * (b * length + token) * channels + channels + first_channel + place.own};
-        };
-        if (active) {
-            float raw[CH][4];
-            if (!HOLD_WEIGHTS) weights.load(weight, bias, lane);
-            project_steps<TILE>(raw, tile.projected, weights, lane);
-#pragma unroll
-            for (int j = 0; j < CH; ++j)
-#pragma unroll
-                for (int late = 0; late < 2; ++late)
-                    *reinterpret_cast<float2*>(steps + (quad + 8 * late) * PITCH + 8 * j + 2 * place.m) =
-                        make_float2(softplus(raw[j][2 * late]), softplus(raw[j][2 * late + 1]));
-        }
-        cp_async_wait<1>();
-        sync_warp();
-        if (active) {
-            const int stride = walk.along * channels;
-            if (finish)
-                walk_tile<true>(h, A, skip, tile, rows, behind, false, targets_at(walk.first), stride, states,
-                                states_stride, scale, place);
-            else
-                walk_tile<false>(h, A, skip, tile, rows, behind, meet && !behind, targets_at(walk.first), stride, states,
-                                 states_stride, scale, place);
-            if (FOR_BACKWARD) states += states_stride * ((rows + GROUP - 1) / GROUP);
-        }
-        if (meet) {  // both scans have this tile in the same step
-            sync_block();
-            if (active && !behind)
-                for (int i = 0; i < rows; ++i) {
-                    const Targets targets = targets_at(start + i);
-                    const float dy_i = FOR_BACKWARD ? widen(dy[(start + i) * channels + place.own]) : 0.0f;
-                    const float total = middle[i * WIDTH + place.own] + widen(*targets.y);
-                    sync_warp();  // two threads may share a channel
-                    targets.finish(total, widen(z[(start + i) * xz_stride_l + place.own]), dy_i, scale);
-                }
-        }
+    const ProjectedCopies copies(projected, along, thread);
+    const Stream u_part = Halves::part(u, channels, along, lane), z_part = Halves::part(z, xz_stride_l, along, lane);
+    const Stream y_part = Halves::part(y + first_channel, channels, along, lane), to_y(y + own, channels, along, t, 0);
+    Stream dy_part, to_dscan, to_dz;
+    if (FOR_BACKWARD) {
+        dy_part = Halves::part(dy, channels, along, lane);
+        to_dscan = Stream(dscan, channels, along, t, 0), to_dz = Stream(dxz, 2 * channels, along, t, 0);
     }
+
+    const int left = behind ? tiles / 2 : (tiles + 1) / 2;  // tiles of the first half of the way
+    auto tile_of = [&](int step) { return behind ? tiles - 1 - step : step; };
+    auto sync_direction = [&] {
+        if (WARPS > 1) sync_named(1 + behind, THREADS);
+        else sync_warp();
+    };
+    // A tile's time steps and drives are made while the one before it is walked, from what was fetched during the one
+    // before that.
+    auto fetch = [&](int step, float* target) {
+        if (step < tiles) {
+            const Walk walk(tile_of(step), length, behind);
+            copies.copy(target, walk);
+            if (active) Halves{halves + step % 2 * Halves::SIZE}.copy(u_part, walk, lane);
+        }
+        cp_async_commit();
+    };
+    float *rows = tile_projected, *next_rows = rows + PROJECTED, *later_rows = next_rows + PROJECTED;
+    unsigned packed_x[2][PAIRS], next_x[2][PAIRS];
+    auto write_next = [&](const Tokens& delta, int step) {
+        Tokens step_size, drive;
+        Halves::unpack(drive, next_x);
+        const int count = length - tile_of(step) * TILE;
+        for_tokens([&](int j, int late) {
+            step_size[j][late] = t + 4 * late < count ? delta[j][late] : 0.0f;  // leaves the state as it is
+            drive[j][late] *= step_size[j][late], packed_x[late][j / 2] = next_x[late][j / 2];
+        });
+        steps.write(step_size, g, t);
+        drives.write(drive, g, t);
+    };
+    sync_direction();  // cleared
+    fetch(0, rows);
+    fetch(1, next_rows);
+    cp_async_wait<1>();
+    sync_direction();
+    if (active) {
+        Tokens delta;
+        Halves{halves}.read(next_x, g, t);
+        project_steps(delta, rows, mine, lane);
+        for_tokens([&](int j, int late) { delta[j][late] = softplus(delta[j][late]); });
+        write_next(delta, 0);
+    }
+    for (int step = 0; step < tiles; ++step) {
+        const int tile = tile_of(step);
+        const Walk walk(tile, length, behind);
+        const bool finish = step >= left;
+        cp_async_wait<0>();
+        // the next tile is there, and the one before has been read; half way, what the other scan has left is seen
+        if (step == left) sync_block();
+        else sync_direction();
+        if (finish && active) {
+            tile_z.copy(z_part, walk, lane);
+            tile_other.copy(y_part, walk, lane);
+            if (FOR_BACKWARD) tile_dy.copy(dy_part, walk, lane);
+        }
+        cp_async_commit();
+        fetch(step + 2, later_rows);
+        if (active) {
+            if (FOR_BACKWARD) save_states(states + int64(tile) * channels * N, h, g, t);
+            Tokens delta, result, x;
+            Halves{halves + (step + 1) % 2 * Halves::SIZE}.read(next_x, g, t);
+            project_steps(delta, next_rows, mine, lane);
+#pragma unroll
+            for (int late = 0; late < 2; ++late) {
+                Sums sums;
+#pragma unroll
+                for (int i = 0; i < HALF; ++i) {
+                    const int token = HALF * late + i;
+                    const float* row = rows + token * PITCH;
+                    advance(h, A, steps, drives, row + PADDED, token, g, t);
+                    sums.add(h, row + of_C.at[i]);
+                    if (i < CH) delta[i][late] = softplus(delta[i][late]);
+                }
+                sums.finish(result, late);
+            }
+            Halves::unpack(x, packed_x);
+            sync_warp();
+            write_next(delta, step + 1);
+            Channels skip;
+            load_channels(skip, mine + WEIGHTS + WIDTH + CH * g);
+            for_tokens([&](int j, int late) { x[j][late] *= skip[j]; });
+            if (finish) {
+                cp_async_wait<1>();
+                sync_warp();
+                Tokens other, gate, incoming, slope;
+                tile_other.read(other, g, t);
+                tile_z.read(gate, g, t);
+                if (FOR_BACKWARD) tile_dy.read(incoming, g, t);
+                for_tokens([&](int j, int late) {
+                    const float v = gate[j][late], s = sigmoid(v), scaled = scale * v * s;
+                    const float total = READ_OUT * result[j][late] + (x[j][late] + other[j][late]);
+                    result[j][late] = scaled * total;
+                    if (FOR_BACKWARD) {
+                        const float dy_i = incoming[j][late];
+                        slope[j][late] = scale * dy_i * total * s * (1.0f + v * (1.0f - s));
+                        incoming[j][late] = scaled * dy_i;
+                    }
+                });
+                if (FOR_BACKWARD) {
+                    store_tokens(to_dscan, incoming, walk, t);
+                    store_tokens(to_dz, slope, walk, t);
+                }
+            } else {
+                for_tokens([&](int j, int late) { result[j][late] = READ_OUT * result[j][late] + x[j][late]; });
+            }
+            store_tokens(to_y, result, walk, t);
+        }
+        float* free_rows = rows;
+        rows = next_rows, next_rows = later_rows, later_rows = free_rows;
+    }
+    if (left == tiles) sync_block();  // a sequence of one tile: what walks ahead leaves it to the others
 }
 
 // ---- backward --------------------------------------------------------------------------------------------------
 
 // Gradients of one direction's scan for dscan (batch, length, channels), the gradient of its output, from the states
-// that forward left at every GROUP tokens: du (through the drive and the skip alone) and ddelta (of the time step
-// before bias and softplus), both (2, batch, length, channels), and partial sums: dBC (2, channel blocks, batch,
-// length, 2 N) over a block's channels; dA (2, batch, channels, N), dD and dbias (2, batch, channels) over tokens.
+// that forward left before every tile: du (through the drive and the skip alone) and ddelta (of the time step before
+// bias and softplus), both (2, batch, length, channels), and partial sums: dBC (2, channel blocks, batch, length, 2 N)
+// over a block's channels; dA (2, batch, channels, N), dD and dbias (2, batch, channels) over tokens.
 //
-// Grid (channel blocks, batch, directions). The groups come from the scan's last to its first. Inside a group the
-// states before each token are made again and kept in shared memory, whose places then take the token's shares of
-// dB and dC.
+// Grid (channel blocks, batch, directions). The tiles come from the scan's last to its first. Inside a tile the states
+// before each token are made again and kept in shared memory, whose places then take the token's shares of dB and dC.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / WARPS) scan_backward(
     const scalar_t* dscan, const scalar_t* u, const float* projected, const float* states,
     scalar_t* du, scalar_t* ddelta, float* dBC, float* dA_sum, float* dD_sum, float* dbias_sum,
     const float* dt_weight, const float* dt_weight_b, const float* dt_bias, const float* dt_bias_b,
     const float* A_ahead, const float* A_behind, const float* D_ahead, const float* D_behind,
     int64 length_, int64 channels_) {
-    constexpr int GROUP_CHANNELS = GROUP * WIDTH, STATE = 32 * CH * NS;  // of a warp: a tile's scalars, one state
+    // floats of a warp's states of one token, of a token's shares of dB and dC, and of all that are kept of a tile
+    constexpr int STATE = 32 * CH * 4, SHARE = 2 * 32 * 4, KEPT = HALF * (STATE + SHARE);
     DYNAMIC_SHARED(shared);
     const int length = static_cast<int>(length_), channels = static_cast<int>(channels_);  // 32 bits, as in forward
     const bool behind = blockIdx.z;
-    const int warp = warp_of_block(), lane = threadIdx.x % 32, thread = 32 * warp + lane, quad = lane >> 2;
-    const Place place(lane);
+    const int warp = warp_of_block(), lane = threadIdx.x % 32, thread = 32 * warp + lane, g = lane >> 2, t = lane & 3;
     const int64 b = blockIdx.y, batch = gridDim.y;
-    const int first_channel = (blockIdx.x * WARPS + warp) * WIDTH;
+    const int first_channel = (blockIdx.x * WARPS + warp) * WIDTH, own = first_channel + CH * g;
     const bool active = first_channel < channels;
-    const int active_warps = min(WARPS, channels / WIDTH - static_cast<int>(blockIdx.x) * WARPS);
 
-    // shared memory: two tiles of `projected`; states of all warps; per warp steps, slopes, tiles of u (2), dscan (2)
-    constexpr int PROJECTED = GROUP * COLUMNS;
-    constexpr int PER_WARP = 2 * GROUP * PITCH * 4 + 4 * GROUP_CHANNELS * 2;
+    // shared memory: two tiles of `projected`; states and shares of all warps; per warp parameters, numbers on their way
+    // between lanes, tiles of u (2) and dscan (2)
+    constexpr int PER_WARP = PARAMETERS + 3 * Exchange::SIZE + Factors::SIZE + 4 * Halves::SIZE / 2;
     float* tile_projected = reinterpret_cast<float*>(shared);
-    float* all_states = tile_projected + 2 * PROJECTED;
-    char* mine = reinterpret_cast<char*>(all_states + WARPS * GROUP * STATE) + warp * PER_WARP;
-    float *steps = reinterpret_cast<float*>(mine), *slopes = steps + GROUP * PITCH;
-    scalar_t* tile_u = reinterpret_cast<scalar_t*>(slopes + GROUP * PITCH);
-    scalar_t* tile_dscan = tile_u + 2 * GROUP_CHANNELS;
-    float* before = all_states + warp * GROUP * STATE + 4 * lane;  // (GROUP, CH, 32 lanes, NS)
+    float* all_kept = tile_projected + 2 * PROJECTED;
+    float* mine = all_kept + WARPS * KEPT + warp * PER_WARP;
+    float* exchanges = mine + PARAMETERS;
+    const Exchange steps{exchanges}, drives{exchanges + Exchange::SIZE}, dscans{exchanges + 2 * Exchange::SIZE};
+    const Factors factors{exchanges + 3 * Exchange::SIZE};  // of the drives, then of dscan
+    scalar_t* halves = reinterpret_cast<scalar_t*>(factors.memory + Factors::SIZE);
+    float* before = all_kept + warp * KEPT + 4 * lane;  // (HALF, CH, 32 lanes, 4), then shares (HALF, 2, 32, 4)
 
     const int64 sequence = behind * batch + b;  // of (2, batch)
-    const int groups = (length + GROUP - 1) / GROUP;
+    const int tiles = (length + TILE - 1) / TILE;
     u += sequence * length * channels + first_channel;
-    du += sequence * length * channels + first_channel;
-    ddelta += sequence * length * channels + first_channel;
+    du += sequence * length * channels + own;
+    ddelta += sequence * length * channels + own;
     dscan += b * length * channels + first_channel;
     projected += sequence * length * COLUMNS;
-    states += (sequence * groups * channels + first_channel) * N;
+    states += (sequence * tiles * channels + first_channel) * N;
     dBC += ((behind * int64(gridDim.x) + blockIdx.x) * batch + b) * length * (2 * N);
-    const float* weight = (behind ? dt_weight_b : dt_weight) + int64(first_channel) * RANK;
-    const float* bias = (behind ? dt_bias_b : dt_bias) + first_channel;
-    StepWeights weights;
-    float A[CH][NS], dA[CH][NS] = {}, sent[CH][NS] = {};  // sent: what later tokens send to the state
-    float skip = 0.0f, dD = 0.0f, dbias = 0.0f;
+    States A, dA = {}, sent = {};  // sent: what later tokens send to the state
+    Channels dD = {}, dbias = {};
+    clear(tile_projected, 2 * PROJECTED * 4, thread, THREADS);
+    clear(halves, 4 * Halves::SIZE * 2, lane, 32);
+    if (!active) clear(all_kept + warp * KEPT, KEPT * 4, lane, 32);
     if (active) {
-        if (HOLD_WEIGHTS) weights.load(weight, bias, lane);
-        load_A(A, (behind ? A_behind : A_ahead) + first_channel * N, place);
-        skip = (behind ? D_behind : D_ahead)[first_channel + place.own];
+        stage_parameters(
+            mine, (behind ? dt_weight_b : dt_weight) + int64(first_channel) * RANK,
+            (behind ? dt_bias_b : dt_bias) + first_channel, (behind ? D_behind : D_ahead) + first_channel, lane);
+        load_A(A, (behind ? A_behind : A_ahead) + first_channel * N, g, t);
     }
-
+    const Columns of_B(PADDED, g, t);
+    const int along = behind ? -1 : 1;
+    const ProjectedCopies copies(projected, along, thread);
+    const Stream u_part = Halves::part(u, channels, along, lane);
+    const Stream dscan_part = Halves::part(dscan, channels, along, lane);
+    const Stream to_du(du, channels, along, t, 0), to_ddelta(ddelta, channels, along, t, 0);
     auto fetch = [&](int step) {
-        const int start = (behind ? step : groups - 1 - step) * GROUP, rows = min(GROUP, length - start);
-        const Walk walk = walk_of(start, rows, behind);
-        const int stride = walk.along * channels, first = walk.first * channels;
-        copy_projected<GROUP>(tile_projected + (step & 1) * PROJECTED, projected + int64(walk.first) * COLUMNS,
-                                     walk.along * COLUMNS, rows, warp, lane);
+        const Walk walk(behind ? step : tiles - 1 - step, length, behind);
+        copies.copy(tile_projected + step % 2 * PROJECTED, walk);
         if (active) {
-            copy_channels<GROUP>(tile_u + (step & 1) * GROUP_CHANNELS, u + first, stride, rows, lane);
-            copy_channels<GROUP>(tile_dscan + (step & 1) * GROUP_CHANNELS, dscan + first, stride, rows, lane);
+            Halves{halves + step % 2 * Halves::SIZE}.copy(u_part, walk, lane);
+            Halves{halves + (2 + step % 2) * Halves::SIZE}.copy(dscan_part, walk, lane);
         }
     };
+    sync_block();  // cleared
     fetch(0);
     cp_async_commit();
-    for (int step = 0; step < groups; ++step) {
-        const int group = behind ? step : groups - 1 - step, start = group * GROUP, rows = min(GROUP, length - start);
-        const Walk walk = walk_of(start, rows, behind);
-        float h[CH][NS];
-        if (active) {
+    for (int step = 0; step < tiles; ++step) {
+        const int tile = behind ? step : tiles - 1 - step;
+        const Walk walk(tile, length, behind);
+        States h;
+        if (active)
 #pragma unroll
-            for (int c = 0; c < CH; ++c)
-                load_states(h[c], states + int64(group * channels + place.channel(c)) * N + NS * place.m);
-        }
+            for (int j = 0; j < CH; ++j) load_four(h[j], states + (int64(tile) * channels + CH * g + j) * N + 4 * t);
         cp_async_wait<0>();
         sync_block();  // this tile is there; the one before and its shares have been read
-        if (step + 1 < groups) fetch(step + 1);
+        if (step + 1 < tiles) fetch(step + 1);
         cp_async_commit();
-        const float* projected_rows = tile_projected + (step & 1) * PROJECTED;
-        const scalar_t* u_rows = tile_u + (step & 1) * GROUP_CHANNELS;
-        const scalar_t* dscan_rows = tile_dscan + (step & 1) * GROUP_CHANNELS;
+        const float* rows = tile_projected + step % 2 * PROJECTED;
         if (active) {
-            float raw[CH][4];
-            if (!HOLD_WEIGHTS) weights.load(weight, bias, lane);
-            project_steps<GROUP>(raw, projected_rows, weights, lane);
-#pragma unroll
-            for (int j = 0; j < CH; ++j) {
-                float2 value, slope;
-                softplus_and_slope(raw[j][0], value.x, slope.x);
-                softplus_and_slope(raw[j][1], value.y, slope.y);
-                *reinterpret_cast<float2*>(steps + quad * PITCH + 8 * j + 2 * place.m) = value;
-                *reinterpret_cast<float2*>(slopes + quad * PITCH + 8 * j + 2 * place.m) = slope;
+            const Halves tile_u{halves + step % 2 * Halves::SIZE}, tile_dscan{halves + (2 + step % 2) * Halves::SIZE};
+            Tokens slope;
+            {
+                Tokens raw, delta, x, drive;
+                project_steps(raw, rows, mine, lane);
+                tile_u.read(x, g, t);
+                for_tokens([&](int j, int late) { softplus_and_slope(raw[j][late], delta[j][late], slope[j][late]); });
+                clear_rows(delta, walk.rows, t);
+                for_tokens([&](int j, int late) { drive[j][late] = delta[j][late] * x[j][late]; });
+                steps.write(delta, g, t);
+                drives.write(drive, g, t);
+                factors.write(drive, g, t);
             }
             sync_warp();
-            const float *step_row = steps, *slope_row = slopes + place.own, *row = projected_rows + PADDED + NS * place.m;
-            const scalar_t *u_row = u_rows, *dscan_row = dscan_rows;
-            float* state = before;
-#pragma unroll 2
-            for (int i = 0; i < rows; ++i) {
-                float delta[CH], x[CH], B[NS];
-                load_channels(delta, step_row, place);
-                load_channels(x, u_row, place);
-                load_states(B, row);
+            States second[HALF];  // the states before each token of the second half
 #pragma unroll
-                for (int c = 0; c < CH; ++c) {
-                    store_states(state + c * 32 * NS, h[c]);
-                    const float drive = delta[c] * x[c];
+            for (int token = 0; token < TILE; ++token) {
 #pragma unroll
-                    for (int n = 0; n < NS; ++n) h[c][n] = ex2(delta[c] * A[c][n]) * h[c][n] + drive * B[n];
+                for (int j = 0; j < CH; ++j) {
+                    if (token < HALF) store_four(before + token * STATE + j * 32 * 4, h[j]);
+                    else
+#pragma unroll
+                        for (int n = 0; n < 4; ++n) second[token - HALF][j][n] = h[j][n];
                 }
-                step_row += PITCH, u_row += WIDTH, row += COLUMNS, state += STATE;
+                advance(h, A, steps, factors, rows + token * PITCH + PADDED, token, g, t);
             }
-            slope_row += rows * PITCH, dscan_row += rows * WIDTH;
-            const int at = (walk.first + walk.along * (rows - 1)) * channels + place.own, back = -walk.along * channels;
-            scalar_t *du_row = du + at, *ddelta_row = ddelta + at;
-#pragma unroll 2
-            for (int i = rows; i > 0; --i) {  // h: the state after token i - 1
-                step_row -= PITCH, slope_row -= PITCH, u_row -= WIDTH, dscan_row -= WIDTH, row -= COLUMNS;
-                state -= STATE;
-                float delta[CH], x[CH], dy[CH], B[NS], C[NS], product[CH], exponent[CH], dB[NS], dC[NS];
-                load_channels(delta, step_row, place);
-                load_channels(x, u_row, place);
-                load_channels(dy, dscan_row, place);
-                load_states(B, row);
-                load_states(C, row + N);
+            sync_warp();
+            {
+                Tokens dy;  // of 16 bits, which the tensor cores take whole
+                tile_dscan.read(dy, g, t);
+                clear_rows(dy, walk.rows, t);
+                dscans.write(dy, g, t);
+                factors.write(dy, g, t);
+            }
+            Tokens x, dy, product, exponent;
 #pragma unroll
-                for (int c = 0; c < CH; ++c) {
-                    float earlier[NS];
-                    load_states(earlier, state + c * 32 * NS);
-                    const float drive = delta[c] * x[c];
+            for (int late = 1; late >= 0; --late) {
+                Sums products;  // of sent and B
+                float exponents[PAIRS][4] = {};  // sums of sent, decayed state and A, two channels in one
 #pragma unroll
-                    for (int n = 0; n < NS; ++n) {
-                        float g = sent[c][n] + C[n] * dy[c];
-                        dC[n] = c ? dC[n] + dy[c] * h[c][n] : dy[c] * h[c][n];
-                        dB[n] = c ? dB[n] + g * drive : g * drive;
-                        product[c] = n ? product[c] + g * B[n] : g * B[n];
-                        g *= ex2(delta[c] * A[c][n]);
-                        const float w = g * earlier[n];
-                        dA[c][n] += w * delta[c];
-                        exponent[c] = n ? exponent[c] + w * A[c][n] : w * A[c][n];
-                        sent[c][n] = g;
-                        h[c][n] = earlier[n];
+                for (int i = HALF - 1; i >= 0; --i) {  // h: the state after this token
+                    sync_warp();  // keeps the compiler from reading ahead into more registers than there are
+                    const int token = HALF * late + i;
+                    const float* row = rows + token * PITCH;
+                    float* state = before + (token < HALF ? token * STATE : HALF * STATE + i * SHARE);
+                    Channels delta, drive, dy_of;
+                    unsigned factor[CH][2];
+                    float dB[4], dC[4], shares[CH];
+                    factors.read(factor, token, g, t);
+                    add_product(sent, factor, row_factor(row + PADDED + N, g, t));
+                    products.add(sent, row + of_B.at[i]);
+                    drives.read(drive, token, g);
+                    dscans.read(dy_of, token, g);
+#pragma unroll
+                    for (int j = 0; j < CH; ++j) {
+#pragma unroll
+                        for (int n = 0; n < 4; ++n) {
+                            dC[n] = j ? dC[n] + dy_of[j] * h[j][n] : dy_of[j] * h[j][n];
+                            dB[n] = j ? dB[n] + drive[j] * sent[j][n] : drive[j] * sent[j][n];
+                        }
+                        if (late)
+#pragma unroll
+                            for (int n = 0; n < 4; ++n) h[j][n] = second[i][j][n];
+                        else load_four(h[j], state + j * 32 * 4);
                     }
+                    steps.read(delta, token, g);
+                    decay(sent, A, delta);
+#pragma unroll
+                    for (int j = 0; j < CH; ++j)
+#pragma unroll
+                        for (int n = 0; n < 4; ++n) {
+                            const float w = sent[j][n] * h[j][n];
+                            dA[j][n] += w * delta[j];
+                            shares[j] = n ? shares[j] + w * A[j][n] : w * A[j][n];
+                        }
+                    // the sums of four lanes' shares, of two channels in the places of row g, row g + 8
+                    const unsigned one = __float_as_uint(g / 2 == i ? 1.0f : 0.0f);
+#pragma unroll
+                    for (int pair = 0; pair < PAIRS; ++pair) {
+                        const unsigned a[2] = {
+                            __float_as_uint(shares[2 * pair]), __float_as_uint(shares[2 * pair + 1])};
+                        mma_tf32(exponents[pair], a, one);
+                    }
+                    store_four(state, dB);
+                    store_four(state + 32 * 4, dC);
                 }
-                store_states(state, dB);
-                store_states(state + 32 * NS, dC);
-                const float own_product = sum_over_states(product, place.m);
-                const float own_exponent = sum_over_states(exponent, place.m);
-                const float own_x = widen(u_row[place.own]), own_dy = widen(dscan_row[place.own]);
-                const float rate = (own_x * own_product + LN_2 * own_exponent) * *slope_row;
-                *du_row = narrow(step_row[place.own] * own_product + skip * own_dy);
-                *ddelta_row = narrow(rate);
-                dbias += rate;
-                dD += own_dy * own_x;
-                du_row += back, ddelta_row += back;
+                products.finish(product, late);
+#pragma unroll
+                for (int j = 0; j < CH; ++j) exponent[j][late] = exponents[j / 2][j % 2 * 3];
             }
+            Tokens delta;
+            steps.read(delta, g, t);
+            tile_u.read(x, g, t);
+            tile_dscan.read(dy, g, t);
+            Channels skip;
+            load_channels(skip, mine + WEIGHTS + WIDTH + CH * g);
+            for_tokens([&](int j, int late) {
+                const float through_drive = CUT * CUT * product[j][late];
+                const float through_decay = LN_2 * CUT * CUT * exponent[j][late];
+                const float rate = (x[j][late] * through_drive + through_decay) * slope[j][late];
+                if (t + 4 * late < walk.rows) dbias[j] += rate, dD[j] += dy[j][late] * x[j][late];
+                product[j][late] = delta[j][late] * through_drive + skip[j] * dy[j][late];  // du
+                exponent[j][late] = rate;                                                   // ddelta
+            });
+            store_tokens(to_du, product, walk, t);
+            store_tokens(to_ddelta, exponent, walk, t);
         }
         sync_block();
-        // shares (row, dB or dC, state group m, 4 states) of all channels: the sum over warps and quads
-        for (int i = thread; i < rows * 8; i += THREADS) {
-            const int m = i & 3, kind = (i >> 2) & 1, row = i >> 3;
-            const float* shares = all_states + row * STATE + kind * 32 * NS + 4 * m;
-            float sum[NS] = {};
-            for (int w = 0; w < active_warps; ++w)
+        // shares (row, dB or dC, lane t, 4 states) of all channels: the sum over warps and g
+        static_assert(THREADS >= TILE * 8, "one sum a thread");
+        if (thread < walk.rows * 8) {
+            const int quarter = thread & 3, kind = (thread >> 2) & 1, row = thread >> 3;
+            const float* shares = all_kept + (row < HALF ? row * STATE : HALF * STATE + (row - HALF) * SHARE);
+            shares += kind * 32 * 4 + 4 * quarter;
+            float sum[4] = {};
 #pragma unroll
-                for (int q = 0; q < 8; ++q) {  // neighbours begin at different quads, which lie in different banks
-                    float share[NS];
-                    load_states(share, shares + w * GROUP * STATE + 16 * (q ^ kind));
+            for (int w = 0; w < WARPS; ++w)
 #pragma unroll
-                    for (int n = 0; n < NS; ++n) sum[n] += share[n];
+                for (int q = 0; q < 8; ++q) {  // neighbours begin at different g, which lie in different banks
+                    float share[4];
+                    load_four(share, shares + w * KEPT + 16 * (q ^ kind));
+#pragma unroll
+                    for (int n = 0; n < 4; ++n) sum[n] += share[n];
                 }
-            store_states(dBC + int64(walk.first + walk.along * row) * (2 * N) + kind * N + NS * m, sum);
+            if (kind)
+#pragma unroll
+                for (int n = 0; n < 4; ++n) sum[n] *= CUT;  // h's
+            float* target = dBC + int64(walk.token(row)) * (2 * N) + kind * N + 4 * quarter;
+            *reinterpret_cast<float4*>(target) = in_order(sum);
         }
     }
     if (active) {
-        const int64 at = sequence * channels + first_channel;
+        const int64 at = sequence * channels + own;
 #pragma unroll
-        for (int c = 0; c < CH; ++c) store_states(dA_sum + (at + place.channel(c)) * N + NS * place.m, dA[c]);
-        dD_sum[at + place.own] = dD, dbias_sum[at + place.own] = dbias;
+        for (int j = 0; j < CH; ++j) {
+#pragma unroll
+            for (int n = 0; n < 4; ++n) dA[j][n] *= CUT;  // h's
+            *reinterpret_cast<float4*>(dA_sum + (at + j) * N + 4 * t) = in_order(dA[j]);
+#pragma unroll
+            for (int mask = 1; mask < 4; mask *= 2)
+                dD[j] += shfl_xor(dD[j], mask), dbias[j] += shfl_xor(dbias[j], mask);
+            if (t == 0) dD_sum[at + j] = dD[j], dbias_sum[at + j] = dbias[j];
+        }
     }
 }
