@@ -1,4 +1,4 @@
-"""Machine code of the Triton kernels, without a GPU: registers, spills, instructions per state update.
+"""Machine code of the GPU kernels, without a GPU: registers, spills, instructions per state update.
 
     python benchmarks/gpu_code.py                      print the table
     python benchmarks/gpu_code.py --output FOLDER      and write gpu_code.json and gpu_code.md there
@@ -7,7 +7,8 @@ The launchers run on tensors without memory ("meta"); every launch is compiled f
 what is examined is exactly what a GPU would get. A state update is one token, channel, state and direction. For
 `scan_forward` and `scan_backward` the loops of the machine code are counted with their numbers of iterations:
 "recurrence" is forward's loop over tokens, "marking" and "back" are backward's two passes, "all" adds the staging
-of the time step with its projection and softplus.
+of the time step with its projection and softplus. The CUDA kernels ("cuda.", by NVRTC) have one loop over tiles of
+tokens, of which "all" counts every instruction, also those that only one half of the tiles executes.
 """
 
 import argparse
@@ -28,6 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "mamba-1p1p1"), str(ROOT / "causal_conv1d")]
 
 from causal_conv1d import triton_kernels as conv  # noqa: E402
+from mamba_ssm.ops.cuda import bimamba as cuda_mixer  # noqa: E402
+from mamba_ssm.ops.cuda import runtime as cuda_runtime  # noqa: E402
 from mamba_ssm.ops.triton import bimamba, norm_kernels, selective_scan  # noqa: E402
 from mamba_ssm.ops.triton.common import backward_block  # noqa: E402
 
@@ -89,18 +92,23 @@ def compile_launches(target: GPUTarget, work) -> dict:
     return compiled
 
 
-def launch_everything(embed_dim: int, dtype: torch.dtype = torch.bfloat16) -> None:
-    """One block's mixer and norm, forward and backward, and the single convolution."""
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def mixer_arguments(embed_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, tuple]:
+    """(xz, one direction's parameters) of a block's mixer."""
     channels, rank = 2 * embed_dim, embed_dim // 16
-
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     parameters = (
         empty(channels, WIDTH), empty(channels), empty(rank + 2 * STATES, channels), empty(channels, rank),
         empty(channels), empty(channels, STATES), empty(channels),
     )  # fmt: skip
-    xz = empty(BATCH, LENGTH, 2 * channels, dtype=dtype)
+    return empty(BATCH, LENGTH, 2 * channels, dtype=dtype), parameters
+
+
+def launch_everything(embed_dim: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """One block's mixer and norm, forward and backward, and the single convolution."""
+    xz, parameters = mixer_arguments(embed_dim, dtype)
     y, saved = bimamba.bimamba_forward(xz, parameters, parameters, 0.5, True, segments=1)
     bimamba.bimamba_backward(y, xz, parameters, parameters, 0.5, saved, segments=1)
     rows, residual = empty(BATCH * LENGTH, embed_dim, dtype=dtype), empty(BATCH * LENGTH, embed_dim)
@@ -121,28 +129,47 @@ def launch_convolution(embed_dim: int) -> None:
     conv.conv_backward(x, x, weight, bias, None, True)
 
 
+def cuda_launches(embed_dim: int, dtype: torch.dtype = torch.bfloat16) -> list[tuple[str, str, tuple]]:
+    """(file, kernel, definitions) of what the mixer in CUDA C++ launches, forward and backward, for many sequences."""
+    launched, kept = [], (cuda_runtime.load, cuda_mixer._multiprocessors)
+
+    def load(file, name, defines=()):
+        launched.append((file, name, defines))
+        return lambda *launch: None
+
+    cuda_runtime.load, cuda_mixer._multiprocessors = load, lambda: 1
+    try:
+        xz, parameters = mixer_arguments(embed_dim, dtype)
+        y, saved = cuda_mixer.bimamba_forward(xz, parameters, parameters, 0.5, True)
+        cuda_mixer.bimamba_backward(y, xz, parameters, parameters, 0.5, saved)
+    finally:
+        cuda_runtime.load, cuda_mixer._multiprocessors = kept
+    return list(dict.fromkeys(launched))
+
+
 # ---- reading the code ----------------------------------------------------------------------------------------
 
 
-def disassemble(cubin: bytes) -> list[tuple[int, str]]:
-    """(address, instruction) of a CUDA binary, by the cuobjdump that Triton's wheel carries."""
+def cuobjdump(cubin: bytes, *options: str) -> str:
+    """What the cuobjdump that Triton's wheel carries says of a CUDA binary."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def disassemble(cubin: bytes, name: str) -> list[tuple[int, str]]:
+    """(address, instruction) of one kernel of a CUDA binary."""
+    text = cuobjdump(cubin, "-sass", "-fun", name)
     found = re.findall(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?);", text, re.M)
     return [(int(address, 16), code) for address, code in found]
 
 
-def resources(cubin: bytes) -> dict:
+def resources(cubin: bytes, name: str) -> dict:
     """Registers, bytes of stack and of local memory (spills)."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text).groups()
+    text = cuobjdump(cubin, "-res-usage")
+    registers, stack, local = re.search(rf"Function {name}:\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text).groups()
     return {"registers": int(registers), "spill_bytes": int(stack) + int(local)}
 
 
@@ -217,11 +244,27 @@ COUNTS = {"scan_forward_kernel": forward_counts, "scan_backward_kernel": backwar
 
 
 def examine_nvidia(name: str, compiled, size: str) -> dict:
-    code = disassemble(compiled.asm["cubin"])
-    row = resources(compiled.asm["cubin"]) | {"instructions": len(code)}
+    cubin = compiled.asm["cubin"]
+    code = disassemble(cubin, name)
+    row = resources(cubin, name) | {"instructions": len(code)}
     if name in COUNTS:
         row["per_state_update"] = {key: round(value, 2) for key, value in COUNTS[name](code, size).items()}
     return row
+
+
+def examine_cuda(arch: str, size: str) -> dict:
+    """{kernel: row} of the CUDA kernels; a scan's forward that is run again for backward by a name of its own."""
+    rows = {}
+    for file, name, defines in cuda_launches(SIZES[size]):
+        cubin, macros = cuda_runtime.compile_cubin(cuda_runtime.read_source(file), defines, arch), dict(defines)
+        code = disassemble(cubin, name)
+        row = resources(cubin, name) | {"instructions": len(code)}
+        if file == "scan.cu":
+            updates = cuda_mixer.TILE * macros["CH"] * 4  # of a thread: tokens, channels, states
+            row["per_state_update"] = {"all": round(_size(max(loops(code), key=_size)) / updates, 2)}
+        again = " for backward" if name == "scan_forward" and macros["FOR_BACKWARD"] else ""
+        rows[f"cuda.{name}{again}"] = row
+    return rows
 
 
 def examine_amd(name: str, compiled, size: str) -> dict:
@@ -244,8 +287,11 @@ def examine(target_name: str, size: str) -> dict:
     reader = examine_amd if target.backend == "hip" else examine_nvidia
     compiled = compile_launches(target, lambda: launch_everything(SIZES[size]))
     single = compile_launches(target, lambda: launch_convolution(SIZES[size]))
-    compiled |= {"causal_conv1d." + name: kernel for name, kernel in single.items()}
-    return {name: reader(name, kernel, size) for name, kernel in sorted(compiled.items())}
+    rows = {name: reader(name, kernel, size) for name, kernel in compiled.items()}
+    rows |= {"causal_conv1d." + name: reader(name, kernel, size) for name, kernel in single.items()}
+    if target.backend == "cuda":
+        rows |= examine_cuda(target_name, size)
+    return dict(sorted(rows.items()))
 
 
 def table(results: dict) -> str:
@@ -277,8 +323,9 @@ def main(argv: list[str] | None = None) -> None:
         args.output.mkdir(parents=True, exist_ok=True)
         record = {"triton": triton.__version__, "results": results}
         (args.output / "gpu_code.json").write_text(json.dumps(record, indent=1) + "\n")
-        header = f"# Machine code of the Triton kernels\n\nTriton {triton.__version__}, bf16, N 16, L 197, compiled "
-        header += "without a GPU by `python benchmarks/gpu_code.py`. Speed on a GPU: not yet measured.\n\n"
+        nvrtc = ".".join(map(str, cuda_runtime.nvrtc_version()))
+        header = f"# Machine code of the GPU kernels\n\nTriton {triton.__version__}, NVRTC {nvrtc}, bf16, N 16, L 197, "
+        header += "compiled without a GPU by `python benchmarks/gpu_code.py`. Speeds: `vim_vs_deit_cuda.md`.\n\n"
         (args.output / "gpu_code.md").write_text(header + text + "\n")
 
 

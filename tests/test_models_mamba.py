@@ -1,16 +1,21 @@
 """The model against the published implementation's numbers, its contracts, and the interface timm's tools expect."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 
 import models_mamba
+from mamba_ssm.ops import backend, reference
+from mamba_ssm.ops.cuda import runtime as cuda_runtime
 from models_mamba import VARIANTS, VisionMamba, resample_pos_embed
 from oracle_cases import fill, gradient_numbers, image, load_arrays, load_json
 
 CASES = {case["name"]: case for case in load_json("models.json")}
 REGISTERED = load_json("registered.json")
 ALIASES = {name: name.split("_bimambav2")[0] for name in VARIANTS if "_bimambav2" in name}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NANO = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_classes": 5}
 
 
@@ -104,29 +109,60 @@ def test_parameter_counts():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", REGISTERED)
-def test_registered_names(name):
-    """Logits to 1e-5 of their largest, and every gradient, in float32 on whatever backend runs here."""
-    model, images = fill(timm.create_model(name)), image(2, 3, 224, 224)
+def test_registered_names(name, device, monkeypatch):
+    """Logits to 1e-5 of their largest, and every gradient, in float32 on whatever backend runs there."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the patch embedding's convolution
+    model, images = fill(timm.create_model(name)).to(device), image(2, 3, 224, 224).to(device)
     if REGISTERED[name]["grads"]:
         logits = expect_gradients(model.train(), images, REGISTERED[name]["grads"], 1e-4).detach()
     else:
         with torch.no_grad():
             logits = model.eval()(images)
-    expected = load_arrays("models.npz")[name]
+    logits, expected = logits.cpu(), load_arrays("models.npz")[name]
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert logits.argmax(1).tolist() == REGISTERED[name]["argmax"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", REGISTERED)
-def test_autocast_bfloat16_stays_close(name):
-    """The distances seen, and what each rounding adds to them: docs/LOG.md, 2026-11-26."""
-    model, images = fill(timm.create_model(name)).eval(), image(2, 3, 224, 224)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+def expect_close_bfloat16(name, device, limit):
+    model, images = fill(timm.create_model(name)).eval().to(device), image(2, 3, 224, 224).to(device)
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
         logits = model(images)
-    cosine = torch.cosine_similarity(logits.double(), load_arrays("models.npz")[name])
-    assert cosine.min() >= 0.9999
+    cosine = torch.cosine_similarity(logits.double().cpu(), load_arrays("models.npz")[name])
+    assert cosine.min() >= limit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", REGISTERED)
+def test_autocast_bfloat16_stays_close(name, device):
+    """The distances seen, and what each rounding adds to them: docs/LOG.md, 2026-11-26."""
+    expect_close_bfloat16(name, device, 0.9999 if device == "cpu" else 0.9997)
+
+
+@pytest.fixture
+def emulated_cuda(monkeypatch):
+    """The mixer's CUDA kernels on CPU tensors; the norms, which the backend has in Triton, by the reference."""
+    pytest.importorskip("triton")
+    kernels = pytest.importorskip("mamba_ssm.ops.cuda.kernels", exc_type=ImportError)
+    emulation = Path(__file__).parents[1] / "mamba-1p1p1" / "tests" / "cuda_emulation.h"
+    monkeypatch.setenv("MAMBA_SSM_CUDA_EMULATION", str(emulation))
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "cuda")
+    monkeypatch.setattr(kernels, "add_norm_forward", reference.add_norm_forward)
+    for cached in (backend.load, cuda_runtime.load):
+        cached.cache_clear()
+    yield
+    for cached in (backend.load, cuda_runtime.load):
+        cached.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself: the test above")
+@pytest.mark.parametrize("name", REGISTERED)
+def test_autocast_bfloat16_on_the_cuda_kernels(name, emulated_cuda):
+    """All of a block's activations rounded, as autocast means it on a GPU."""
+    expect_close_bfloat16(name, "cpu", 0.9997)
 
 
 @pytest.mark.parametrize(

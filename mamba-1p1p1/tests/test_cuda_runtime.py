@@ -636,7 +636,7 @@ def package_launches():
         patch.setattr(runtime, "load", recorder)
         patch.setenv("MAMBA_SSM_CUDA_EMULATION", str(EMULATION))
         for multiprocessors in (1, 48):  # many sequences for each, few
-            patch.setattr(bimamba, "_multiprocessors", lambda: multiprocessors)
+            patch.setattr(bimamba, "_multiprocessors", lambda count=multiprocessors: count)
             for embed_dim in (192, 384, 768):
                 launch_mixer(bimamba, embed_dim, torch.bfloat16)
             launch_mixer(bimamba, 192, torch.float16)
