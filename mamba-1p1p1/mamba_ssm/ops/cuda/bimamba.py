@@ -86,11 +86,11 @@ def _shapes(batch: int, channels: int) -> tuple[Shape, Shape]:
     return (Shape(2, 2, 16), Shape(2, 4, 12)) if warps <= 8 else (Shape(4, 2, 12), Shape(4, 2, 8))
 
 
-def _serves(xz: Tensor, parameters) -> bool:
+def _serves(like: Tensor, channels: int, parameters) -> bool:
+    """Whether these kernels serve sequences like those of `like` (batch, length, ...)."""
     conv_weight, _, x_proj, dt_weight = parameters[:4]
-    batch, length, double = xz.shape
     rank, width = dt_weight.shape[1], conv_weight.shape[1]
-    return serves(xz.dtype, batch, length, double // 2, (x_proj.shape[0] - rank) // 2, rank, width)
+    return serves(like.dtype, *like.shape[:2], channels, (x_proj.shape[0] - rank) // 2, rank, width)
 
 
 def _parameters(forward_params, backward_params) -> list[tuple[Tensor | None, Tensor | None]]:
@@ -124,26 +124,27 @@ def _scan_kernel(name: str, dtype: torch.dtype, rank: int, for_backward: bool, s
 
 
 def _padded(rank: int) -> int:
-    """Columns of the time step in `projected`: zeros behind `rank` align the rows for the matrix products."""
+    """Columns of the time step in `projected`: more than `rank`, so that rows are aligned for the matrix products."""
     return ceil_div(rank, 8) * 8
 
 
-def _copied(target: Tensor, parts: list[Tensor], sources: list[Tensor]) -> Tensor:
-    """`target`, whose `parts` are made equal to `sources` of any dtype in one launch."""
-    torch._foreach_copy_(parts, sources)
-    return target
+def _weights(parameters, dtype: torch.dtype, *others: Tensor) -> tuple[Tensor, ...]:
+    """Both x projections' weights in 16 bits, (2, columns, D), and `others` in 16 bits, converted in one launch.
 
-
-def _x_proj(parameters, dtype: torch.dtype) -> Tensor:
-    """Both x projections' weights in 16 bits, (2, columns, D): rows of the time step, zeros, B, C."""
+    Rows of the time step, some of them once more as padding, of B, of C: the padding's products meet zeros.
+    """
     pair, rank = parameters[2], parameters[3][0].shape[1]
-    rows, channels = pair[0].shape
-    if rank == _padded(rank):
-        both = torch.empty((2, rows, channels), dtype=dtype, device=pair[0].device)
-        return _copied(both, list(both), list(pair))
-    both = torch.zeros((2, rows - rank + _padded(rank), channels), dtype=dtype, device=pair[0].device)
-    parts = [part for one in both for part in (one[:rank], one[_padded(rank) :])]
-    return _copied(both, parts, [part for one in pair for part in (one[:rank], one[rank:])])
+    padding, (rows, channels) = _padded(rank) - rank, pair[0].shape
+    x_proj = torch.empty((2, rows + padding, channels), dtype=dtype, device=pair[0].device)
+    targets, sources = [], []
+    for both, weight in zip(x_proj, pair):
+        targets += both.split([rank, padding, rows - rank]) if padding else [both]
+        sources += [weight[:rank], weight[:padding], weight[rank:]] if padding else [weight]
+    converted = [weight if weight.dtype == dtype else torch.empty_like(weight, dtype=dtype) for weight in others]
+    targets += [target for target, weight in zip(converted, others) if target is not weight]
+    sources += [weight for target, weight in zip(converted, others) if target is not weight]
+    torch._foreach_copy_(targets, sources)
+    return x_proj, *converted
 
 
 def _dt_weight(parameters, dtype: torch.dtype) -> Tensor:
@@ -152,11 +153,12 @@ def _dt_weight(parameters, dtype: torch.dtype) -> Tensor:
     channels, rank = pair[0].shape
     make = torch.empty if rank == _padded(rank) else torch.zeros
     both = make((2, channels, _padded(rank)), dtype=dtype, device=pair[0].device)
-    return _copied(both, [one[:, :rank] for one in both], list(pair))
+    torch._foreach_copy_([one[:, :rank] for one in both], list(pair))
+    return both
 
 
 def _project(u: Tensor, weights: Tensor) -> Tensor:
-    """(2, B L, columns) float32: time step, zeros, B and C of both directions."""
+    """(2, B L, columns) float32: time step, padding, B and C of both directions."""
     return product_in_float32(u.flatten(1, 2), weights.transpose(1, 2))
 
 
@@ -278,13 +280,17 @@ def _sums(shares: list[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, Tensor
 
 def bimamba_forward(xz, forward_params, backward_params, scale, save):
     """(y (B, L, D), saved): nothing is saved."""
-    if not _serves(xz, forward_params):
+    if not _serves(xz, xz.shape[2] // 2, forward_params):
         return triton_bimamba.bimamba_forward(xz, forward_params, backward_params, scale, save)
-    parameters, xz = _parameters(forward_params, backward_params), _aligned(xz)
-    u = conv_both(xz, parameters)
-    projected = _project(u, _x_proj(parameters, xz.dtype))
-    y, *_ = _scan_forward(xz, u, projected, parameters, scale)
+    parameters = _parameters(forward_params, backward_params)
+    y = _forward(xz, parameters, *_weights(parameters, xz.dtype), scale)
     return y, xz.new_empty(0, dtype=torch.uint8)
+
+
+def _forward(xz: Tensor, parameters, x_proj: Tensor, scale: float) -> Tensor:
+    xz = _aligned(xz)
+    u = conv_both(xz, parameters)
+    return _scan_forward(xz, u, _project(u, x_proj), parameters, scale)[0]
 
 
 def bimamba_saved_bytes(
@@ -298,22 +304,26 @@ def bimamba_saved_bytes(
 
 def bimamba_backward(dy, xz, forward_params, backward_params, scale, saved):
     """Gradients: (dxz, those of the forward direction's parameters in order, those of the backward one's)."""
-    if not _serves(xz, forward_params):
+    if not _serves(xz, xz.shape[2] // 2, forward_params):
         return triton_bimamba.bimamba_backward(dy, xz, forward_params, backward_params, scale, saved)
-    return _backward(dy, xz, forward_params, backward_params, scale, lambda y: None)
+    parameters = _parameters(forward_params, backward_params)
+    (x_proj,) = _weights(parameters, xz.dtype)
+    return _backward(dy, xz, forward_params, backward_params, parameters, x_proj, scale, lambda y: None)
 
 
-def _backward(dy, xz, forward_params, backward_params, scale, use_y: Callable[[Tensor], None]):
+def _backward(
+    dy, xz, forward_params, backward_params, parameters, x_proj: Tensor, scale, use_y: Callable[[Tensor], None]
+):
     """bimamba_backward, which gives y, made again, to `use_y` before the peak of memory."""
-    parameters, xz = _parameters(forward_params, backward_params), _aligned(xz)
-    u, weights = conv_both(xz, parameters), _x_proj(parameters, xz.dtype)
-    projected = _project(u, weights)
+    xz = _aligned(xz)
+    u = conv_both(xz, parameters)
+    projected = _project(u, x_proj)
     y, dscan, dxz, states = _scan_forward(xz, u, projected, parameters, scale, dy.contiguous())
     use_y(y)
     del y, dy
     du_scan, ddelta, dBC, *sums = _scan_backward(dscan, u, projected, states, parameters)
     del dscan, states
-    du_projected, dx_proj, ddt_weight = _projections_backward(ddelta, dBC, u, projected, weights, parameters)
+    du_projected, dx_proj, ddt_weight = _projections_backward(ddelta, dBC, u, projected, x_proj, parameters)
     sums += _conv_backward(xz, du_scan, du_projected, parameters, dxz)
     dA, dD, ddt_bias, dconv_weight, dconv_bias = _sums(sums, xz.dtype)
     in_order = zip(dconv_weight, dconv_bias, dx_proj, ddt_weight, ddt_bias, dA, dD)
@@ -334,29 +344,37 @@ def block_forward(hidden, in_proj, out_proj, forward_params, backward_params, sc
 
     `bf16_products` is of float32 activations and not for these kernels: products are in hidden's dtype.
     """
-    xz = F.linear(hidden, in_proj.to(hidden.dtype))
-    y, saved = bimamba_forward(xz, forward_params, backward_params, scale, False)
-    return F.linear(y, out_proj.to(hidden.dtype)), hidden.new_empty(0), saved
+    if not _serves(hidden, in_proj.shape[0] // 2, forward_params):
+        xz = F.linear(hidden, in_proj.to(hidden.dtype))
+        y, saved = triton_bimamba.bimamba_forward(xz, forward_params, backward_params, scale, False)
+        return F.linear(y, out_proj.to(hidden.dtype)), hidden.new_empty(0), saved
+    parameters = _parameters(forward_params, backward_params)
+    x_proj, weight_in, weight_out = _weights(parameters, hidden.dtype, in_proj, out_proj)
+    y = _forward(F.linear(hidden, weight_in), parameters, x_proj, scale)
+    return F.linear(y, weight_out), hidden.new_empty(0), hidden.new_empty(0, dtype=torch.uint8)
 
 
 def block_backward(
     dout, hidden, in_proj, out_proj, forward_params, backward_params, scale, xz, saved, bf16_products
 ):
     """Gradients: (dhidden, din_proj, dout_proj, those of both directions)."""
-    weight_in, weight_out = in_proj.to(hidden.dtype), out_proj.to(hidden.dtype)
-    xz = F.linear(hidden, weight_in)
     dout_proj = torch.empty_like(out_proj)
 
     def use_y(y: Tensor) -> None:
         dout_proj.copy_(product_in_float32(dout.flatten(0, 1).T, y.flatten(0, 1)))
 
-    if _serves(xz, forward_params):
-        dxz, *grads = _backward(dout @ weight_out, xz, forward_params, backward_params, scale, use_y)
+    if _serves(hidden, in_proj.shape[0] // 2, forward_params):
+        parameters = _parameters(forward_params, backward_params)
+        x_proj, weight_in, weight_out = _weights(parameters, hidden.dtype, in_proj, out_proj)
+        xz = F.linear(hidden, weight_in)
+        directions = forward_params, backward_params, parameters
+        dxz, *grads = _backward(dout @ weight_out, xz, *directions, x_proj, scale, use_y)
     else:
+        weight_in, weight_out = in_proj.to(hidden.dtype), out_proj.to(hidden.dtype)
+        xz = F.linear(hidden, weight_in)
         y, saved = triton_bimamba.bimamba_forward(xz, forward_params, backward_params, scale, True)
         use_y(y)
-        dxz, *grads = triton_bimamba.bimamba_backward(
-            dout @ weight_out, xz, forward_params, backward_params, scale, saved
-        )
+        dy = dout @ weight_out
+        dxz, *grads = triton_bimamba.bimamba_backward(dy, xz, forward_params, backward_params, scale, saved)
     din_proj = product_in_float32(dxz.flatten(0, 1).T, hidden.flatten(0, 1)).to(in_proj.dtype)
     return dxz @ weight_in, din_proj, dout_proj, *grads

@@ -33,14 +33,16 @@ struct Work {
         }
     }
 
-    // x of tokens start - HALO to start + TOKENS + HALO, zero outside the sequence.
+    // Both channels of token start + i, zero outside the sequence. `source`: at token start.
+    __device__ __forceinline__ void load(float (&v)[2], const scalar_t* source, int stride, int start, int i) const {
+        const bool inside = unsigned(start + i) < unsigned(length);
+        widen2(inside ? *reinterpret_cast<const unsigned*>(source + i * int64(stride)) : 0u, v[0], v[1]);
+    }
+
+    // Those of tokens start - HALO to start + TOKENS + HALO.
     __device__ __forceinline__ void load(float (&x)[NEAR][2], const scalar_t* source, int stride, int start) const {
 #pragma unroll
-        for (int i = 0; i < NEAR; ++i) {
-            const int token = start - HALO + i;
-            const bool inside = token >= 0 && token < length;
-            widen2(inside ? *reinterpret_cast<const unsigned*>(source + token * stride) : 0u, x[i][0], x[i][1]);
-        }
+        for (int i = 0; i < NEAR; ++i) load(x[i], source, stride, start, i - HALO);
     }
 
     // Where in `x` the token lies that tap k of the output at `near` reads.
@@ -67,6 +69,7 @@ extern "C" __global__ void __launch_bounds__(64) conv_forward(
     xz += work.b * xz_stride_b + work.channel;
     const int stride = static_cast<int>(xz_stride_l), row = static_cast<int>(channels);  // 32 bits reach any token
     u += work.b * length * channels + work.channel;
+    xz += work.first * int64(stride), u += work.first * int64(row);
     scalar_t* behind = u + work.batch * length * channels;
     for (int start = work.first; start < work.last; start += TOKENS) {
         float x[NEAR][2];
@@ -82,8 +85,9 @@ extern "C" __global__ void __launch_bounds__(64) conv_forward(
                     y[c] = v * sigmoid(v);
                 }
                 if (start + i < work.last)
-                    *reinterpret_cast<unsigned*>((direction ? behind : u) + (start + i) * row) = narrow2(y[0], y[1]);
+                    *reinterpret_cast<unsigned*>((direction ? behind : u) + i * int64(row)) = narrow2(y[0], y[1]);
             }
+        xz += TOKENS * int64(stride), u += TOKENS * int64(row), behind += TOKENS * int64(row);
     }
 }
 
@@ -94,11 +98,12 @@ __device__ __forceinline__ float silu_slope(float v) {
 }
 
 // dx, into the first half of dxz (batch, length, 2 channels), for the gradients of conv_forward's u, the sum of
-// du_scan and du_projected, each (2, batch, length, channels). dweight (2, batch * segments, channels, WIDTH) and dbias (2, batch * segments, channels) are the
-// segments' shares of the filters' and biases' gradients.
-extern "C" __global__ void __launch_bounds__(64) conv_backward(
-    const scalar_t* xz, const scalar_t* du_scan, const scalar_t* du_projected, const float* weight_ahead, const float* weight_behind,
-    const float* bias_ahead, const float* bias_behind, scalar_t* dxz, float* dweight, float* dbias,
+// du_scan and du_projected, each (2, batch, length, channels). dweight (2, batch * segments, channels, WIDTH) and
+// dbias (2, batch * segments, channels) are the segments' shares of the filters' and biases' gradients.
+extern "C" __global__ void __launch_bounds__(64, 6) conv_backward(
+    const scalar_t* xz, const scalar_t* du_scan, const scalar_t* du_projected, const float* weight_ahead,
+    const float* weight_behind, const float* bias_ahead, const float* bias_behind, scalar_t* dxz, float* dweight,
+    float* dbias,
     int64 length, int64 channels, int64 xz_stride_b, int64 xz_stride_l, int64 segment) {
     const Work work(weight_ahead, weight_behind, bias_ahead, bias_behind, length, channels, segment);
     if (work.channel >= channels) return;
@@ -107,7 +112,9 @@ extern "C" __global__ void __launch_bounds__(64) conv_backward(
     dxz += work.b * length * (2 * channels) + work.channel;
     du_scan += work.b * length * channels + work.channel;
     du_projected += work.b * length * channels + work.channel;
-    float sums[2][WIDTH + 1][2] = {};
+    xz += work.first * int64(stride), dxz += work.first * int64(2 * row);
+    du_scan += work.first * int64(row), du_projected += work.first * int64(row);
+    float sums[2][WIDTH + 1][2] = {}, carried[2][HALO][2];
     for (int start = work.first; start < work.last; start += TOKENS) {
         float x[NEAR][2], dx[TOKENS][2] = {};
         work.load(x, xz, stride, start);
@@ -119,14 +126,21 @@ extern "C" __global__ void __launch_bounds__(64) conv_backward(
 #pragma unroll
             for (int i = 0; i < TOKENS + HALO; ++i) {
                 const int near = direction ? i : i + HALO, token = start - HALO + near;
-                const bool inside = token >= 0 && token < length;
                 const bool counted = near >= HALO && near < HALO + TOKENS;  // others count in their own step
-                float slope[2], addend[2];
-                widen2(inside ? *reinterpret_cast<const unsigned*>(incoming + token * row) : 0u, slope[0], slope[1]);
-                widen2(inside ? *reinterpret_cast<const unsigned*>(more + token * row) : 0u, addend[0], addend[1]);
+                float slope[2];
+                if (i < HALO && start > work.first) {  // of an output that the step before has reached, too
+                    slope[0] = carried[direction][i][0], slope[1] = carried[direction][i][1];
+                } else {
+                    float addend[2];
+                    work.load(slope, incoming, row, start, near - HALO);
+                    work.load(addend, more, row, start, near - HALO);
+#pragma unroll
+                    for (int c = 0; c < 2; ++c)
+                        slope[c] = (slope[c] + addend[c]) * silu_slope(work.convolve(x, direction, near, c));
+                }
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
-                    slope[c] = (slope[c] + addend[c]) * silu_slope(work.convolve(x, direction, near, c));
+                    if (i >= TOKENS) carried[direction][i - TOKENS][c] = slope[c];
 #pragma unroll
                     for (int k = 0; k < WIDTH; ++k) {
                         const int at = Work::seen(direction, near, k) - HALO;  // the token seen through tap k
@@ -144,7 +158,9 @@ extern "C" __global__ void __launch_bounds__(64) conv_backward(
 #pragma unroll
         for (int i = 0; i < TOKENS; ++i)
             if (start + i < work.last)
-                *reinterpret_cast<unsigned*>(dxz + (start + i) * (2 * row)) = narrow2(dx[i][0], dx[i][1]);
+                *reinterpret_cast<unsigned*>(dxz + i * int64(2 * row)) = narrow2(dx[i][0], dx[i][1]);
+        xz += TOKENS * int64(stride), dxz += TOKENS * int64(2 * row);
+        du_scan += TOKENS * int64(row), du_projected += TOKENS * int64(row);
     }
 #pragma unroll
     for (int direction = 0; direction < 2; ++direction) {

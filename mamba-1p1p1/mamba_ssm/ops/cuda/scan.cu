@@ -598,8 +598,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / WARPS) scan_bac
     const int first_channel = (blockIdx.x * WARPS + warp) * WIDTH, own = first_channel + CH * g;
     const bool active = first_channel < channels;
 
-    // shared memory: two tiles of `projected`; states and shares of all warps; per warp parameters, numbers on their way
-    // between lanes, tiles of u (2) and dscan (2)
+    // shared memory: two tiles of `projected`; states and shares of all warps; per warp parameters, numbers on their
+    // way between lanes, tiles of u (2) and dscan (2)
     constexpr int PER_WARP = PARAMETERS + 3 * Exchange::SIZE + Factors::SIZE + 4 * Halves::SIZE / 2;
     float* tile_projected = reinterpret_cast<float*>(shared);
     float* all_kept = tile_projected + 2 * PROJECTED;
