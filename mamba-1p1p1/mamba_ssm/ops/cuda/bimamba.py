@@ -68,12 +68,11 @@ class Shape(NamedTuple):
         """Channels of a block."""
         return self.width * self.warps
 
-    def shared(self, columns: int, padded: int, tiles: int, exchanges: int, factors: int, halves: int) -> int:
-        """Bytes of `warps` and what they share: `tiles` of `projected`, and each warp's parameters and tiles of
-        numbers on their way between lanes, singly or as factors, and of 16-bit channels."""
-        row = self.width + 8
-        token = (4 * exchanges + 2 * halves) * row + 4 * factors * (4 * self.width + 8)
-        return tiles * TILE * (columns + 4) * 4 + self.warps * (4 * self.width * (padded + 2) + TILE * token)
+    def shared(self, columns: int, padded: int, tiles: int, exchanges: int, halves: int) -> int:
+        """Bytes of `warps` and what they share: `tiles` of `projected`; each warp's parameters, factors, and tiles of
+        numbers on their way between lanes (`exchanges`) and of 16-bit channels (`halves`)."""
+        warp = 4 * self.width * (padded + 2 + 4 * TILE) + TILE * (4 * exchanges + 2 * halves) * (self.width + 8)
+        return tiles * TILE * (columns + 4) * 4 + self.warps * warp
 
 
 def _shapes(batch: int, channels: int) -> tuple[Shape, Shape]:
@@ -217,7 +216,7 @@ def _scan_forward(
         states = torch.empty((2, batch, groups, channels, STATES), dtype=torch.float32, device=xz.device)
     shape = _shapes(batch, channels)[0]
     halves = 4 if dy is None else 5
-    shared = 2 * shape.shared(projected.shape[-1], _padded(rank), 3, exchanges=1, factors=1, halves=halves)
+    shared = 2 * shape.shared(projected.shape[-1], _padded(rank), 3, exchanges=1, halves=halves)
     _scan_kernel("scan_forward", xz.dtype, rank, dy is not None, shape)(
         (ceil_div(channels, shape.block), batch, 1), 2 * 32 * shape.warps, shared,
         u, projected, xz, y, dy, dscan, dxz, states, *parameters[3], *parameters[4], *parameters[5], *parameters[6],
@@ -239,7 +238,7 @@ def _scan_backward(dscan: Tensor, u: Tensor, projected: Tensor, states: Tensor, 
 
     dBC = new(2, blocks, batch * length, 2 * STATES)
     dA, dD, dbias = new(2, batch, channels, STATES), new(2, batch, channels), new(2, batch, channels)
-    shared = shape.shared(projected.shape[-1], _padded(rank), 2, exchanges=3, factors=1, halves=4)
+    shared = shape.shared(projected.shape[-1], _padded(rank), 2, exchanges=3, halves=4)
     shared += shape.warps * TILE // 2 * (shape.width * STATES + 2 * 128) * 4  # states and shares of a tile's halves
     _scan_kernel("scan_backward", u.dtype, rank, True, shape)(
         (blocks, batch, 2), 32 * shape.warps, shared,

@@ -14,17 +14,18 @@
 // Who has what. With g = lane / 4 and t = lane % 4, a lane has
 //   of states: 4 t to 4 t + 3 of channels CH g + j (States),
 //   of what there is once a token and channel: channels CH g + j of tokens t and t + 4 of a tile (Tokens).
-// Both are places of mma.m16n8k8's sums, and states are so placed that the sum of one product is the left factor of the
-// next, register by register: as sum, rows g and g + 8 are first and second states of one channel; as factor, even and
-// odd ones. So the drive's column has zeros where the other half's rows are (Factors), and a sum over states comes as
-// two numbers, of two columns of C, each with one kind of state (Columns). What is not finite in a state also shows in
-// up to three tokens before it, whose columns have zeros for it.
+// Both are places of mma.m16n8k8's sums, and nearly nothing moves between its products. As a sum, rows g and g + 8 of a
+// state's matrix are first and second states of one channel; as the left factor of the next product, register by
+// register, they are even and odd ones: a sum over states comes as two numbers, of two columns of C, each with one kind
+// of state. The drives of four tokens are one left factor, a column of first and one of second states for each token:
+// the right factor has zeros in the rows of all tokens but one. What is not finite in a token or state also shows in up
+// to three tokens before it, where it meets those zeros.
 
 #include "device.cuh"
 
 constexpr int N = 16;                     // states of a channel
 constexpr int TILE = 8, HALF = TILE / 2;  // tokens between two saved states: the columns of one matrix product
-constexpr int PADDED = (RANK + 7) / 8 * 8;  // columns of the time step, with zeros behind RANK
+constexpr int PADDED = (RANK + 7) / 8 * 8;  // columns of the time step; those behind RANK have no weights
 constexpr int COLUMNS = PADDED + 2 * N;   // of a row of `projected`: time step, B, C
 constexpr int STEPS = PADDED / 8;         // of the product over RANK, eight at a time
 constexpr int PAIRS = CH / 2;             // of a thread's channels
@@ -33,8 +34,7 @@ constexpr int THREADS = 32 * WARPS;       // of a block, or of one direction of 
 
 // Of a factor the tensor cores take sign, exponent and ten bits. What they cut off, towards zero, is in the mean
 // 0.72 / 2048 of a number whose logarithm is uniform, 0.69 / 2048 of one that is uniform itself; CUT puts it back.
-constexpr float CUT = 1.0f + 0.71f / 2048, READ_OUT = CUT * CUT * CUT;
-constexpr unsigned TF32_BITS = 0xffffe000u;
+constexpr float CUT = 1.0f + 0.71f / 2048, CUT2 = CUT * CUT, CUT3 = CUT2 * CUT, CUT4 = CUT2 * CUT2;
 
 typedef long long int64;
 typedef float Channels[CH];               // [j]
@@ -111,9 +111,7 @@ struct Halves {
 
     // What a lane copies, 16 bytes of a row.
     static __device__ __forceinline__ Stream part(const scalar_t* source, int stride, int along, int lane) {
-        Stream stream(source, stride, along, lane / CH, lane % CH * 8);
-        hold(stream.base);
-        return stream;
+        return Stream(source, stride, along, lane / CH, lane % CH * 8);
     }
     __device__ __forceinline__ void copy(const Stream& part, Walk walk, int lane) const {
         if (lane / CH < walk.rows) cp_async16(memory + lane / CH * ROW + lane % CH * 8, part.at(walk));
@@ -209,33 +207,6 @@ struct Exchange {
     }
 };
 
-// The same as columns of left factors: for lanes with even t, the first states' part, (v, 0), for those with odd t, the
-// second states', (0, v).
-struct Factors {
-    static constexpr int ROW = 4 * WIDTH + 8, SIZE = TILE * ROW;
-    float* memory;
-
-    __device__ __forceinline__ void write(const Tokens& in, int g, int t) const {
-#pragma unroll
-        for (int late = 0; late < 2; ++late)
-#pragma unroll
-            for (int pair = 0; pair < PAIRS; ++pair) {
-                float4* target = reinterpret_cast<float4*>(memory + (t + 4 * late) * ROW + pair * 64 + 4 * g);
-                const float even = in[2 * pair][late], odd = in[2 * pair + 1][late];
-                target[0] = make_float4(even, 0.0f, odd, 0.0f);
-                target[8] = make_float4(0.0f, even, 0.0f, odd);
-            }
-    }
-
-    __device__ __forceinline__ void read(unsigned (&out)[CH][2], int token, int g, int t) const {
-#pragma unroll
-        for (int pair = 0; pair < PAIRS; ++pair) {
-            const uint4 v = *reinterpret_cast<const uint4*>(memory + token * ROW + pair * 64 + (t & 1) * 32 + 4 * g);
-            out[2 * pair][0] = v.x, out[2 * pair][1] = v.y, out[2 * pair + 1][0] = v.z, out[2 * pair + 1][1] = v.w;
-        }
-    }
-};
-
 // ---- the time step ---------------------------------------------------------------------------------------------
 
 // What a warp reads once a tile, in shared memory: the time step's weights as left factors of the product, each lane's
@@ -322,18 +293,61 @@ __device__ __forceinline__ void save_states(float* target, const States& in, int
     for (int j = 0; j < CH; ++j) store_four(target + (CH * g + j) * N + 4 * t, in[j]);
 }
 
-// A row of states, B or C, as right factor of a product with a column, exactly: lanes with t < 2 give the number, of
-// which the unit takes ten bits, those with t >= 2 what is left of it.
-__device__ __forceinline__ unsigned row_factor(const float* row, int g, int t) {
-    const float v = row[2 * g + (t & 1)];
-    const unsigned mask = t & 2 ? TF32_BITS : 0u;
-    return __float_as_uint(v - __uint_as_float(__float_as_uint(v) & mask));
+// Where in a row of `projected` a lane finds its part of a right factor that has B or C (from `offset` on) for one of
+// four tokens; for the others it takes the zeros at the row's end.
+struct Places {
+    int at[HALF];  // [token % 4]
+
+    // B or C as a row: the token's rows t and t + 4 of the factor, column g with states 2 g and 2 g + 1.
+    static __device__ __forceinline__ Places as_row(int offset, int g, int t) {
+        Places places;
+#pragma unroll
+        for (int i = 0; i < HALF; ++i) places.at[i] = t == i ? offset + 2 * g : COLUMNS;
+        return places;
+    }
+    // B or C as two columns, 2 i and 2 i + 1, of even and of odd states.
+    static __device__ __forceinline__ Places as_columns(int offset, int g, int t) {
+        Places places;
+#pragma unroll
+        for (int i = 0; i < HALF; ++i) places.at[i] = g / 2 == i ? offset + 4 * t + 2 * (g & 1) : COLUMNS;
+        return places;
+    }
+};
+
+__device__ __forceinline__ void load_factor(unsigned (&b)[2], const float* source) {
+    const float2 v = *reinterpret_cast<const float2*>(source);
+    b[0] = __float_as_uint(v.x), b[1] = __float_as_uint(v.y);
 }
 
-// h += column x row
-__device__ __forceinline__ void add_product(States& h, const unsigned (&column)[CH][2], unsigned row) {
+// A tile's columns of channels, to be multiplied by rows of states: left factors of four tokens each, (v, 0; 0, v) in a
+// lane of the token. The lane reads what it has written itself; in memory because the zeros are written only once, and
+// a product's factor has to lie in four registers side by side.
+struct ColumnFactors {
+    static constexpr int SIZE = 2 * CH * 32 * 4;
+    float* memory;  // this lane's place in (2, CH, 32 lanes, 4)
+
+    __device__ __forceinline__ void write(const Tokens& v) const {
+        for_tokens([&](int j, int late) {
+            float* target = memory + (late * CH + j) * 32 * 4;
+            target[0] = target[3] = v[j][late];
+        });
+    }
+
+    __device__ __forceinline__ void read(unsigned (&a)[CH][4], int late) const {
 #pragma unroll
-    for (int j = 0; j < CH; ++j) mma_tf32(h[j], column[j], row);
+        for (int j = 0; j < CH; ++j) {
+            const uint4 v = *reinterpret_cast<const uint4*>(memory + (late * CH + j) * 32 * 4);
+            a[j][0] = v.x, a[j][1] = v.y, a[j][2] = v.z, a[j][3] = v.w;
+        }
+    }
+};
+
+// h += column x row, of one token
+__device__ __forceinline__ void add_product(States& h, const unsigned (&columns)[CH][4], const float* row) {
+    unsigned b[2];
+    load_factor(b, row);
+#pragma unroll
+    for (int j = 0; j < CH; ++j) mma_tf32(h[j], columns[j], b);
 }
 
 // h *= exp2(delta A)
@@ -344,27 +358,16 @@ __device__ __forceinline__ void decay(States& h, const States& A, const Channels
         for (int i = 0; i < 4; ++i) h[j][i] *= ex2(delta[j] * A[j][i]);
 }
 
-// Where in a row of `projected` a lane finds its part of the right factor of a sum over states: two columns g a token,
-// of four tokens, with the even and the odd states of B or C (from `offset` on); everywhere else zeros, from the end.
-struct Columns {
-    int at[4];  // [token % 4]
-
-    __device__ __forceinline__ Columns(int offset, int g, int t) {
-#pragma unroll
-        for (int token = 0; token < 4; ++token) at[token] = g / 2 == token ? offset + 4 * t + 2 * (g & 1) : COLUMNS;
-    }
-};
-
 // Sums over the states of four tokens, in their places.
 struct Sums {
     float places[CH][4];
 
     __device__ __forceinline__ Sums() : places{} {}
 
-    // The sums of h times a row of states, of which `part` is this lane's.
-    __device__ __forceinline__ void add(const States& h, const float* part) {
-        const float2 v = *reinterpret_cast<const float2*>(part);
-        const unsigned b[2] = {__float_as_uint(v.x), __float_as_uint(v.y)};
+    // The sums of h times B or C, as columns, of one token
+    __device__ __forceinline__ void add(const States& h, const float* columns) {
+        unsigned b[2];
+        load_factor(b, columns);
 #pragma unroll
         for (int j = 0; j < CH; ++j) {
             const unsigned a[4] = {__float_as_uint(h[j][0]), __float_as_uint(h[j][1]), __float_as_uint(h[j][2]),
@@ -378,18 +381,6 @@ struct Sums {
         for (int j = 0; j < CH; ++j) out[j][late] = places[j][0] + places[j][3];
     }
 };
-
-// h of the token before -> h of `token`, whose B is `row`.
-__device__ __forceinline__ void advance(
-    States& h, const States& A, const Exchange& steps, const Factors& drives, const float* row, int token, int g,
-    int t) {
-    Channels delta;
-    unsigned drive[CH][2];
-    steps.read(delta, token, g);
-    drives.read(drive, token, g, t);
-    decay(h, A, delta);
-    add_product(h, drive, row_factor(row, g, t));
-}
 
 // ---- forward ---------------------------------------------------------------------------------------------------
 
@@ -418,15 +409,16 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
     const int first_channel = (blockIdx.x * WARPS + warp) * WIDTH, own = first_channel + CH * g;
     const bool active = first_channel < channels;  // the last block may have idle warps
 
-    // shared memory, per direction: three tiles of `projected`; per warp parameters, steps, drives, and tiles of u (2),
-    // z, the other scan, dy
+    // shared memory, per direction: three tiles of `projected`; per warp parameters, steps, and tiles of u (2), z, the
+    // other scan, dy
     constexpr int TILES = 4 + FOR_BACKWARD;
-    constexpr int PER_WARP = PARAMETERS + Exchange::SIZE + Factors::SIZE + TILES * Halves::SIZE / 2;
+    constexpr int PER_WARP = PARAMETERS + Exchange::SIZE + ColumnFactors::SIZE + TILES * Halves::SIZE / 2;
     float* tile_projected = reinterpret_cast<float*>(shared) + behind * (3 * PROJECTED + WARPS * PER_WARP);
     float* mine = tile_projected + 3 * PROJECTED + warp * PER_WARP;
     const Exchange steps{mine + PARAMETERS};
-    const Factors drives{steps.memory + Exchange::SIZE};
-    scalar_t* halves = reinterpret_cast<scalar_t*>(drives.memory + Factors::SIZE);
+    float* factors = steps.memory + Exchange::SIZE;
+    const ColumnFactors drives{factors + 4 * lane};
+    scalar_t* halves = reinterpret_cast<scalar_t*>(factors + ColumnFactors::SIZE);
     const Halves tile_z{halves + 2 * Halves::SIZE}, tile_other{halves + 3 * Halves::SIZE};
     const Halves tile_dy{halves + 4 * Halves::SIZE};
 
@@ -443,6 +435,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
     }
     States A, h = {};
     clear(tile_projected, 3 * PROJECTED * 4, thread, THREADS);
+    clear(factors, ColumnFactors::SIZE * 4, lane, 32);
     clear(halves, 2 * Halves::SIZE * 2, lane, 32);
     if (active) {
         stage_parameters(
@@ -450,16 +443,18 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
             (behind ? dt_bias_b : dt_bias) + first_channel, (behind ? D_behind : D_ahead) + first_channel, lane);
         load_A(A, (behind ? A_behind : A_ahead) + first_channel * N, g, t);
     }
-    const Columns of_C(PADDED + N, g, t);
+    const Places of_B = Places::as_row(PADDED, g, t), of_C = Places::as_columns(PADDED + N, g, t);
     const int along = behind ? -1 : 1;
     const ProjectedCopies copies(projected, along, thread);
-    const Stream u_part = Halves::part(u, channels, along, lane), z_part = Halves::part(z, xz_stride_l, along, lane);
-    const Stream y_part = Halves::part(y + first_channel, channels, along, lane), to_y(y + own, channels, along, t, 0);
+    Stream u_part = Halves::part(u, channels, along, lane), z_part = Halves::part(z, xz_stride_l, along, lane);
+    Stream y_part = Halves::part(y + first_channel, channels, along, lane), to_y(y + own, channels, along, t, 0);
     Stream dy_part, to_dscan, to_dz;
     if (FOR_BACKWARD) {
         dy_part = Halves::part(dy, channels, along, lane);
         to_dscan = Stream(dscan, channels, along, t, 0), to_dz = Stream(dxz, 2 * channels, along, t, 0);
+        hold(dy_part.base);
     }
+    hold(u_part.base), hold(y_part.base);
 
     const int left = behind ? tiles / 2 : (tiles + 1) / 2;  // tiles of the first half of the way
     auto tile_of = [&](int step) { return behind ? tiles - 1 - step : step; };
@@ -478,17 +473,18 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
         cp_async_commit();
     };
     float *rows = tile_projected, *next_rows = rows + PROJECTED, *later_rows = next_rows + PROJECTED;
-    unsigned packed_x[2][PAIRS], next_x[2][PAIRS];
+    unsigned packed_x[2][PAIRS];
     auto write_next = [&](const Tokens& delta, int step) {
         Tokens step_size, drive;
-        Halves::unpack(drive, next_x);
+        Halves{halves + step % 2 * Halves::SIZE}.read(packed_x, g, t);
+        Halves::unpack(drive, packed_x);
         const int count = length - tile_of(step) * TILE;
         for_tokens([&](int j, int late) {
             step_size[j][late] = t + 4 * late < count ? delta[j][late] : 0.0f;  // leaves the state as it is
-            drive[j][late] *= step_size[j][late], packed_x[late][j / 2] = next_x[late][j / 2];
+            drive[j][late] *= step_size[j][late];
         });
         steps.write(step_size, g, t);
-        drives.write(drive, g, t);
+        drives.write(drive);
     };
     sync_direction();  // cleared
     fetch(0, rows);
@@ -497,7 +493,6 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
     sync_direction();
     if (active) {
         Tokens delta;
-        Halves{halves}.read(next_x, g, t);
         project_steps(delta, rows, mine, lane);
         for_tokens([&](int j, int late) { delta[j][late] = softplus(delta[j][late]); });
         write_next(delta, 0);
@@ -520,16 +515,20 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
         if (active) {
             if (FOR_BACKWARD) save_states(states + int64(tile) * channels * N, h, g, t);
             Tokens delta, result, x;
-            Halves{halves + (step + 1) % 2 * Halves::SIZE}.read(next_x, g, t);
             project_steps(delta, next_rows, mine, lane);
 #pragma unroll
             for (int late = 0; late < 2; ++late) {
+                unsigned columns[CH][4];
+                drives.read(columns, late);
                 Sums sums;
 #pragma unroll
                 for (int i = 0; i < HALF; ++i) {
                     const int token = HALF * late + i;
                     const float* row = rows + token * PITCH;
-                    advance(h, A, steps, drives, row + PADDED, token, g, t);
+                    Channels step_size;
+                    steps.read(step_size, token, g);
+                    decay(h, A, step_size);
+                    add_product(h, columns, row + of_B.at[i]);
                     sums.add(h, row + of_C.at[i]);
                     if (i < CH) delta[i][late] = softplus(delta[i][late]);
                 }
@@ -550,7 +549,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
                 if (FOR_BACKWARD) tile_dy.read(incoming, g, t);
                 for_tokens([&](int j, int late) {
                     const float v = gate[j][late], s = sigmoid(v), scaled = scale * v * s;
-                    const float total = READ_OUT * result[j][late] + (x[j][late] + other[j][late]);
+                    const float total = CUT4 * result[j][late] + (x[j][late] + other[j][late]);
                     result[j][late] = scaled * total;
                     if (FOR_BACKWARD) {
                         const float dy_i = incoming[j][late];
@@ -563,7 +562,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
                     store_tokens(to_dz, slope, walk, t);
                 }
             } else {
-                for_tokens([&](int j, int late) { result[j][late] = READ_OUT * result[j][late] + x[j][late]; });
+                for_tokens([&](int j, int late) { result[j][late] = CUT4 * result[j][late] + x[j][late]; });
             }
             store_tokens(to_y, result, walk, t);
         }
@@ -599,15 +598,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / WARPS) scan_bac
     const bool active = first_channel < channels;
 
     // shared memory: two tiles of `projected`; states and shares of all warps; per warp parameters, numbers on their
-    // way between lanes, tiles of u (2) and dscan (2)
-    constexpr int PER_WARP = PARAMETERS + 3 * Exchange::SIZE + Factors::SIZE + 4 * Halves::SIZE / 2;
+    // way between lanes, factors, tiles of u (2) and dscan (2)
+    constexpr int PER_WARP = PARAMETERS + 3 * Exchange::SIZE + ColumnFactors::SIZE + 4 * Halves::SIZE / 2;
     float* tile_projected = reinterpret_cast<float*>(shared);
     float* all_kept = tile_projected + 2 * PROJECTED;
     float* mine = all_kept + WARPS * KEPT + warp * PER_WARP;
     float* exchanges = mine + PARAMETERS;
     const Exchange steps{exchanges}, drives{exchanges + Exchange::SIZE}, dscans{exchanges + 2 * Exchange::SIZE};
-    const Factors factors{exchanges + 3 * Exchange::SIZE};  // of the drives, then of dscan
-    scalar_t* halves = reinterpret_cast<scalar_t*>(factors.memory + Factors::SIZE);
+    float* factors = exchanges + 3 * Exchange::SIZE;
+    const ColumnFactors column_factors{factors + 4 * lane};  // of the drives, then of dscan
+    scalar_t* halves = reinterpret_cast<scalar_t*>(factors + ColumnFactors::SIZE);
     float* before = all_kept + warp * KEPT + 4 * lane;  // (HALF, CH, 32 lanes, 4), then shares (HALF, 2, 32, 4)
 
     const int64 sequence = behind * batch + b;  // of (2, batch)
@@ -622,6 +622,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / WARPS) scan_bac
     States A, dA = {}, sent = {};  // sent: what later tokens send to the state
     Channels dD = {}, dbias = {};
     clear(tile_projected, 2 * PROJECTED * 4, thread, THREADS);
+    clear(factors, ColumnFactors::SIZE * 4, lane, 32);
     clear(halves, 4 * Halves::SIZE * 2, lane, 32);
     if (!active) clear(all_kept + warp * KEPT, KEPT * 4, lane, 32);
     if (active) {
@@ -630,11 +631,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / WARPS) scan_bac
             (behind ? dt_bias_b : dt_bias) + first_channel, (behind ? D_behind : D_ahead) + first_channel, lane);
         load_A(A, (behind ? A_behind : A_ahead) + first_channel * N, g, t);
     }
-    const Columns of_B(PADDED, g, t);
+    const Places row_of_B = Places::as_row(PADDED, g, t), row_of_C = Places::as_row(PADDED + N, g, t);
+    const Places columns_of_B = Places::as_columns(PADDED, g, t);
     const int along = behind ? -1 : 1;
     const ProjectedCopies copies(projected, along, thread);
-    const Stream u_part = Halves::part(u, channels, along, lane);
-    const Stream dscan_part = Halves::part(dscan, channels, along, lane);
+    Stream u_part = Halves::part(u, channels, along, lane), dscan_part = Halves::part(dscan, channels, along, lane);
+    hold(u_part.base), hold(dscan_part.base);
     const Stream to_du(du, channels, along, t, 0), to_ddelta(ddelta, channels, along, t, 0);
     auto fetch = [&](int step) {
         const Walk walk(behind ? step : tiles - 1 - step, length, behind);
@@ -663,40 +665,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / WARPS) scan_bac
             const Halves tile_u{halves + step % 2 * Halves::SIZE}, tile_dscan{halves + (2 + step % 2) * Halves::SIZE};
             Tokens slope;
             {
-                Tokens raw, delta, x, drive;
+                Tokens raw, delta, x, drive, dy;
                 project_steps(raw, rows, mine, lane);
                 tile_u.read(x, g, t);
+                tile_dscan.read(dy, g, t);
                 for_tokens([&](int j, int late) { softplus_and_slope(raw[j][late], delta[j][late], slope[j][late]); });
                 clear_rows(delta, walk.rows, t);
+                clear_rows(dy, walk.rows, t);
                 for_tokens([&](int j, int late) { drive[j][late] = delta[j][late] * x[j][late]; });
                 steps.write(delta, g, t);
                 drives.write(drive, g, t);
-                factors.write(drive, g, t);
+                dscans.write(dy, g, t);
+                column_factors.write(drive);
             }
             sync_warp();
             States second[HALF];  // the states before each token of the second half
 #pragma unroll
-            for (int token = 0; token < TILE; ++token) {
+            for (int late = 0; late < 2; ++late) {
+                unsigned columns[CH][4];
+                column_factors.read(columns, late);
 #pragma unroll
-                for (int j = 0; j < CH; ++j) {
-                    if (token < HALF) store_four(before + token * STATE + j * 32 * 4, h[j]);
-                    else
+                for (int i = 0; i < HALF; ++i) {
 #pragma unroll
-                        for (int n = 0; n < 4; ++n) second[token - HALF][j][n] = h[j][n];
+                    for (int j = 0; j < CH; ++j) {
+                        if (late)
+#pragma unroll
+                            for (int n = 0; n < 4; ++n) second[i][j][n] = h[j][n];
+                        else store_four(before + i * STATE + j * 32 * 4, h[j]);
+                    }
+                    Channels step_size;
+                    steps.read(step_size, HALF * late + i, g);
+                    decay(h, A, step_size);
+                    add_product(h, columns, rows + (HALF * late + i) * PITCH + row_of_B.at[i]);
                 }
-                advance(h, A, steps, factors, rows + token * PITCH + PADDED, token, g, t);
-            }
-            sync_warp();
-            {
-                Tokens dy;  // of 16 bits, which the tensor cores take whole
-                tile_dscan.read(dy, g, t);
-                clear_rows(dy, walk.rows, t);
-                dscans.write(dy, g, t);
-                factors.write(dy, g, t);
             }
             Tokens x, dy, product, exponent;
+            tile_dscan.read(dy, g, t);
+            clear_rows(dy, walk.rows, t);
+            column_factors.write(dy);
 #pragma unroll
             for (int late = 1; late >= 0; --late) {
+                unsigned columns[CH][4];
+                column_factors.read(columns, late);
                 Sums products;  // of sent and B
                 float exponents[PAIRS][4] = {};  // sums of sent, decayed state and A, two channels in one
 #pragma unroll
@@ -705,34 +715,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / WARPS) scan_bac
                     const int token = HALF * late + i;
                     const float* row = rows + token * PITCH;
                     float* state = before + (token < HALF ? token * STATE : HALF * STATE + i * SHARE);
-                    Channels delta, drive, dy_of;
-                    unsigned factor[CH][2];
+                    Channels step_size, drive_of, dy_of;
                     float dB[4], dC[4], shares[CH];
-                    factors.read(factor, token, g, t);
-                    add_product(sent, factor, row_factor(row + PADDED + N, g, t));
-                    products.add(sent, row + of_B.at[i]);
-                    drives.read(drive, token, g);
+                    add_product(sent, columns, row + row_of_C.at[i]);
+                    products.add(sent, row + columns_of_B.at[i]);
+                    drives.read(drive_of, token, g);
                     dscans.read(dy_of, token, g);
 #pragma unroll
                     for (int j = 0; j < CH; ++j) {
 #pragma unroll
                         for (int n = 0; n < 4; ++n) {
                             dC[n] = j ? dC[n] + dy_of[j] * h[j][n] : dy_of[j] * h[j][n];
-                            dB[n] = j ? dB[n] + drive[j] * sent[j][n] : drive[j] * sent[j][n];
+                            dB[n] = j ? dB[n] + drive_of[j] * sent[j][n] : drive_of[j] * sent[j][n];
                         }
                         if (late)
 #pragma unroll
                             for (int n = 0; n < 4; ++n) h[j][n] = second[i][j][n];
                         else load_four(h[j], state + j * 32 * 4);
                     }
-                    steps.read(delta, token, g);
-                    decay(sent, A, delta);
+                    steps.read(step_size, token, g);
+                    decay(sent, A, step_size);
 #pragma unroll
                     for (int j = 0; j < CH; ++j)
 #pragma unroll
                         for (int n = 0; n < 4; ++n) {
                             const float w = sent[j][n] * h[j][n];
-                            dA[j][n] += w * delta[j];
+                            dA[j][n] += w * step_size[j];
                             shares[j] = n ? shares[j] + w * A[j][n] : w * A[j][n];
                         }
                     // the sums of four lanes' shares, of two channels in the places of row g, row g + 8
@@ -757,8 +765,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / WARPS) scan_bac
             Channels skip;
             load_channels(skip, mine + WEIGHTS + WIDTH + CH * g);
             for_tokens([&](int j, int late) {
-                const float through_drive = CUT * CUT * product[j][late];
-                const float through_decay = LN_2 * CUT * CUT * exponent[j][late];
+                const float through_drive = CUT3 * product[j][late];
+                const float through_decay = LN_2 * CUT4 * exponent[j][late];
                 const float rate = (x[j][late] * through_drive + through_decay) * slope[j][late];
                 if (t + 4 * late < walk.rows) dbias[j] += rate, dD[j] += dy[j][late] * x[j][late];
                 product[j][late] = delta[j][late] * through_drive + skip[j] * dy[j][late];  // du
@@ -784,9 +792,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / WARPS) scan_bac
 #pragma unroll
                     for (int n = 0; n < 4; ++n) sum[n] += share[n];
                 }
-            if (kind)
 #pragma unroll
-                for (int n = 0; n < 4; ++n) sum[n] *= CUT;  // h's
+            for (int n = 0; n < 4; ++n) sum[n] *= kind ? CUT2 : CUT;  // of h, of what is sent
             float* target = dBC + int64(walk.token(row)) * (2 * N) + kind * N + 4 * quarter;
             *reinterpret_cast<float4*>(target) = in_order(sum);
         }
@@ -796,7 +803,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / WARPS) scan_bac
 #pragma unroll
         for (int j = 0; j < CH; ++j) {
 #pragma unroll
-            for (int n = 0; n < 4; ++n) dA[j][n] *= CUT;  // h's
+            for (int n = 0; n < 4; ++n) dA[j][n] *= CUT3;  // of h and of what is sent
             *reinterpret_cast<float4*>(dA_sum + (at + j) * N + 4 * t) = in_order(dA[j]);
 #pragma unroll
             for (int mask = 1; mask < 4; mask *= 2)
