@@ -161,26 +161,36 @@ run = build_run(args, world, build_model(args, data.num_classes), data)
 images, labels = torch.randn(8, 3, 8, 8), torch.arange(8)
 before = [p.clone() for p in run.model.parameters()]
 broken = images * float("nan") if world.rank == 1 else images
-try:
-    result = engine.training_step(run, [(broken, labels)], 0)
-    outcome = f"finite {result.finite}"
-except engine.NonFiniteError:
-    outcome = "stopped"
+outcomes = []
+for micro in range(2):
+    try:
+        outcomes.append(f"finite {engine.training_step(run, [(broken, labels)], micro).finite}")
+    except engine.NonFiniteError:
+        outcomes.append("stopped")
+        break
 untouched = all(torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
 run.stop.received = "SIGTERM" if world.rank == 0 else None
-stop = engine.training_step(run, [(images, labels)], 1).stop
-open(f"{sys.argv[1]}/{world.rank}", "w").write(f"{outcome}, untouched {untouched}, stop {stop}")
+stop = engine.training_step(run, [(images, labels)], 2).stop
+open(f"{sys.argv[1]}/{world.rank}", "w").write(f"{', '.join(outcomes)}, untouched {untouched}, stop {stop}")
 distributed.finish()
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("policy", "outcome"), [("stop", "stopped"), ("skip", "finite False")])
+@pytest.mark.parametrize(
+    ("policy", "outcome"),
+    [
+        (["stop"], "stopped"),
+        (["skip"], "finite False, finite False"),
+        (["skip", "--nonfinite-limit", 1], "finite False, stopped"),
+    ],
+    ids=["stop", "skip", "limit"],
+)
 def test_a_loss_that_is_not_finite_or_a_signal_on_one_rank_is_one_decision(policy, outcome, tmp_path):
-    """NaN on rank 1 alone, then SIGTERM on rank 0 alone."""
+    """NaN on rank 1 alone in two steps, then SIGTERM on rank 0 alone."""
     program = tmp_path / "decision.py"
     program.write_text(DECISION)
-    done = two_ranks(program, tmp_path, *SGD.split(), "--batch-size", 8, "--nonfinite", policy)
+    done = two_ranks(program, tmp_path, *SGD.split(), "--batch-size", 8, "--nonfinite", *policy)
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / rank).read_text() for rank in "01"] == [f"{outcome}, untouched True, stop True"] * 2
 

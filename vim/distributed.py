@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,6 +96,9 @@ def finish() -> None:
     """Leave the other processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        # A thread of gloo's may be waiting for the interpreter's lock, to let go of what the last backward pass gave
+        # it: if the interpreter shut down meanwhile, the process would end by SIGABRT. Sleeping hands it the lock.
+        time.sleep(0.1)
 
 
 class PeerError(RuntimeError):

@@ -147,6 +147,19 @@ def test_rows_that_16_byte_copies_cannot_read():
         assert torch.equal(run(xz), run(cut))
 
 
+def test_arguments_that_begin_anywhere():
+    """A gradient and an A that are views behind another element."""
+    xz, ahead, behind, dy = arguments(case(length=20))
+
+    def moved(tensor):
+        return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+
+    offset = moved(dy), xz, ahead._replace(A=moved(ahead.A)), behind
+    assert offset[0].is_contiguous() and offset[0].data_ptr() % 16 and offset[2].A.data_ptr() % 16
+    (dxz, *_), (expected, *_) = (kernels.bimamba_backward(*a, 0.5, None) for a in (offset, (dy, xz, ahead, behind)))
+    assert torch.equal(dxz, expected)
+
+
 def test_what_is_served(monkeypatch):
     monkeypatch.setattr(kernels, "_multiprocessors", lambda: 132)
     sizes = {"batch": 128, "length": 197, "channels": 384, "d_state": 16, "rank": 12, "d_conv": 4}
@@ -154,7 +167,7 @@ def test_what_is_served(monkeypatch):
     assert kernels.serves(**served)
     for change in (
         {"dtype": torch.float32}, {"batch": 8}, {"channels": 400}, {"d_state": 8}, {"rank": 10}, {"d_conv": 5},
-        {"rank": 96}, {"length": 2**22},
+        {"rank": 96}, {"length": 2**22}, {"batch": 2**16}, {"length": 2**21, "channels": 32, "batch": 2**12},
     ):  # fmt: skip
         assert not kernels.serves(**served | change), change
 

@@ -26,6 +26,7 @@ CONV_THREADS = 64  # of two channels each
 CONV_SEGMENT, CONV_BACKWARD_SEGMENT = 32, 64  # tokens that a thread walks
 SUM_COLUMNS = 32
 MAX_RANK = 64
+MAX_GRID = 65535  # blocks in a grid's second and third place
 
 
 def serves_block(dtype: torch.dtype, channels: int, d_state: int, rank: int, d_conv: int) -> bool:
@@ -41,6 +42,8 @@ def serves(dtype: torch.dtype, batch: int, length: int, channels: int, d_state: 
     kernels, which split sequences, are the better choice.
     """
     if not serves_block(dtype, channels, d_state, rank, d_conv) or length * 2 * channels >= 2**31:
+        return False
+    if batch > MAX_GRID or length > CONV_SEGMENT * MAX_GRID:
         return False
     return batch * channels >= WARP_CHANNELS * _multiprocessors()
 
@@ -92,10 +95,16 @@ def _serves(like: Tensor, channels: int, parameters) -> bool:
     return serves(like.dtype, *like.shape[:2], channels, (x_proj.shape[0] - rank) // 2, rank, width)
 
 
+def _contiguous(tensor: Tensor) -> Tensor:
+    """The tensor where 16 bytes at a time can be read of it: itself, if that is so."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
 def _parameters(forward_params, backward_params) -> list[tuple[Tensor | None, Tensor | None]]:
     """Each parameter as a pair of contiguous float32 tensors: no copies where the model keeps float32 weights."""
     return [
-        tuple(None if p is None else p.float().contiguous() for p in pair)
+        tuple(None if p is None else _contiguous(p.float()) for p in pair)
         for pair in zip(forward_params, backward_params)
     ]
 
@@ -317,7 +326,7 @@ def _backward(
     xz = _aligned(xz)
     u = conv_both(xz, parameters)
     projected = _project(u, x_proj)
-    y, dscan, dxz, states = _scan_forward(xz, u, projected, parameters, scale, dy.contiguous())
+    y, dscan, dxz, states = _scan_forward(xz, u, projected, parameters, scale, _contiguous(dy))
     use_y(y)
     del y, dy
     du_scan, ddelta, dBC, *sums = _scan_backward(dscan, u, projected, states, parameters)

@@ -19,7 +19,7 @@
 // register, they are even and odd ones: a sum over states comes as two numbers, of two columns of C, each with one kind
 // of state. The drives of four tokens are one left factor, a column of first and one of second states for each token:
 // the right factor has zeros in the rows of all tokens but one. What is not finite in a token or state also shows in up
-// to three tokens before it, where it meets those zeros.
+// to three tokens beside it, where it meets those zeros.
 
 #include "device.cuh"
 
@@ -336,8 +336,10 @@ struct ColumnFactors {
     __device__ __forceinline__ void read(unsigned (&a)[CH][4], int late) const {
 #pragma unroll
         for (int j = 0; j < CH; ++j) {
-            const uint4 v = *reinterpret_cast<const uint4*>(memory + (late * CH + j) * 32 * 4);
-            a[j][0] = v.x, a[j][1] = v.y, a[j][2] = v.z, a[j][3] = v.w;
+            float v[4];
+            load_four(v, memory + (late * CH + j) * 32 * 4);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) a[j][i] = __float_as_uint(v[i]);
         }
     }
 };
