@@ -81,8 +81,8 @@ class Shape(NamedTuple):
 def _shapes(batch: int, channels: int) -> tuple[Shape, Shape]:
     """Of forward and backward, by how many warps of four channels a thread there are for a multiprocessor.
 
-    Few: twice as many of two channels hide more latency. The fastest on an H200 of those whose registers are not
-    spilled to memory (docs/LOG.md, 2026-11-26).
+    Few: twice as many of two channels hide more latency. Of those whose registers are not spilled to memory, by
+    measurements of these kernels' first version and a model of this one (docs/LOG.md, 2026-11-26).
     """
     warps = 2 * batch * channels / WARP_CHANNELS / _multiprocessors()
     return (Shape(2, 2, 16), Shape(2, 4, 12)) if warps <= 8 else (Shape(4, 2, 12), Shape(4, 2, 8))
@@ -375,8 +375,9 @@ def block_backward(
         parameters = _parameters(forward_params, backward_params)
         x_proj, weight_in, weight_out = _weights(parameters, hidden.dtype, in_proj, out_proj)
         xz = F.linear(hidden, weight_in)
-        directions = forward_params, backward_params, parameters
-        dxz, *grads = _backward(dout @ weight_out, xz, *directions, x_proj, scale, use_y)
+        dxz, *grads = _backward(  # no name and no tuple holds dy: _backward frees it
+            dout @ weight_out, xz, forward_params, backward_params, parameters, x_proj, scale, use_y
+        )
     else:
         weight_in, weight_out = in_proj.to(hidden.dtype), out_proj.to(hidden.dtype)
         xz = F.linear(hidden, weight_in)
