@@ -129,15 +129,22 @@ def launch_convolution(embed_dim: int) -> None:
     conv.conv_backward(x, x, weight, bias, None, True)
 
 
-def cuda_launches(embed_dim: int, dtype: torch.dtype = torch.bfloat16) -> list[tuple[str, str, tuple]]:
-    """(file, kernel, definitions) of what the mixer in CUDA C++ launches, forward and backward, for many sequences."""
+def cuda_launches(
+    embed_dim: int, dtype: torch.dtype = torch.bfloat16, multiprocessors: int = 1
+) -> list[tuple[str, str, tuple]]:
+    """(file, kernel, definitions) of what the mixer in CUDA C++ launches, forward and backward.
+
+    Arguments are checked against the kernels' parameters. Few multiprocessors have many sequences each.
+    """
     launched, kept = [], (cuda_runtime.load, cuda_mixer._multiprocessors)
 
     def load(file, name, defines=()):
         launched.append((file, name, defines))
-        return lambda *launch: None
+        formats = cuda_runtime.parameter_formats(cuda_runtime.read_source(file), name)
+        arguments = cuda_runtime.Arguments(name, formats)
+        return lambda grid, block, shared, *args: arguments.pack(args)
 
-    cuda_runtime.load, cuda_mixer._multiprocessors = load, lambda: 1
+    cuda_runtime.load, cuda_mixer._multiprocessors = load, lambda: multiprocessors
     try:
         xz, parameters = mixer_arguments(embed_dim, dtype)
         y, saved = cuda_mixer.bimamba_forward(xz, parameters, parameters, 0.5, True)

@@ -116,11 +116,11 @@ def test_a_green_verdict_holds_until_a_kernel_file_changes(kernel_package):
     import harness
 
     write, runs = kernel_package
-    write("assert True")
+    write("pass")
     harness.require_green_tests(CPU)
     harness.require_green_tests(CPU)
     assert runs() == 1
-    write("assert 1 == 1")
+    write("pass  # another file")
     harness.require_green_tests(CPU)
     assert runs() == 2
 

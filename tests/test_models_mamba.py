@@ -1,14 +1,11 @@
 """The model against the published implementation's numbers, its contracts, and the interface timm's tools expect."""
 
-from pathlib import Path
-
 import pytest
 import timm
 import torch
 
 import models_mamba
 from mamba_ssm.ops import backend, reference
-from mamba_ssm.ops.cuda import runtime as cuda_runtime
 from models_mamba import VARIANTS, VisionMamba, resample_pos_embed
 from oracle_cases import fill, gradient_numbers, image, load_arrays, load_json
 
@@ -142,25 +139,18 @@ def test_autocast_bfloat16_stays_close(name, device):
 
 
 @pytest.fixture
-def emulated_cuda(monkeypatch):
-    """The mixer's CUDA kernels on CPU tensors; the norms, which the backend has in Triton, by the reference."""
+def cuda_backend(emulated_cuda, monkeypatch):
+    """The CUDA backend on CPU tensors; its norms, which are Triton's, by the reference."""
     pytest.importorskip("triton")
     kernels = pytest.importorskip("mamba_ssm.ops.cuda.kernels", exc_type=ImportError)
-    emulation = Path(__file__).parents[1] / "mamba-1p1p1" / "tests" / "cuda_emulation.h"
-    monkeypatch.setenv("MAMBA_SSM_CUDA_EMULATION", str(emulation))
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "cuda")
     monkeypatch.setattr(kernels, "add_norm_forward", reference.add_norm_forward)
-    for cached in (backend.load, cuda_runtime.load):
-        cached.cache_clear()
-    yield
-    for cached in (backend.load, cuda_runtime.load):
-        cached.cache_clear()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself: the test above")
 @pytest.mark.parametrize("name", REGISTERED)
-def test_autocast_bfloat16_on_the_cuda_kernels(name, emulated_cuda):
+def test_autocast_bfloat16_on_the_cuda_kernels(name, cuda_backend):
     """All of a block's activations rounded, as autocast means it on a GPU."""
     expect_close_bfloat16(name, "cpu", 0.9997)
 

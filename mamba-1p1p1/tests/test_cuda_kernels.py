@@ -8,7 +8,6 @@ errors of logic; bfloat16 may err by what rounding u, one of the scans, y and th
 states take TF32 factors, of ten bits like float16's.
 """
 
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,28 +17,16 @@ from mamba_ssm.ops import backend, bimamba, reference
 
 pytest.importorskip("triton")
 from mamba_ssm.ops.cuda import bimamba as kernels
-from mamba_ssm.ops.cuda import runtime
 
 EMULATED = not torch.cuda.is_available()
 DEVICE = "cpu" if EMULATED else "cuda"
-pytestmark = [pytest.mark.usefixtures("poisoned"), *([] if EMULATED else [pytest.mark.gpu])]
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.usefixtures("emulated_cuda") if EMULATED else pytest.mark.gpu,
+]
 NAMES = bimamba.DirectionParameters._fields
 # max|x - r| / max|r| of activations and their gradients, and of parameters' gradients
 LIMITS = {torch.float16: (1.25e-3, 5e-3), torch.bfloat16: (8e-3, 2.5e-2)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def emulation():
-    if not EMULATED:
-        yield
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MAMBA_SSM_CUDA_EMULATION", str(Path(__file__).with_name("cuda_emulation.h")))
-        runtime.load.cache_clear()
-        backend.load.cache_clear()
-        yield
-    runtime.load.cache_clear()
-    backend.load.cache_clear()
 
 
 def case(batch=1, length=11, channels=32, rank=12, width=4, bias=True, dtype=torch.float16):

@@ -42,13 +42,9 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture
-def emulated(monkeypatch, cache):
-    """Kernels run on CPU tensors."""
-    monkeypatch.setenv("MAMBA_SSM_CUDA_EMULATION", str(EMULATION))
+def emulated(emulated_cuda, monkeypatch, cache):
+    """Kernels run on CPU tensors, compiled once for all of these tests."""
     monkeypatch.setenv("MAMBA_SSM_CACHE", str(cache))
-    runtime.load.cache_clear()
-    yield
-    runtime.load.cache_clear()
 
 
 @pytest.fixture
@@ -587,60 +583,25 @@ def test_launch_from_a_new_thread_with_much_shared_memory():
 # ---- machine code ----------------------------------------------------------------------------------------------
 
 
-class Use(NamedTuple):
-    registers: int
-    stack: int  # bytes, as local
-    local: int
+@pytest.fixture(scope="module")
+def gpu_code():
+    """benchmarks/gpu_code.py, which reads the machine code by a tool of Triton's wheel."""
+    pytest.importorskip("triton")
+    from benchmarks import gpu_code
 
-
-def resources(cubin: bytes, folder: Path) -> dict[str, Use]:
-    """{kernel: what a thread of it uses} by the cuobjdump of Triton's wheel."""
-    triton = pytest.importorskip("triton")
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    (folder / "code.cubin").write_bytes(cubin)
-    command = [tool, "-res-usage", folder / "code.cubin"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
-    return {name: Use(*map(int, numbers)) for name, *numbers in found}
-
-
-class Recorder:
-    """Stands in for runtime.load: checks arguments, launches nothing."""
-
-    def __init__(self):
-        self.loaded = set()
-
-    def __call__(self, file: str, name: str, defines: tuple = ()):
-        self.loaded.add((file, name, defines))
-        arguments = runtime.Arguments(name, runtime.parameter_formats(runtime.read_source(file), name))
-        return lambda grid, block, shared, *args: arguments.pack(args)
-
-
-def launch_mixer(bimamba, embed_dim: int, dtype: torch.dtype) -> None:
-    """Forward and backward of one block's mixer on tensors without memory."""
-    channels, rank, states = 2 * embed_dim, embed_dim // 16, 16
-    shapes = [(channels, 4), (channels,), (rank + 2 * states, channels), (channels, rank), (channels,),
-              (channels, states), (channels,)]  # fmt: skip
-    parameters = tuple(torch.empty(shape, device="meta") for shape in shapes)
-    xz = torch.empty(4, 197, 2 * channels, dtype=dtype, device="meta")
-    y, saved = bimamba.bimamba_forward(xz, parameters, parameters, 0.5, True)
-    bimamba.bimamba_backward(y, xz, parameters, parameters, 0.5, saved)
+    return gpu_code
 
 
 @pytest.fixture(scope="module")
-def package_launches():
+def package_launches(gpu_code):
     """All (file, kernel, definitions) that the mixers of Vim-Ti, -S and -B launch."""
-    bimamba = pytest.importorskip("mamba_ssm.ops.cuda.bimamba", exc_type=ImportError)  # it falls back on Triton
-    recorder = Recorder()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "load", recorder)
-        patch.setenv("MAMBA_SSM_CUDA_EMULATION", str(EMULATION))
-        for multiprocessors in (1, 48):  # many sequences for each, few
-            patch.setattr(bimamba, "_multiprocessors", lambda count=multiprocessors: count)
-            for embed_dim in (192, 384, 768):
-                launch_mixer(bimamba, embed_dim, torch.bfloat16)
-            launch_mixer(bimamba, 192, torch.float16)
-    return recorder.loaded
+    models = [(192, torch.bfloat16), (384, torch.bfloat16), (768, torch.bfloat16), (192, torch.float16)]
+    return {
+        launch
+        for multiprocessors in (1, 48)  # many sequences for each, few
+        for model in models
+        for launch in gpu_code.cuda_launches(*model, multiprocessors)
+    }
 
 
 def test_every_kernel_of_the_package_is_launched(package_launches):
@@ -652,12 +613,14 @@ def test_every_kernel_of_the_package_is_launched(package_launches):
 @compiles
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_no_register_is_spilled_to_memory(package_launches, arch, tmp_path):
+def test_no_register_is_spilled_to_memory(package_launches, gpu_code, arch):
     """The package's kernels compile without a GPU, and keep everything in registers."""
     code = {
-        (file, defines): resources(runtime.compile_cubin(runtime.read_source(file), defines, arch), tmp_path)
+        (file, defines): runtime.compile_cubin(runtime.read_source(file), defines, arch)
         for file, defines in {(file, defines) for file, _, defines in package_launches}
     }
-    used = {(name, defines): code[file, defines][name] for file, name, defines in package_launches}
-    spilling = {key: use for key, use in used.items() if use.stack or use.local}
+    used = {
+        (name, defines): gpu_code.resources(code[file, defines], name) for file, name, defines in package_launches
+    }
+    spilling = {key: use for key, use in used.items() if use["spill_bytes"]}
     assert not spilling, "\n".join(f"{name} {dict(defines)}: {use}" for (name, defines), use in spilling.items())

@@ -411,8 +411,8 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
     const int first_channel = (blockIdx.x * WARPS + warp) * WIDTH, own = first_channel + CH * g;
     const bool active = first_channel < channels;  // the last block may have idle warps
 
-    // shared memory, per direction: three tiles of `projected`; per warp parameters, steps, and tiles of u (2), z, the
-    // other scan, dy
+    // shared memory, per direction: three tiles of `projected`; per warp parameters, steps, factors, and tiles of u (2),
+    // z, the other scan, dy
     constexpr int TILES = 4 + FOR_BACKWARD;
     constexpr int PER_WARP = PARAMETERS + Exchange::SIZE + ColumnFactors::SIZE + TILES * Halves::SIZE / 2;
     float* tile_projected = reinterpret_cast<float*>(shared) + behind * (3 * PROJECTED + WARPS * PER_WARP);
@@ -476,16 +476,13 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
     };
     float *rows = tile_projected, *next_rows = rows + PROJECTED, *later_rows = next_rows + PROJECTED;
     unsigned packed_x[2][PAIRS];
-    auto write_next = [&](const Tokens& delta, int step) {
-        Tokens step_size, drive;
+    auto write_next = [&](Tokens& delta, int step) {
+        Tokens drive;
         Halves{halves + step % 2 * Halves::SIZE}.read(packed_x, g, t);
         Halves::unpack(drive, packed_x);
-        const int count = length - tile_of(step) * TILE;
-        for_tokens([&](int j, int late) {
-            step_size[j][late] = t + 4 * late < count ? delta[j][late] : 0.0f;  // leaves the state as it is
-            drive[j][late] *= step_size[j][late];
-        });
-        steps.write(step_size, g, t);
+        clear_rows(delta, length - tile_of(step) * TILE, t);
+        for_tokens([&](int j, int late) { drive[j][late] *= delta[j][late]; });
+        steps.write(delta, g, t);
         drives.write(drive);
     };
     sync_direction();  // cleared
@@ -582,7 +579,8 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
 // over a block's channels; dA (2, batch, channels, N), dD and dbias (2, batch, channels) over tokens.
 //
 // Grid (channel blocks, batch, directions). The tiles come from the scan's last to its first. Inside a tile the states
-// before each token are made again and kept in shared memory, whose places then take the token's shares of dB and dC.
+// before each token are made again and kept, the first half in shared memory, the second in registers; the places in
+// shared memory then take the tokens' shares of dB and dC.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / WARPS) scan_backward(
     const scalar_t* dscan, const scalar_t* u, const float* projected, const float* states,
     scalar_t* du, scalar_t* ddelta, float* dBC, float* dA_sum, float* dD_sum, float* dbias_sum,
@@ -702,7 +700,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / WARPS) scan_bac
                 }
             }
             Tokens x, dy, product, exponent;
-            tile_dscan.read(dy, g, t);
+            tile_dscan.read(dy, g, t);  // again, here and below: fewer registers
             clear_rows(dy, walk.rows, t);
             column_factors.write(dy);
 #pragma unroll
