@@ -3,10 +3,12 @@
 #   PYTHON  the interpreter the environment is made from (3.10 or newer)
 #   VENV    where the environment lives; an existing one is used and completed
 #   MODEL   what `make demo` trains: any model of the timm registry that takes 32-pixel images
+#   JOBS    how many tests run beside each other: a process of 2 GB and its children each
 
 PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= vim_nano_patch4_32
+JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 4))')
 
 BIN := $(VENV)/bin
 DEMO_OUT := output/demo/$(MODEL)
@@ -25,7 +27,7 @@ PACKAGE_SOURCES := $(foreach package,$(PACKAGES),\
 help: ## list these commands
 	@echo "Vision Mamba. Commands (the first one makes $(VENV): about 2 minutes and 6 GB):"
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
-	@echo "Variables: MODEL=$(MODEL) PYTHON=$(PYTHON) VENV=$(VENV)"
+	@echo "Variables: MODEL=$(MODEL) PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS)"
 
 install: $(VENV)/.installed ## make the environment and install the packages into it
 
@@ -57,14 +59,14 @@ demo-det: $(VENV)/.installed-det ## train a detector on generated scenes of digi
 	@echo "Pictures of this run (what was found in held-out scenes, on the left, and the truth; training curves):"
 	@ls output/demo-det/eval/*.png output/demo-det/*.png
 
-# The packages' tests use all cores. The program's start processes of their own, most of them several at a time,
-# and are faster with one thread each.
+# One thread for each process: the tests run beside each other, and the program's start processes of their own.
+TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
 test: $(VENV)/.installed-dev ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu" $(PACKAGES:%=%/tests)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" tests
+	$(TEST) -m "not gpu"
 
 test-fast: $(VENV)/.installed-dev ## the tests of the edit loop: no slow ones
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(TEST) -m "not gpu and not slow"
 
 test-gpu: $(VENV)/.installed-dev ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,20 +37,12 @@ class Segmentation:
         return loss if auxiliary is None else loss + self.auxiliary_weight * pixel_loss(auxiliary, labels)
 
     def evaluate(self, model: nn.Module, loader, args, world: World) -> Segmented:
-        share_statistics(model, world)
         return evaluate(model, loader, args, world, self.num_classes)
 
     def pictures(self, log: RunLog, result: Segmented, data: DataBundle) -> None:
         if log.dir:
             written = pictures.write(log.dir, result, data)
             log.say(f"pictures: {', '.join(str(path) for path in written)}")
-
-
-def share_statistics(model: nn.Module, world: World) -> None:
-    """Let all ranks evaluate with batch norm's statistics of the first, which are those that are saved."""
-    if world.size > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
 
 
 def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:

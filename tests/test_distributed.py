@@ -14,8 +14,12 @@ import pytest
 import torch
 
 import distributed
-from arguments import ConfigError
-from checkpoint import read_checkpoint
+from arguments import ConfigError, parse_args
+from build import build_model
+from checkpoint import load_weights, read_checkpoint
+from datasets import build_datasets
+from engine import build_val_loader
+from evaluation import evaluate
 from helpers import run_args
 from main import main
 
@@ -142,6 +146,22 @@ if world.is_main:
                       "confusion": found.confusion.tolist(), "mistakes": mistakes}))
 distributed.finish()
 """
+
+
+@pytest.mark.slow
+def test_ranks_evaluate_with_the_batch_statistics_that_are_saved(tmp_path):
+    """Batch norm's running statistics are of a rank's own images; a checkpoint holds the first rank's."""
+    flags = f"{SGD.replace('deit_nano_patch4_32', 'resnet10t')} --batch-size 64 --output_dir {tmp_path}"
+    done = two_ranks("vim/main.py", *flags.split(), "--dist-eval", "--eval-weights", "both")
+    assert done.returncode == 0, done.stderr
+    args = parse_args(flags.split())
+    data = build_datasets(args)
+    model, world = build_model(args, data.num_classes), distributed.World(0, 1, torch.device("cpu"))
+    loader = build_val_loader(data.val, args, world)
+    (row,), checkpoint = rows(tmp_path), read_checkpoint(tmp_path / "checkpoint.pth")
+    for weights, column in ((checkpoint.model, "test_loss"), (checkpoint.model_ema, "test_ema_loss")):
+        load_weights(model, weights)
+        assert evaluate(model, loader, args, world, data.num_classes).loss == pytest.approx(row[column], rel=1e-6)
 
 
 DECISION = """

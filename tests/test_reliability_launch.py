@@ -124,7 +124,22 @@ def test_a_signal_to_the_launcher_saves_asks_for_a_requeue_and_the_resumed_run_i
     assert pieces(tmp_path / "run") == pieces(undisturbed_for_longer)
 
 
-END = "import os, sys; sys.path[:0] = ['vim']; import distributed; open(sys.argv[1], 'a').write('x')\n"
+@pytest.mark.slow
+def test_a_rank_that_lost_one_which_no_restart_mends_is_not_restarted_either(tmp_path):
+    """In a second attempt the injected fault would be gone and the run would end well."""
+    process = launch([main_program(tmp_path), *f"{QUICK} --batch-size 64".split()], VIM_FAULT="oom@3:1")
+    text, _ = process.communicate(timeout=240)
+    assert process.returncode == distributed.EXIT_USAGE, text
+    assert "error: out of memory" in text and "error: another rank is gone" in text
+
+
+END = """
+import os, sys
+sys.path[:0] = ["vim"]
+import distributed
+open(sys.argv[1], "a").write("x")
+rank, restart = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+"""
 
 
 @pytest.mark.slow
@@ -133,6 +148,8 @@ END = "import os, sys; sys.path[:0] = ['vim']; import distributed; open(sys.argv
     [
         ("sys.exit(distributed.leave(4))", 4, 2),
         ("sys.exit(distributed.leave(1))", 1, 4),
+        ("sys.exit(distributed.leave(0) if restart else distributed.leave(4) if rank == 0 else 1)", 0, 4),
+        ("sys.exit(distributed.leave(4) if restart else 1)", 4, 4),
     ],
 )
 def test_exit_codes_pass_through_and_only_what_a_restart_may_mend_is_restarted(last_line, code, starts, tmp_path):
@@ -168,9 +185,19 @@ def test_a_signal_beside_torchrun_does_not_kill_the_launcher(when, code):
 def test_outside_the_launcher_exit_codes_are_the_programs_own(monkeypatch, tmp_path):
     monkeypatch.delenv(distributed.EXIT_CODE_FILE, raising=False)
     assert [distributed.leave(code) for code in (0, 1, 3, 4, 75)] == [0, 1, 3, 4, 75]
-    monkeypatch.setenv(distributed.EXIT_CODE_FILE, str(tmp_path / "code"))
-    assert [distributed.leave(code) for code in (0, 1)] == [0, 1] and not (tmp_path / "code").exists()
-    assert distributed.leave(75) == 0 and (tmp_path / "code").read_text() == "75"
+
+
+def test_the_launcher_is_told_what_no_restart_mends(monkeypatch, tmp_path):
+    """By the ranks of the last meeting: those of one before it have been started again."""
+    path = str(tmp_path / "codes")
+    monkeypatch.setenv(distributed.EXIT_CODE_FILE, path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert distributed.told_end(path) is None
+    assert [distributed.leave(code) for code in (0, 1, 75, 4, 1)] == [0, 1, 0, 0, 0]
+    assert distributed.told_end(path) == 75
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    distributed.tell(None)
+    assert distributed.told_end(path) is None and distributed.leave(1) == 1
 
 
 # --- run_with_submitit.py

@@ -19,6 +19,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from arguments import ConfigError
 
@@ -28,7 +29,7 @@ EXIT_NONFINITE = 3
 EXIT_USAGE = 4
 EXIT_REQUEUE = 75
 
-# Where `launch.py` wants to be told the exit code of a rank that need not be started again.
+# Where `launch.py` wants to be told the ranks' exit codes: lines of a meeting of ranks, and of a code once it is known.
 EXIT_CODE_FILE = "VIM_EXIT_CODE_FILE"
 
 # See samplers.ORDER_STREAM: one stream of random numbers per purpose.
@@ -55,6 +56,7 @@ def start(args) -> World:
     Ranks come from torchrun's environment, or from SLURM's. Raises ConfigError for `--distributed` or
     `--world_size` without either.
     """
+    tell(None)
     rank, size, local_rank = read_ranks(args)
     device = torch.device(args.device)
     if device.type == "cuda" and device.index is None:
@@ -131,14 +133,41 @@ def from_main(item):
 
 def leave(code: int) -> int:
     """The code to exit with. Under `launch.py` an end that a restart cannot mend is told to it, and is 0 here,
-    because torchrun starts every rank again that ends with anything else.
+    because torchrun starts every rank again that ends with anything else. So is the end of a rank that merely lost
+    one which has told such an end.
+    """
+    path = tell(code)
+    if path is None or (code == EXIT_FAILED and told_end(path, _meeting()) is None):
+        return code
+    return EXIT_DONE
+
+
+def tell(code: int | None) -> str | None:
+    """Tell `launch.py`, if it has started this process, the exit code, or None at the beginning; returns its file.
+
+    To be told before the other ranks see this one go.
     """
     path = os.environ.get(EXIT_CODE_FILE)
-    if path is None or code in (EXIT_DONE, EXIT_FAILED):
-        return code
-    with open(path, "w") as file:
-        file.write(str(code))
-    return EXIT_DONE
+    if path is not None:
+        with open(path, "a") as file:
+            file.write(f"{_meeting()} {'' if code is None else code}\n")
+    return path
+
+
+def told_end(path: str, meeting: str | None = None) -> int | None:
+    """The first exit code told in `path`, by ranks of a meeting or of the last one, that a restart cannot mend."""
+    if not os.path.exists(path):
+        return None
+    with open(path) as file:
+        lines = [line.split() for line in file]
+    codes = [int(code) for met, *told in lines if met == (meeting or lines[-1][0]) for code in told]
+    return next((code for code in codes if code not in (EXIT_DONE, EXIT_FAILED)), None)
+
+
+def _meeting() -> str:
+    """Names the ranks that torchrun has started together: another port, or another count, after each restart."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
+    return ":".join(os.environ.get(name, "") for name in names)
 
 
 def num_restarts() -> int:
@@ -165,6 +194,13 @@ def gather_objects(item) -> list:
     items = [None] * dist.get_world_size()
     dist.all_gather_object(items, item)
     return items
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all ranks the first one's buffers, which are saved: batch norm's statistics are of a rank's own images."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:

@@ -21,7 +21,18 @@ import faults
 from arguments import ConfigError
 from checkpoint import Checkpoint, CheckpointWriter, load_weights
 from datasets import DataBundle, ImageDataset, build_loader
-from distributed import EXIT_DONE, EXIT_REQUEUE, StopSignal, World, any_rank, seed_step, sum_over_ranks, together
+from distributed import (
+    EXIT_DONE,
+    EXIT_REQUEUE,
+    StopSignal,
+    World,
+    any_rank,
+    from_main,
+    seed_step,
+    share_buffers,
+    sum_over_ranks,
+    together,
+)
 from ema import WeightsEma
 from optim import Schedule, whole_batch
 from precision import autocast
@@ -294,11 +305,13 @@ def assess(run: Run, loader) -> dict[str, Result]:
     """Evaluate "raw" weights and their average, "ema": those of `--eval-weights` that there are."""
     run.writer.join()  # the loader may fork here, and a fork must not copy a thread that is writing
     args, results = run.args, {}
+    share_buffers(run.model)
     if args.eval_weights != "ema" or run.ema is None:
         results["raw"] = run.task.evaluate(run.model, loader, args, run.world)
     faults.while_evaluating(run.progress.step, run.world.rank)
     if args.eval_weights != "raw" and run.ema is not None:
         with run.ema.applied_to(run.model):
+            share_buffers(run.model)
             results["ema"] = run.task.evaluate(run.model, loader, args, run.world)
     return results
 
@@ -324,7 +337,7 @@ def record_epoch(run: Run, results: dict[str, Result], data: DataBundle, log: Ru
         "replaced_images": data.train.num_replaced,
         "n_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
     }
-    score = leading(results).score
+    score = from_main(leading(results).score)  # a GPU's last digits may differ, the ranks' learning rates must not
     run.schedule.observe(progress.epoch, score)
     best = progress.best is None or score > progress.best
     if best:

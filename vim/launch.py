@@ -17,14 +17,13 @@ import os
 import signal
 import sys
 import tempfile
-from pathlib import Path
 
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig
 
-from distributed import EXIT_CODE_FILE, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, StopAtOnce, StopSignal
+from distributed import EXIT_CODE_FILE, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, StopAtOnce, StopSignal, told_end
 
 # Ranks that torchrun starts again would find each other through the store of the dead ones, where these have left
 # their addresses: whoever reads one before its owner has renewed it waits for nobody. "1": a new store each time.
@@ -66,8 +65,7 @@ def meeting_anew(args: argparse.Namespace) -> argparse.Namespace:
 def launch(argv: list[str]) -> int:
     """Run torchrun with its own flags; returns the exit code of what it ran, which no signal changes any more."""
     with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / "exit-code"
-        os.environ[EXIT_CODE_FILE] = str(told)
+        os.environ[EXIT_CODE_FILE] = path = os.path.join(folder, "exit-codes")
         os.environ.setdefault(OWN_STORE, "1")
         for number in StopSignal.HANDLED:
             signal.signal(number, signal.SIG_IGN)  # as it will be at the end again
@@ -79,7 +77,8 @@ def launch(argv: list[str]) -> int:
             code = EXIT_FAILED
         except SignalException:
             code = EXIT_REQUEUE  # also where a rank was too slow to save: it goes on from its last checkpoint
-        return int(told.read_text()) if told.exists() else code
+        told = told_end(path)
+        return code if told is None else told
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from build import build_model, build_run, describe
 from checkpoint import latest_checkpoint, load_weights, read_checkpoint
 from classification import Classification
 from datasets import DataBundle, build_datasets
-from distributed import EXIT_DONE, StopAtOnce, World, together
+from distributed import EXIT_DONE, EXIT_FAILED, StopAtOnce, World, together
 from engine import Run, build_val_loader, fit, restore
 from hub import grid_of
 from report import RunLog
@@ -39,22 +39,23 @@ def run_program(argv: list[str] | None, parse: Callable, execute: Callable) -> i
     Args:
         parse: from `argv` to arguments. execute: from arguments and a `World` to an exit code.
     """
-    args = None
+    args, code = None, EXIT_FAILED
     try:
         with StopAtOnce():  # until training has a step to finish, and after it
             args = parse(argv)
-            return execute(args, distributed.start(args))
+            code = execute(args, distributed.start(args))
     except SystemExit as leaving:  # argparse, or who was asked to stop, has said why
-        return leaving.code
+        code = leaving.code
     except Exception as error:
         found = failures.explain(error, args)
         if found is None:
             raise
         code, line = found
         print(f"error: {line}", file=sys.stderr)
-        return code
     finally:
+        distributed.tell(code)
         distributed.finish()
+    return code
 
 
 def execute(args, world: World) -> int:
