@@ -257,6 +257,19 @@ def test_the_average_follows_the_weights_with_a_constant_decay():
     assert_same(raw, model.state_dict())
 
 
+@pytest.mark.gpu
+def test_an_average_on_the_host_waits_for_a_gpus_weights():
+    """The copies to pinned memory are asynchronous: read too early, they are what was there before."""
+    model = torch.nn.Linear(4096, 1024, device="cuda")
+    ema = WeightsEma(model, decay=0.5, device="cpu")
+    for value in (1.0, 2.0, 3.0):
+        before = ema.state_dict()["weight"].clone()
+        with torch.no_grad():
+            model.weight.fill_(value)
+        ema.update(model)
+        torch.testing.assert_close(ema.state_dict()["weight"], (before + value) / 2)
+
+
 def test_an_average_of_another_model_is_refused():
     ema = WeightsEma(torch.nn.Linear(2, 2), decay=0.9)
     with pytest.raises(ValueError, match="another model's: bias differ"):

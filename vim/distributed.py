@@ -59,11 +59,13 @@ def start(args) -> World:
     tell(None)
     rank, size, local_rank = read_ranks(args)
     device = torch.device(args.device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", local_rank)
-        if local_rank >= torch.cuda.device_count():
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", local_rank)
+        if device.index >= torch.cuda.device_count():
             raise ConfigError(
-                f"rank {rank} asks for GPU {local_rank} of {torch.cuda.device_count()}; start fewer ranks"
+                f"rank {rank} asks for GPU {device.index} of {torch.cuda.device_count()}: start fewer ranks, or "
+                "name another --device"
             )
         torch.cuda.set_device(device)
     if size > 1 or args.distributed:

@@ -29,7 +29,8 @@ class WeightsEma:
             average = self.shadow[key]
             if average.is_floating_point():
                 floating.append(average)
-                targets.append(value.detach().to(average.device, non_blocking=True))
+                # Towards the host nothing would wait for the copy before it is read.
+                targets.append(value.detach().to(average.device, non_blocking=average.is_cuda))
             else:
                 average.copy_(value)
         torch._foreach_lerp_(floating, targets, 1.0 - self.decay)

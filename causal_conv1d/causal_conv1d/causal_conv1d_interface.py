@@ -118,6 +118,11 @@ def causal_conv1d_fn(
     silu = _silu(activation)
     _check_shapes(x, weight, bias, initial_states)
     if seq_idx is not None:
+        if seq_idx.shape != (x.shape[0], x.shape[2]) or seq_idx.is_floating_point() or seq_idx.device != x.device:
+            raise ValueError(
+                f"seq_idx must be integers (B, L) = {(x.shape[0], x.shape[2])} on {x.device}, not {seq_idx.dtype} "
+                f"{tuple(seq_idx.shape)} on {seq_idx.device}"
+            )
         if initial_states is not None or return_final_states:
             raise NotImplementedError("seq_idx excludes initial_states and return_final_states: pass one of them")
         if backend.forced() not in (None, "reference"):

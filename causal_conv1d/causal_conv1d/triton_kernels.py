@@ -166,6 +166,20 @@ def _contiguous(*tensors):
     return (None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
+def _on_its_device(form):
+    """A backend form whose launches go to its first tensor's GPU: Triton launches on the current one."""
+
+    @functools.wraps(form)
+    def guarded(first, *args):
+        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
+            return form(first, *args)
+        with torch.cuda.device(first.device):
+            return form(first, *args)
+
+    return guarded
+
+
+@_on_its_device
 def conv_forward(x, weight, bias, initial_states, silu):
     """Backend form: out (B, D, L) in x's dtype and memory layout."""
     batch, channels, length = x.shape
@@ -180,6 +194,7 @@ def conv_forward(x, weight, bias, initial_states, silu):
     return out
 
 
+@_on_its_device
 def conv_backward(dout, x, weight, bias, initial_states, silu):
     """Gradients of `conv_forward`: (dx, dweight, dbias or None, dinitial_states or None)."""
     batch, channels, length = x.shape

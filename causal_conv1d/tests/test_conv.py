@@ -161,6 +161,9 @@ def test_states_of_packed_sequences():
         ({"bias": torch.zeros(5)}, ValueError, "bias"),
         ({"initial_states": torch.zeros(2, 6, 4)}, ValueError, "initial_states"),
         ({"bias": torch.zeros(6, device="meta")}, ValueError, "meta"),
+        ({"seq_idx": torch.zeros(1, 9, dtype=torch.int32)}, ValueError, "seq_idx must be integers"),
+        ({"seq_idx": torch.zeros(2, 8, dtype=torch.int32)}, ValueError, "seq_idx must be integers"),
+        ({"seq_idx": torch.zeros(2, 9)}, ValueError, "seq_idx must be integers"),
         (
             {"seq_idx": torch.zeros(2, 9, dtype=torch.int32), "return_final_states": True},
             NotImplementedError,

@@ -1,10 +1,13 @@
 """Properties of the operations that hold whatever backend runs: gradients, registration, symmetries, errors."""
 
+import contextlib
 import functools
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import hypothesis.strategies as st
 import pytest
@@ -189,12 +192,12 @@ def test_block_counts_the_flops_of_its_parts():
     assert whole == parts
 
 
-@needs_block
+@pytest.mark.parametrize("bimamba_type", ["none", "v1", pytest.param("v2", marks=needs_block)])
 @pytest.mark.parametrize("change", ["hook", "adapter", "bias"])
-def test_a_projection_that_is_more_than_a_product_is_called(change):
+def test_a_projection_that_is_more_than_a_product_is_called(change, bimamba_type):
     """The block in one op takes the projections' weights alone: what else they do must not be lost."""
     torch.manual_seed(0)
-    module, x = Mamba(16, bimamba_type="v2", if_divide_out=True), torch.randn(2, 5, 16)
+    module, x = Mamba(16, bimamba_type=bimamba_type), torch.randn(2, 5, 16)
     expected = 2 * module(x)
     if change == "hook":
         module.out_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
@@ -204,6 +207,15 @@ def test_a_projection_that_is_more_than_a_product_is_called(change):
         module.out_proj.bias = torch.nn.Parameter(torch.ones(16))
         expected = expected / 2 + 1
     torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize("name", ["conv1d", "x_proj_b", "dt_proj"])
+def test_an_adapter_that_no_mixer_would_call_is_refused(name):
+    module = Mamba(16, bimamba_type="v2")
+    module(torch.randn(2, 5, 16))
+    setattr(module, name, torch.nn.Sequential(getattr(module, name)))
+    with pytest.raises(TypeError, match=f"^{name} is a Sequential, which this mixer would not call"):
+        module(torch.randn(2, 5, 16))
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
@@ -554,3 +566,35 @@ def test_cached_generation_equals_the_whole_sequence():
         memory.seqlen_offset = t
         outs.append(module(tokens[:, t : t + 1], inference_params=memory))
     torch.testing.assert_close(torch.cat(outs, 1), module(tokens))
+
+
+def test_a_cache_is_of_one_layer():
+    with pytest.raises(ValueError, match="layer_idx=None"):
+        Mamba(16)(torch.randn(2, 5, 16), inference_params=Memory())
+
+
+class OnGpu(NamedTuple):
+    """What a backend form asks of its first tensor, before it computes."""
+
+    device: torch.device
+    is_cuda: bool = True
+
+    def get_device(self) -> int:
+        return self.device.index
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_kernels_are_launched_on_their_tensors_gpu(name, monkeypatch):
+    """Triton launches on the current one, whatever the tensors are on."""
+    pytest.importorskip("triton")
+    from mamba_ssm.ops.triton import common
+
+    kernels, entered = importlib.import_module(backend.MODULES[name]), []
+    forms = [form for form in kernels.__all__ if form.endswith(("_forward", "_backward"))]
+    assert forms and all(hasattr(getattr(kernels, form), "__wrapped__") for form in forms)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
+    form = common.on_its_device(lambda first, second, third: (second, third))
+    for index in (0, 1):
+        assert form(OnGpu(torch.device("cuda", index)), 2, third=3) == (2, 3)
+    assert entered == [torch.device("cuda", 1)]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from mamba_ssm.ops import reference
 from mamba_ssm.ops.bimamba import DirectionParameters, bimamba, bimamba_block
 from mamba_ssm.ops.selective_scan_interface import (
-    bimamba_inner_fn,
-    bimamba_inner_ref,
-    mamba_inner_fn,
-    mamba_inner_ref,
+    bimamba_inner_fn_no_out_proj,
+    mamba_inner_fn_no_out_proj,
+    selective_scan_fn,
+    selective_scan_ref,
 )
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
@@ -35,6 +35,9 @@ class InferenceCache(NamedTuple):
 
 class Mamba(nn.Module):
     """Selective state space mixer (arXiv 2312.00752, figure 3), bidirectional as in Vision Mamba (arXiv 2401.09417).
+
+    The fused operations take the parameters of `conv1d`, `x_proj` and `dt_proj` and do not call these modules: their
+    hooks are not run, and modules in their place that compute something else raise TypeError.
 
     Args:
         d_model, d_state, d_conv, expand: E, N, W, and D / E.
@@ -157,18 +160,19 @@ class Mamba(nn.Module):
         return self.out_proj(mixer(self.in_proj(hidden_states), *directions, scale))
 
     def _mix_channels_first(self, xz: Tensor) -> Tensor:
-        """The mixers "none" and "v1": (B, L, 2 D) -> (B, L, E)."""
+        """The mixers "none" and "v1": (B, L, 2 D) -> (B, L, D)."""
         xz = xz.transpose(1, 2)  # (B, 2 D, L)
-        weights = (
-            self.conv1d.weight, self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight,
-            self.out_proj.weight, self.out_proj.bias, _negative_exp(self.A_log),
-        )  # fmt: skip
-        options = {"D": self.D, "delta_bias": self.dt_proj.bias, "delta_softplus": True}
+        weights = (self.conv1d.weight, self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight)
+        options = {
+            "D": self.D, "delta_bias": self.dt_proj.bias, "delta_softplus": True,
+            "scan": selective_scan_fn if self.use_fast_path else selective_scan_ref,
+        }  # fmt: skip
+        A = _negative_exp(self.A_log)
         if self.bimamba_type == "v1":
-            mixer = bimamba_inner_fn if self.use_fast_path else bimamba_inner_ref
-            return mixer(xz, *weights, _negative_exp(self.A_b_log), **options)
-        mixer = mamba_inner_fn if self.use_fast_path else mamba_inner_ref
-        return mixer(xz, *weights, **options)
+            y = bimamba_inner_fn_no_out_proj(xz, *weights, A, _negative_exp(self.A_b_log), **options)
+        else:
+            y = mamba_inner_fn_no_out_proj(xz, *weights, A, **options)
+        return y.transpose(1, 2)  # (B, D, L) -> (B, L, D)
 
     def forward(self, hidden_states: Tensor, inference_params=None) -> Tensor:
         """Mix tokens: (B, L, E) -> (B, L, E).
@@ -178,16 +182,20 @@ class Mamba(nn.Module):
         """
         if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.d_model:
             raise ValueError(f"hidden_states must be (B, L, {self.d_model}), not {tuple(hidden_states.shape)}")
+        if not torch.compiler.is_compiling():
+            self._check_weight_holders()
         if inference_params is not None:
             return self._forward_cached(hidden_states, inference_params)
         if self.bimamba_type == "v2":
             out = self._mix_v2(hidden_states)
         else:
-            out = self._mix_channels_first(self.in_proj(hidden_states))
+            out = self.out_proj(self._mix_channels_first(self.in_proj(hidden_states)))
         return out if self.init_layer_scale is None else out * self.gamma
 
     def _forward_cached(self, hidden_states: Tensor, inference_params) -> Tensor:
         """Token by token, each layer's cache in `inference_params`. (B, L, E) -> (B, L, E)."""
+        if self.layer_idx is None:
+            raise ValueError("inference_params needs layer_idx=None to be a number, another one for each layer")
         memory = inference_params.key_value_memory_dict
         if self.layer_idx not in memory:
             memory[self.layer_idx] = self.allocate_inference_cache(hidden_states.shape[0], hidden_states.shape[1])
@@ -229,6 +237,17 @@ class Mamba(nn.Module):
         conv_state = weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype)
         ssm_state = weight.new_zeros(batch_size, self.d_inner, self.d_state, dtype=dtype)
         return InferenceCache(conv_state, ssm_state)
+
+    def _check_weight_holders(self) -> None:
+        """conv1d, x_proj and dt_proj of each direction must be what their parameters say: no adapter."""
+        for suffix in ("", "_b") if self.bimamba_type == "v2" else ("",):
+            for name, kind in (("conv1d", nn.Conv1d), ("x_proj", nn.Linear), ("dt_proj", nn.Linear)):
+                module = getattr(self, name + suffix)
+                if type(module).forward is not kind.forward:
+                    raise TypeError(
+                        f"{name}{suffix} is a {type(module).__name__}, which this mixer would not call: it takes the "
+                        f"parameters of a torch.nn.{kind.__name__}; adapt in_proj or out_proj, or merge the adapter"
+                    )
 
     def _require_causal(self) -> None:
         if self.bimamba_type != "none":

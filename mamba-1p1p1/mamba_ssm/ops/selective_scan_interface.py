@@ -314,6 +314,36 @@ def mamba_inner_fn(
     return _project_out(y, out_proj_weight, out_proj_bias)
 
 
+def bimamba_inner_fn_no_out_proj(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    A: Tensor,
+    A_b: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    scan: Callable = selective_scan_fn,
+) -> Tensor:
+    """The "v1" mixer (Vision Mamba, arXiv 2401.09417, table 4): one convolution and one set of projections, then
+    a second scan of the same inputs over reversed time with `A_b` (D, N). Other arguments, and what it returns, as
+    `mamba_inner_fn_no_out_proj`.
+    """
+    x, z, delta, B, C = _scan_inputs(
+        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
+    )
+    y = scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    reversed_inputs = (_reverse_time(t, A_b.is_complex()) for t in (B, C))
+    y_b = scan(x.flip(-1), delta.flip(-1), A_b, *reversed_inputs, D, z.flip(-1), delta_bias, delta_softplus)
+    return y + y_b.flip(-1)
+
+
 def bimamba_inner_fn(
     xz: Tensor,
     conv1d_weight: Tensor,
@@ -333,16 +363,12 @@ def bimamba_inner_fn(
     delta_softplus: bool = True,
     scan: Callable = selective_scan_fn,
 ) -> Tensor:
-    """The "v1" mixer (Vision Mamba, arXiv 2401.09417, table 4): one convolution and one set of projections, then
-    a second scan of the same inputs over reversed time with `A_b` (D, N). Other arguments as `mamba_inner_fn`.
-    """
-    x, z, delta, B, C = _scan_inputs(
-        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
-    )
-    y = scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    reversed_inputs = (_reverse_time(t, A_b.is_complex()) for t in (B, C))
-    y_b = scan(x.flip(-1), delta.flip(-1), A_b, *reversed_inputs, D, z.flip(-1), delta_bias, delta_softplus)
-    return _project_out(y + y_b.flip(-1), out_proj_weight, out_proj_bias)
+    """`bimamba_inner_fn_no_out_proj`, then the output projection (E, D) with its bias (E,): (B, L, E)."""
+    y = bimamba_inner_fn_no_out_proj(
+        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight,
+        A, A_b, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus, scan,
+    )  # fmt: skip
+    return _project_out(y, out_proj_weight, out_proj_bias)
 
 
 def _reverse_time(matrix: Tensor, is_complex: bool) -> Tensor:

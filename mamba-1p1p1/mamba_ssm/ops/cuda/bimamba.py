@@ -16,7 +16,7 @@ from torch import Tensor
 from mamba_ssm.ops.cuda import runtime
 from mamba_ssm.ops.triton import bimamba as triton_bimamba
 from mamba_ssm.ops.triton.bimamba import product_in_float32
-from mamba_ssm.ops.triton.common import ceil_div
+from mamba_ssm.ops.triton.common import ceil_div, on_its_device
 
 DTYPES = (torch.bfloat16, torch.float16)
 STATES = 16
@@ -286,6 +286,7 @@ def _sums(shares: list[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, Tensor
 # ---- backend form ------------------------------------------------------------------------------------------------
 
 
+@on_its_device
 def bimamba_forward(xz, forward_params, backward_params, scale, save):
     """(y (B, L, D), saved): nothing is saved."""
     if not _serves(xz, xz.shape[2] // 2, forward_params):
@@ -310,6 +311,7 @@ def bimamba_saved_bytes(
     return triton_bimamba.bimamba_saved_bytes(batch, length, channels, d_state, dt_rank, d_conv, dtype)
 
 
+@on_its_device
 def bimamba_backward(dy, xz, forward_params, backward_params, scale, saved):
     """Gradients: (dxz, those of the forward direction's parameters in order, those of the backward one's)."""
     if not _serves(xz, xz.shape[2] // 2, forward_params):
@@ -347,6 +349,7 @@ def _backward(
 BLOCK_KEEPS = False  # block_forward keeps nothing for backward
 
 
+@on_its_device
 def block_forward(hidden, in_proj, out_proj, forward_params, backward_params, scale, save, bf16_products):
     """(out (B, L, E), xz, saved): out_proj(mixer(in_proj(hidden))); of xz and for backward nothing is kept.
 
@@ -362,6 +365,7 @@ def block_forward(hidden, in_proj, out_proj, forward_params, backward_params, sc
     return F.linear(y, weight_out), hidden.new_empty(0), hidden.new_empty(0, dtype=torch.uint8)
 
 
+@on_its_device
 def block_backward(
     dout, hidden, in_proj, out_proj, forward_params, backward_params, scale, xz, saved, bf16_products
 ):

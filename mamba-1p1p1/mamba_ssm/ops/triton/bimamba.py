@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ssm.ops.triton.common import LOG2_E, ceil_div, int64, options, own_memory, sigmoid
+from mamba_ssm.ops.triton.common import LOG2_E, ceil_div, int64, on_its_device, options, own_memory, sigmoid
 from mamba_ssm.ops.triton.selective_scan import ScanInputs, scan_backward, scan_forward, states_shape
 
 STRIP, STRIP_CHANNELS = 32, 64  # tokens and channels of a program of the convolutions, one warp
@@ -254,6 +254,7 @@ def _rows_grid(rows: int, channels: int) -> dict:
     return {"grid": (ceil_div(rows, ROWS), ceil_div(channels, block)), "block": block}
 
 
+@on_its_device
 def bimamba_forward(xz, forward_params, backward_params, scale, save, segments=None):
     """Backend form: (y (B, L, D), saved)."""
     batch, length, double = xz.shape
@@ -300,6 +301,7 @@ def bimamba_saved_bytes(
     return 4 * states + dtype.itemsize * batch * length * channels
 
 
+@on_its_device
 def bimamba_backward(dy, xz, forward_params, backward_params, scale, saved, segments=None):
     """Gradients: (dxz, those of the forward direction's parameters in order, those of the backward one's)."""
     batch, length, double = xz.shape

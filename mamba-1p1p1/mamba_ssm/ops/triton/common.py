@@ -77,6 +77,19 @@ def own_memory(view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return view.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
+def on_its_device(form):
+    """A backend form whose launches go to its first tensor's GPU: Triton launches on the current one."""
+
+    @functools.wraps(form)
+    def guarded(first: torch.Tensor, *args, **options):
+        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
+            return form(first, *args, **options)
+        with torch.cuda.device(first.device):
+            return form(first, *args, **options)
+
+    return guarded
+
+
 @functools.cache
 def parallel_programs(device: torch.device) -> int:
     """How many one-warp programs fill the device: two for each of a multiprocessor's four schedulers."""

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mamba_ssm.ops.triton.common import int64, interpreted, options
+from mamba_ssm.ops.triton.common import int64, interpreted, on_its_device, options
 
 MAX_WIDTH = 16384
 
@@ -77,7 +77,9 @@ def add_norm_backward_kernel(
 
 def _block(width: int) -> dict:
     if width > MAX_WIDTH:
-        raise NotImplementedError(f"rows of width {width}: these kernels take at most {MAX_WIDTH}")
+        raise NotImplementedError(
+            f"rows of width {width}: these kernels take at most {MAX_WIDTH}; MAMBA_SSM_BACKEND=reference takes any"
+        )
     block = triton.next_power_of_2(width)
     return {"BLOCK": block, **options(num_warps=min(max(block // 256, 1), 8))}
 
@@ -89,6 +91,7 @@ def _programs(rows: int, device: torch.device) -> int:
     return min(rows, 8 * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@on_its_device
 def add_norm_forward(x, residual, weight, bias, eps, kind, residual_dtype):
     """Backend form on rows (M, E): (out, x + residual in residual_dtype, mean (M,) or None, rstd (M,))."""
     rows, width = x.shape
@@ -103,6 +106,7 @@ def add_norm_forward(x, residual, weight, bias, eps, kind, residual_dtype):
     return out, residual_out, mean, rstd
 
 
+@on_its_device
 def add_norm_backward(dout, dresidual_out, residual_out, weight, bias, mean, rstd, kind, x_dtype, residual_dtype):
     """Gradients of `add_norm_forward`: (dx, dresidual or None, dweight, dbias or None)."""
     rows, width = dout.shape

@@ -33,6 +33,7 @@ from mamba_ssm.ops.triton.common import (
     dot_precision,
     int64,
     load_pair,
+    on_its_device,
     options,
     own_memory,
     parallel_programs,
@@ -1213,6 +1214,7 @@ def _inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> ScanInputs:
     )  # fmt: skip
 
 
+@on_its_device
 def selective_scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save, segments=None):
     """Backend form of the selective scan: (out, last_state, saved)."""
     batch, channels, length = u.shape
@@ -1227,6 +1229,7 @@ def selective_scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, 
     return out, last_state, saved
 
 
+@on_its_device
 def selective_scan_backward(
     dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, saved, segments=None
 ):
