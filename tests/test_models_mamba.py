@@ -183,6 +183,7 @@ def test_drop_path_rates_are_shifted_by_one():
     model = VisionMamba(**NANO | {"depth": 4, "drop_path_rate": 0.3})
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in model.layers]
     assert rates == pytest.approx([0.0, 0.0, 0.1, 0.2]) and model.drop_path.drop_prob == pytest.approx(0.3)
+    assert VisionMamba(**NANO | {"depth": 1, "drop_path_rate": 0.3}).drop_path.drop_prob == 0.3
 
 
 def test_initialisation_is_the_published_one():

@@ -290,7 +290,7 @@ class VisionMamba(nn.Module):
             Block(AddNorm(embed_dim, norm, norm_eps), mixer, rate) for mixer, rate in zip(mixers, rates)
         )
         self.norm_f = AddNorm(embed_dim, norm, norm_eps)
-        self.drop_path = DropPath(rates[-1]) if rates[-1] > 0 else nn.Identity()
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
         self._describe_features()
         self._init_weights()
 

@@ -21,7 +21,7 @@ from mamba_ssm import Mamba, selective_scan_fn
 from mamba_ssm.ops import backend, reference
 from mamba_ssm.ops.bimamba import DirectionParameters, _serves_block, bimamba, bimamba_block
 from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
-from mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn
+from mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, layer_norm_ref, rms_norm_fn, rms_norm_ref
 
 BF16 = torch.bfloat16
 
@@ -571,6 +571,41 @@ def test_cached_generation_equals_the_whole_sequence():
 def test_a_cache_is_of_one_layer():
     with pytest.raises(ValueError, match="layer_idx=None"):
         Mamba(16)(torch.randn(2, 5, 16), inference_params=Memory())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scan", [selective_scan_fn, selective_scan_ref])
+def test_complex_matrices_from_anywhere_in_memory(scan, dtype):
+    """Interleaved parts that begin at an odd element, and in 16 bits, of which torch has no complex form."""
+    torch.manual_seed(0)
+    B, D, N, L = 1, 4, 2, 1
+    u, delta = torch.randn(2, B, D, L, dtype=dtype).unbind()
+    A = torch.complex(-torch.rand(D, N), torch.randn(D, N))
+    buffer = torch.randn(1 + B * N * 2 * L, dtype=dtype, requires_grad=True)
+    C = torch.randn(B, N, 2 * L, dtype=dtype)
+    out = scan(u, delta, A, buffer[1:].view(B, N, 2 * L), C)
+    aligned = scan(u, delta, A, buffer[1:].detach().clone().view(B, N, 2 * L), C)
+    assert torch.equal(out, aligned)
+    out.float().sum().backward()
+    assert buffer.grad[0] == 0 and buffer.grad[1:].abs().min() > 0
+
+
+@pytest.mark.parametrize("use_fast_path", [True, False])
+def test_a_lone_token_gives_every_parameter_a_gradient(use_fast_path):
+    """A's is zero: there is no state to decay. None would stop ranks that wait for it."""
+    module = Mamba(16, bimamba_type="v2", use_fast_path=use_fast_path)
+    module(torch.randn(2, 1, 16)).sum().backward()
+    assert [name for name, p in module.named_parameters() if p.grad is None] == []
+    assert not module.A_log.grad.any()
+
+
+@pytest.mark.parametrize("norm", [rms_norm_ref, layer_norm_ref])
+def test_a_norm_without_residual_does_not_give_back_its_input(norm):
+    x = torch.randn(3, 8)
+    before = x.clone()
+    _, total = norm(x, torch.ones(8), None, prenorm=True)
+    total += 1
+    assert torch.equal(x, before)
 
 
 class OnGpu(NamedTuple):

@@ -67,7 +67,8 @@ def _per_token(matrix: Tensor, channels: int, length: int, is_complex: bool) -> 
     if matrix.dim() == 3:
         matrix = matrix.unsqueeze(1)  # one group
     if is_complex:
-        matrix = torch.view_as_complex(matrix.unflatten(-1, (length, 2)).contiguous())
+        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))  # torch has no complex bfloat16
+        matrix = torch.complex(*matrix.unflatten(-1, (length, 2)).unbind(-1))
     matrix = matrix.repeat_interleave(channels // matrix.shape[1], dim=1)  # (B, D, N, L)
     return matrix.permute(3, 0, 1, 2)
 
@@ -107,6 +108,8 @@ def _scan(u, delta, A, B, C, D, delta_bias, delta_softplus, recurrence) -> _Scan
     B, C = (_per_token(m, u.shape[1], u.shape[2], A.is_complex()).to(state_dtype) for m in (B, C))
     A = A.to(state_dtype)
     decay = torch.exp(_token_first(delta) * A)
+    if u.shape[2] == 1:
+        recurrence = "loop"  # "prefix" does not read a lone token's decay, whose gradient is 0 and not None
     states = RECURRENCES[recurrence](decay, _token_first(delta * x) * B)
     y = (states * C).sum(-1).permute(1, 2, 0)  # (B, D, L)
     if A.is_complex():

@@ -169,6 +169,8 @@ def _reference_norm(x, weight, bias, residual, eps, prenorm, upcast, kind):
     out, total, _, _ = reference.add_norm(x, residual, weight, bias, eps, kind)
     if not upcast:
         total = total.to(x.dtype)
+    if total is x:
+        total = total.clone()  # the caller may change it in place
     return (out, total) if prenorm else out
 
 
