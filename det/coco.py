@@ -215,15 +215,37 @@ def ground_truth(content: dict) -> dict:
     return {"images": content["images"], "annotations": annotations, "categories": content["categories"]}
 
 
+def coco_categories(root: Path, split: str) -> dict[int, str] | None:
+    """Category number -> name of one half of a COCO folder, or None if its file is not there.
+
+    Raises DataError for a file that is no file of instances.
+    """
+    file = annotation_file(root, split)
+    if not file.exists():
+        return None
+    categories = read_content(root, file)["categories"]
+    for i, category in enumerate(categories):
+        check_entry(f"{file}: categories[{i}]", "categories", category)
+    return names_of(categories)
+
+
+def annotation_file(root: Path, split: str) -> Path:
+    return root / "annotations" / f"instances_{SPLITS[split]}.json"
+
+
+def names_of(categories: list[dict]) -> dict[int, str]:
+    return {category["id"]: str(category["name"]) for category in categories}
+
+
 def coco_source(root: Path, split: str, categories: dict[int, str] | None = None) -> CocoSource:
     """One half of a COCO folder. `categories` are the training half's, which the other's must be among.
 
     Raises DataError for files that are missing or do not fit together.
     """
-    folder, file = root / SPLITS[split], root / "annotations" / f"instances_{SPLITS[split]}.json"
+    folder, file = root / SPLITS[split], annotation_file(root, split)
     content = read_content(root, file)
     check_content(file, content)
-    own = {category["id"]: str(category["name"]) for category in content["categories"]}
+    own = names_of(content["categories"])
     if categories is not None and not own.items() <= categories.items():
         strange = next(f"{number} {name!r}" for number, name in own.items() if categories.get(number) != name)
         raise DataError(f"{file}: category {strange} is not one of the training file's; the two must agree")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from augment import counter_randomness, size_of
 from datasets import BrokenImage, DataBundle, DataError, ImageDataset
-from det.coco import CocoSource, coco_source
+from det.coco import CocoSource, coco_categories, coco_source
 from det.digits import scene_source
 from det.views import large_scale_jitter, pixels, targets, whole
 from samplers import SampleKey
@@ -84,8 +84,10 @@ def build_datasets(args) -> DataBundle:
 
 def coco_halves(args) -> tuple[CocoSource | None, CocoSource]:
     root = Path(args.data_path).expanduser()
-    train = None if args.eval else coco_source(root, "train")
-    return train, coco_source(root, "val", train and train.categories)
+    if args.eval:  # classes are numbered as in training, where the held-out half may lack some
+        return None, coco_source(root, "val", coco_categories(root, "train"))
+    train = coco_source(root, "train")
+    return train, coco_source(root, "val", train.categories)
 
 
 def scene_halves(args) -> tuple[CocoSource | None, CocoSource]:

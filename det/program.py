@@ -16,7 +16,7 @@ from det.evaluation import DetectionResult, evaluate
 from det.model import Detector
 from distributed import World, together
 from engine import Run
-from main import evaluate_saved, run_program, train
+from main import evaluate_saved, run_program, say_own_data, train
 from report import RunLog
 
 
@@ -53,6 +53,7 @@ def execute(args, world: World) -> int:
     task = Detection()
     with together():
         log = RunLog(args, world.is_main, (task.score_name, task.score_column))
+        say_own_data(args, log, "generated scenes of scikit-learn's digits")
         data = build_datasets(args)
         log.say(data.description)
         model = build_detector(args, data.num_classes, log.say).to(world.device)

@@ -7,7 +7,7 @@ from arguments import ConfigError
 from build import as_config_error, assemble
 from dense import build_backbone, load_backbone
 from distributed import World, together
-from main import evaluate_saved, run_program, train
+from main import evaluate_saved, run_program, say_own_data, train
 from report import RunLog
 from seg.data import build_data
 from seg.flags import parse
@@ -27,8 +27,7 @@ def execute(args, world: World) -> int:
     distributed.seed_everything(args.seed, args.deterministic)
     with together():
         log = RunLog(args, world.is_main, (Segmentation.score_name, Segmentation.score_column))
-        if not args.data_path:
-            log.say("no --data-path: training on generated scenes of scikit-learn's digits")
+        say_own_data(args, log, "generated scenes of scikit-learn's digits")
         data = build_data(args)
         log.say(data.description)
         check_batch(args, world)

@@ -281,6 +281,8 @@ VALUES = {
     arguments.natural_int: st.integers(0, 10**9),
     arguments.at_least_two: st.integers(2, 10**9),
     arguments.fraction: st.floats(0, 1),
+    arguments.positive_float: st.floats(0, exclude_min=True, allow_infinity=False),
+    arguments.seconds: st.floats(0, allow_infinity=False),
     arguments.image_size: st.sampled_from(["224", "96x160"]),
     arguments.data_set: st.sampled_from(["DIGITS", "hfds/someone/name"]),
     arguments.tracker_list: st.sampled_from(["", "tensorboard", "tensorboard,wandb"]),
@@ -333,6 +335,9 @@ def test_a_misspelt_flag_names_near_ones(capsys):
         (["--keep-checkpoints", "1"], "--keep-checkpoints: 1 is less than 2"),
         (["--input-size", "1x2x3"], "--input-size: 1x2x3 has 3 sides"),
         (["--input-size", "big"], "--input-size"),
+        (["--clip-grad", "0"], "--clip-grad: 0 is not a positive number; leave the flag out"),
+        (["--loader-timeout", "-5"], "--loader-timeout: -5 is no number of seconds"),
+        (["--cutmix-minmax", "0.3"], "--cutmix-minmax: expected 2 arguments"),
     ],
 )
 def test_a_bad_value_is_one_line(capsys, flags, words):
@@ -350,6 +355,9 @@ def test_a_bad_value_is_one_line(capsys, flags, words):
         (["--resume", "auto"], "--resume auto looks into --output_dir"),
         (["--resume", "a", "--finetune", "b"], "give one of them"),
         (["--sched", "plateau", "--sched-on-updates"], "--sched plateau follows the evaluations"),
+        (["--cutmix-minmax", "0.9", "0.2"], "--cutmix-minmax 0.9 0.2: give the smaller ratio first"),
+        (["--start_epoch", "5", "--epochs", "5"], "--start_epoch 5 of --epochs 5 leaves nothing to train"),
+        (["--report-to", "wandb"], "--report-to wandb keeps its files in --output_dir"),
         (["--device", "tpu"], "--device tpu is not one of cuda, cpu, mps, auto"),
     ],
 )

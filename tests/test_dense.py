@@ -141,6 +141,8 @@ def test_a_model_that_is_none_is_refused():
         build_backbone(arguments("--model", "vim_mini"), 32, 4)
     with pytest.raises(ConfigError, match="--model vim_two_blocks: taps=4: the backbone has 2 blocks"):
         build_backbone(arguments("--model", "vim_two_blocks"), 32, 4)
+    with pytest.raises(ConfigError, match="--dt-init-backward is for a Vim; deit_nano_patch4_32 is none"):
+        build_backbone(arguments("--model", "deit_nano_patch4_32", "--dt-init-backward", "same"), 32, 4)
 
 
 # --- weights of a classifier

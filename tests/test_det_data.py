@@ -12,8 +12,9 @@ from pycocotools import mask as rle
 import det_sets
 from augment import counter_randomness
 from datasets import DataError
+from det.arguments import parse
 from det.coco import Instance, Packed, coco_source, run_lengths
-from det.data import EvalDataset, TrainDataset, collate, read
+from det.data import EvalDataset, TrainDataset, build_datasets, collate, read
 from det.views import View, large_scale_jitter, scaled_size, targets, whole
 from samplers import SampleKey
 
@@ -309,6 +310,21 @@ def test_a_training_item_follows_from_its_key_alone(tmp_path):
         before = random.getstate()
         data[SampleKey(2, 1, 0)]
         assert random.getstate() == before
+
+
+def test_evaluation_numbers_classes_as_training_did(tmp_path):
+    """Where the held-out half's file lacks some of the training half's categories."""
+    det_sets.write_tiny(tmp_path)
+    content = json.loads((tmp_path / "annotations" / "instances_val2017.json").read_text())
+    content["annotations"] = [one for one in content["annotations"] if one["category_id"] == 90]
+    content["categories"] = [one for one in content["categories"] if one["id"] == 90]
+    (tmp_path / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    flags = ["--device", "cpu", "--data-path", str(tmp_path)]
+    trained, evaluated = (build_datasets(parse([*flags, *more])) for more in ([], ["--eval", "--resume", "x"]))
+    assert trained.num_classes == evaluated.num_classes == 3
+    assert trained.class_names == evaluated.class_names == ["car", "cat", "brush"]
+    (tmp_path / "annotations" / "instances_train2017.json").unlink()
+    assert build_datasets(parse([*flags, "--eval", "--resume", "x"])).class_names == ["brush"]
 
 
 def test_evaluation_sees_the_whole_image(tmp_path):

@@ -39,6 +39,15 @@ def test_epochs_have_deits_learning_rates():
     assert found == pytest.approx([*warm, *map(cosine, (5, 6, 149, 298))])
 
 
+BETAS = [("adamw --opt-betas 0.9", "takes 2, not 1"), ("sgd --opt-betas 0.9 0.99", "takes none")]
+
+
+@pytest.mark.parametrize(("flags", "words"), BETAS)
+def test_betas_that_an_optimiser_does_not_take_are_one_line(flags, words):
+    with pytest.raises(ConfigError, match=f"^--opt-betas .*{words}"):
+        build_optimizer(run_args("--opt", *flags.split()), torch.nn.Linear(2, 2), 1e-3)
+
+
 def test_an_epoch_asked_for_out_of_order_has_the_same_rate():
     """So a resumed epoch runs at its own rate, not at the next one's."""
     forward = schedule()

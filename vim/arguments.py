@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -52,6 +53,20 @@ def natural_int(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative; give 0 or a positive whole number")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number; leave the flag out for its default")
+    return value
+
+
+def seconds(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds; 0 waits for ever")
     return value
 
 
@@ -221,9 +236,9 @@ def add_loader_flags(parser) -> None:
     add(
         "--loader-timeout",
         default=600.0,
-        type=float,
+        type=seconds,
         metavar="SECONDS",
-        help="wait for a batch at most so long",
+        help="wait for a batch at most so long; 0 for ever",
     )
     switch(add, "pin-mem", True, "page-locked batches, which a GPU copies without waiting")
     switch(add, "train-mode", True, "train with dropout and running statistics on; off to freeze them")
@@ -275,7 +290,7 @@ def add_optimizer_flags(parser) -> None:
     add("--opt", default="adamw", metavar="NAME", help="any optimiser of timm")
     add("--opt-eps", default=1e-8, type=float, metavar="EPS", help="added to Adam's denominator")
     add("--opt-betas", default=None, type=float, nargs="+", metavar="BETA", help="the optimiser's own")
-    add("--clip-grad", default=None, type=float, metavar="NORM", help="largest gradient norm; no limit")
+    add("--clip-grad", default=None, type=positive_float, metavar="NORM", help="largest gradient norm; no limit")
     add("--momentum", default=0.9, type=float, metavar="M", help="of SGD")
     add("--weight-decay", default=0.05, type=float, help="not for biases, norms and embeddings")
     add(
@@ -343,7 +358,14 @@ def add_mixup_flags(parser) -> None:
     add = parser.add_argument_group("mixup and cutmix").add_argument
     add("--mixup", default=0.8, type=float, metavar="ALPHA", help="0 for off")
     add("--cutmix", default=1.0, type=float, metavar="ALPHA", help="0 for off")
-    add("--cutmix-minmax", default=None, type=float, nargs="+", metavar="RATIO", help="box size range")
+    add(
+        "--cutmix-minmax",
+        default=None,
+        type=fraction,
+        nargs=2,
+        metavar="RATIO",
+        help="smallest and largest side of the box, of the image's; instead of --cutmix's area",
+    )
     add("--mixup-prob", default=1.0, type=fraction, metavar="P", help="of mixing at all")
     add("--mixup-switch-prob", default=0.5, type=fraction, metavar="P", help="of cutmix when both are on")
     add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares a ratio")
@@ -562,6 +584,10 @@ def check_arguments(args: argparse.Namespace) -> None:
             "--resume goes on with a run, --finetune begins one from its weights; give one of them, "
             "or --resume auto, which begins from the latter until there is a checkpoint"
         )
+    if args.start_epoch >= args.epochs and not args.eval and not args.resume:
+        raise ConfigError(f"--start_epoch {args.start_epoch} of --epochs {args.epochs} leaves nothing to train")
+    if args.report_to not in ("", "tensorboard") and not args.output_dir:
+        raise ConfigError(f"--report-to {args.report_to} keeps its files in --output_dir, which is not given")
     if args.sched == "plateau" and args.sched_on_updates:
         raise ConfigError("--sched plateau follows the evaluations; leave --sched-on-updates out")
     if args.layer_decay is not None and args.sched == "none":
@@ -579,6 +605,9 @@ def check_classifier(args: argparse.Namespace) -> None:
         raise ConfigError(f"--distillation-type {args.distillation_type} needs --teacher-path CKPT")
     if args.distillation_type != "none" and args.cosub:
         raise ConfigError("--cosub is its own teacher; take it or --distillation-type, not both")
+    if args.cutmix_minmax is not None and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
+        smallest, largest = args.cutmix_minmax
+        raise ConfigError(f"--cutmix-minmax {smallest:g} {largest:g}: give the smaller ratio first")
     if (args.valid_labels or args.real_labels) and not args.eval:
         raise ConfigError("--valid-labels and --real-labels are for --eval")
 

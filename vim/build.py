@@ -75,6 +75,15 @@ def create_model(name: str, say=print, **arguments) -> nn.Module:
             say(f"{name} has no argument {unexpected[1]} (here {value}): left out")
 
 
+def vim_arguments(args) -> dict:
+    """Arguments of the model that only a Vim has. Raises ConfigError where they are given for another."""
+    if is_vim(args.model):
+        return {"dt_init_backward": args.dt_init_backward}
+    if args.dt_init_backward != "published":
+        raise ConfigError(f"--dt-init-backward is for a Vim; {args.model} is none, leave it out")
+    return {}
+
+
 def build_model(args, num_classes: int, say=print) -> nn.Module:
     """The model of `--model` for this data. Raises ConfigError, one line each, for what cannot be."""
     check_model_name("--model", args.model)
@@ -85,11 +94,7 @@ def build_model(args, num_classes: int, say=print) -> nn.Module:
         "drop_rate": args.drop,
         "drop_path_rate": args.drop_path,
     }
-    if is_vim(args.model):
-        arguments["dt_init_backward"] = args.dt_init_backward
-    elif args.dt_init_backward != "published":
-        raise ConfigError(f"--dt-init-backward is for a Vim; {args.model} is none, leave it out")
-    model = create_model(args.model, say, **arguments)
+    model = create_model(args.model, say, **arguments, **vim_arguments(args))
     check_input_size(args, model)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(True)

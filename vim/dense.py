@@ -12,7 +12,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from arguments import ConfigError
-from build import as_config_error, check_model_name, create_model, is_vim
+from build import as_config_error, check_model_name, create_model, vim_arguments
 from checkpoint import Checkpoint, CheckpointError, load_weights, read_checkpoint
 from hub import grid_of
 from models_mamba import cls_token_positions
@@ -135,9 +135,7 @@ def build_backbone(args, img_size: int | tuple[int, int], taps: int | list[int],
     """
     check_model_name("--model", args.model)
     arguments = {"num_classes": 0, "img_size": img_size, "drop_path_rate": args.drop_path, "dynamic_img_size": True}
-    if is_vim(args.model):
-        arguments["dt_init_backward"] = args.dt_init_backward
-    model = create_model(args.model, say, **arguments)
+    model = create_model(args.model, say, **arguments, **vim_arguments(args))
     if not hasattr(model, "forward_intermediates"):
         raise ConfigError(f"--model {args.model} gives no intermediate features; take a Vim, a ViT, a ResNet, ...")
     with as_config_error(f"--model {args.model}: "):

@@ -66,8 +66,8 @@ def execute(args, world: World) -> int:
         if args.summary:
             log.say(summarise(args, log))
             return EXIT_DONE
-        if args.data_set == "DIGITS" and not args.data_path:
-            log.say(f"no --data-path: {'evaluating' if args.eval else 'training'} on scikit-learn's digits")
+        if args.data_set == "DIGITS":
+            say_own_data(args, log, "scikit-learn's digits")
         data = build_datasets(args)
         log.say(data.description)
         model = build_model(args, data.num_classes, log.say).to(world.device)
@@ -80,6 +80,12 @@ def execute(args, world: World) -> int:
         return evaluate_checkpoint(args, world, model, data, log)
     args.num_classes = data.num_classes
     return train(build_run(args, world, model, data, log.say), data, log)
+
+
+def say_own_data(args, log: RunLog, data: str) -> None:
+    """Whose numbers the next ones are, if nobody named any data."""
+    if not args.data_path:
+        log.say(f"no --data-path: {'evaluating' if args.eval else 'training'} on {data}")
 
 
 def train(run: Run, data: DataBundle, log: RunLog) -> int:

@@ -7,7 +7,13 @@ import warnings
 from functools import partial
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs, param_groups_weight_decay
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_info,
+    list_optimizers,
+    optimizer_kwargs,
+    param_groups_weight_decay,
+)
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from torch import nn
@@ -31,12 +37,17 @@ def build_optimizer(args, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """An optimiser over the trainable parameters: without weight decay for biases, norms and embeddings.
 
     The published runs decayed the scan's `A_log`; `--no-decay-ssm` exempts it. Raises ConfigError for an
-    unknown name.
+    unknown name, and for as many `--opt-betas` as the optimiser does not take.
     """
     name = args.opt.lower()
     if name not in list_optimizers():
         near = difflib.get_close_matches(name, list_optimizers(), n=3)
         raise ConfigError(f"--opt {args.opt} is no optimiser of timm{nearby(near)}")
+    info = get_optimizer_info(name)
+    wanted = info.num_betas if info.has_betas else 0
+    if args.opt_betas is not None and len(args.opt_betas) != wanted:
+        given = " ".join(f"{beta:g}" for beta in args.opt_betas)
+        raise ConfigError(f"--opt-betas {given}: --opt {args.opt} takes {wanted or 'none'}, not {len(args.opt_betas)}")
     groups = None
     if args.no_decay_ssm:
         if not any(key.endswith("A_log") for key, _ in model.named_parameters()):
