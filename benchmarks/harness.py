@@ -268,6 +268,11 @@ def remember_green(device: torch.device, digest: str) -> None:
 # ---- results
 
 
+def number(value: float) -> str:
+    """Three digits, and all of them before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

@@ -199,7 +199,6 @@ def mixer_rivals(batch: int, length: int, device, dtype) -> dict[str, Rival]:
 # ---- measuring
 
 OPS = {"scan": scan_rivals, "conv": conv_rivals, "mixer": mixer_rivals}
-PASSES = ("forward", "forward + backward")
 
 
 def work_per_call(op: str, batch: int, length: int) -> int:

@@ -24,11 +24,6 @@ Results = Mapping[str, Mapping]  # {"ops": ..., "models": ..., "stability": ...}
 Measure = Callable[[Results], float | None]
 
 
-def number(value: float) -> str:
-    """Three digits, and all of them before the point."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
 @dataclass(frozen=True)
 class Goal:
     """One row: `measure` takes the results to a number, to be at least or at most `bound`."""
@@ -48,7 +43,7 @@ class Goal:
     @property
     def target(self) -> str:
         sign = ">" if self.strictly else "<=" if self.at_most else ">="
-        return f"{sign} {number(self.bound)}{self.unit}"
+        return f"{sign} {harness.number(self.bound)}{self.unit}"
 
 
 # ---- finding figures
@@ -211,7 +206,7 @@ def table(goals: tuple[Goal, ...], results: Results) -> str:
             rows.append([goal.work, goal.target, "not yet measured", ""])
         else:
             verdict = "yes" if goal.met(value) else "no"
-            rows.append([goal.work, goal.target, f"{number(value)}{goal.unit}", verdict])
+            rows.append([goal.work, goal.target, f"{harness.number(value)}{goal.unit}", verdict])
     return harness.markdown_table(["work", "target", "measured", "met"], rows)
 
 

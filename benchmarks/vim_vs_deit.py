@@ -169,8 +169,8 @@ def table(records: list[dict], mode: str) -> str:
         rows.append(
             [
                 *row,
-                f"{record['images_per_second']:.3g}",
-                f"{low:.3g} to {high:.3g}",
+                harness.number(record["images_per_second"]),
+                f"{harness.number(low)} to {harness.number(high)}",
                 f"{faster['median']:.2f}x" if faster else "",
                 _megabytes(record["peak_memory"]),
             ]

@@ -18,15 +18,13 @@ from seg.views import IGNORED, fitting
 
 
 @dataclass(frozen=True)
-class TestSettings:
+class EvalSettings:
     """How an image is shown to the model.
 
     sides: what its (shorter, longer) side is made to fit, times each of `scales`; None for its own size.
     mode: "whole", or "slide": windows of `window` (height, width), `stride` pixels apart, logits averaged.
     flip: each view mirrored too. Several views' probabilities are averaged.
     """
-
-    __test__ = False  # no test class, whatever pytest takes it for
 
     sides: tuple[int, int] | None
     mode: str
@@ -36,9 +34,9 @@ class TestSettings:
     flip: bool = False
 
 
-def test_settings(args) -> TestSettings:
+def eval_settings(args) -> EvalSettings:
     """Those of the flags; scenes are shown as they are."""
-    return TestSettings(
+    return EvalSettings(
         sides=None if args.data_set == "SCENES" else tuple(sorted(size_of(args.resize))),
         mode="whole" if args.data_set == "SCENES" else args.eval_mode,
         window=size_of(args.crop_size),
@@ -48,10 +46,7 @@ def test_settings(args) -> TestSettings:
     )
 
 
-test_settings.__test__ = False
-
-
-def predict(model: nn.Module, images: Tensor, settings: TestSettings) -> Tensor:
+def predict(model: nn.Module, images: Tensor, settings: EvalSettings) -> Tensor:
     """Classes of the pixels: images (B, 3, H, W), normalised -> int64 (B, H, W)."""
     size = tuple(images.shape[-2:])
     total = 0
@@ -71,17 +66,17 @@ def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
 
 
-def see(model: nn.Module, images: Tensor, settings: TestSettings) -> Tensor:
+def see(model: nn.Module, images: Tensor, settings: EvalSettings) -> Tensor:
     """Logits (B, K, H, W) of images (B, 3, H, W), at once or by windows."""
     if settings.mode == "whole":
         return model(images).float()
     height, width = images.shape[-2:]
-    total, seen = 0, images.new_zeros(1, 1, height, width)
+    total, seen = None, images.new_zeros(1, 1, height, width)
     for top in starts(height, settings.window[0], settings.stride):
         for left in starts(width, settings.window[1], settings.stride):
             window = (..., slice(top, top + settings.window[0]), slice(left, left + settings.window[1]))
             logits = model(images[window]).float()
-            if seen.sum() == 0:
+            if total is None:
                 total = logits.new_zeros(len(images), logits.shape[1], height, width)
             total[window] += logits
             seen[window] += 1
@@ -152,7 +147,7 @@ class Segmented:
 def evaluate(model: nn.Module, loader, args, world: World, num_classes: int) -> Segmented:
     """Every pixel of the loader's images whose label counts; with `--dist-eval` over the parts of all ranks."""
     model.eval()
-    settings = test_settings(args)
+    settings = eval_settings(args)
     confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=world.device)
     samples, indices, images_seen = [], list(loader.sampler), 0
     for images, labels in loader:

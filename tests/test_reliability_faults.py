@@ -116,7 +116,7 @@ def test_an_error_on_one_rank_ends_the_other_soon(moment, tmp_path):
     text, said = RAISES[moment]
     flags = f"{QUICK} --batch-size 64 --output_dir {tmp_path}"
     codes = end(start_ranks(flags, tmp_path / "out", VIM_FAULT=text), 60)
-    assert codes == [distributed.EXIT_FAILED, distributed.EXIT_USAGE if "oom" in text else 1]
+    assert codes == [distributed.EXIT_FAILED, distributed.EXIT_CONFIG if "oom" in text else 1]
     assert said in (tmp_path / "out.1").read_text()
     assert "error: another rank is gone or waited for in vain" in (tmp_path / "out.0").read_text()
 
@@ -222,7 +222,7 @@ def test_replaced_images_are_counted_over_a_resume(tmp_path, capsys):
 
 def test_out_of_memory_says_what_to_do(tmp_path, capsys):
     with fault("oom@2"):
-        assert run(QUICK, tmp_path) == distributed.EXIT_USAGE
+        assert run(QUICK, tmp_path) == distributed.EXIT_CONFIG
     text = one_line(capsys)
     assert "out of memory with --batch-size 128" in text
     assert "--batch-size 64 --accum-steps 2 keeps the whole batch" in text and "--grad-checkpointing" in text
@@ -233,7 +233,7 @@ def test_out_of_memory_says_what_to_do(tmp_path, capsys):
 
 def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(tmp_path, capsys):
     with fault("disk-full@8"):
-        assert run(f"{QUICK} --checkpoint-steps 4", tmp_path) == distributed.EXIT_USAGE
+        assert run(f"{QUICK} --checkpoint-steps 4", tmp_path) == distributed.EXIT_CONFIG
     assert "No space left on device; the last checkpoint is untouched" in one_line(capsys)
     assert read_checkpoint(latest_checkpoint(tmp_path, on_rejected=pytest.fail)).step == 4
     assert not list(tmp_path.glob(".*"))
@@ -245,7 +245,7 @@ def test_a_log_that_cannot_be_written_is_one_line(number, tmp_path, monkeypatch,
         raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr(report, "replace_text", write)
-    assert run(f"{QUICK} --epochs 1 --checkpoint-steps 4", tmp_path) == distributed.EXIT_USAGE
+    assert run(f"{QUICK} --epochs 1 --checkpoint-steps 4", tmp_path) == distributed.EXIT_CONFIG
     assert f"log.txt: {os.strerror(number)}; the last checkpoint is whole" in one_line(capsys)
     assert read_checkpoint(latest_checkpoint(tmp_path, on_rejected=pytest.fail)).step == 8
 

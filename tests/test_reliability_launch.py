@@ -129,7 +129,7 @@ def test_a_rank_that_lost_one_which_no_restart_mends_is_not_restarted_either(tmp
     """In a second attempt the injected fault would be gone and the run would end well."""
     process = launch([main_program(tmp_path), *f"{QUICK} --batch-size 64".split()], VIM_FAULT="oom@3:1")
     text, _ = process.communicate(timeout=240)
-    assert process.returncode == distributed.EXIT_USAGE, text
+    assert process.returncode == distributed.EXIT_CONFIG, text
     assert "error: out of memory" in text and "error: another rank is gone" in text
 
 
@@ -234,13 +234,13 @@ def test_a_submitted_job_resumes_by_itself_and_is_warned_in_time(submitit, tmp_p
 
 @pytest.mark.parametrize("flags", [["--epochs", "3"], ["--eval", "--output_dir", "x"]])
 def test_flags_that_cannot_work_are_refused_before_the_queue(flags, submitit, capsys):
-    assert run_with_submitit.submit(["--", *flags]) == distributed.EXIT_USAGE
+    assert run_with_submitit.submit(["--", *flags]) == distributed.EXIT_CONFIG
     assert capsys.readouterr().err.startswith("error: --") and "what" not in submitit
 
 
 def test_without_submitit_the_package_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    assert run_with_submitit.submit(["--", "--output_dir", "x"]) == distributed.EXIT_USAGE
+    assert run_with_submitit.submit(["--", "--output_dir", "x"]) == distributed.EXIT_CONFIG
     assert "pip install submitit" in capsys.readouterr().err
 
 

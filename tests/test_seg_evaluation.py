@@ -14,13 +14,13 @@ from datasets import DataBundle, DataError
 from distributed import World
 from seg import pictures
 from seg.data import SegmentationDataset, collate
-from seg.evaluation import Sample, Segmented, TestSettings, count, evaluate, predict, starts
+from seg.evaluation import EvalSettings, Sample, Segmented, count, evaluate, predict, starts
 from seg.flags import parse
 from seg.task import pixel_loss
 from seg.views import IGNORED
 
 WORLD = World(0, 1, torch.device("cpu"))
-WHOLE = TestSettings(sides=None, mode="whole", window=(16, 16), stride=10)
+WHOLE = EvalSettings(sides=None, mode="whole", window=(16, 16), stride=10)
 
 
 def confusion_of(label, predicted, classes):
@@ -89,7 +89,7 @@ def blocks(height, width, cell=16):
 @pytest.mark.parametrize("size", [(16, 16), (40, 24), (10, 50), (17, 33)])
 def test_windows_of_a_pointwise_model_are_the_whole(size):
     images = torch.randn(2, 3, *size)
-    slide = TestSettings(**(vars(WHOLE) | {"mode": "slide"}))
+    slide = EvalSettings(**(vars(WHOLE) | {"mode": "slide"}))
     assert torch.equal(predict(Pointwise(), images, slide), predict(Pointwise(), images, WHOLE))
 
 
@@ -102,14 +102,14 @@ def test_windows_cover_a_side_and_end_at_its_end():
 def test_overlapping_windows_are_averaged():
     """A window of 16 every 10 pixels over 26: the two disagree on the shared six, by which logit is larger."""
     images = torch.zeros(1, 3, 16, 26)
-    slide = TestSettings(sides=None, mode="slide", window=(16, 16), stride=10)
+    slide = EvalSettings(sides=None, mode="slide", window=(16, 16), stride=10)
     found = predict(Columns(), images, slide)[0, 0]
     assert found.tolist() == [0] * 8 + [1] * 2 + [0] * 6 + [0] * 2 + [1] * 8
 
 
 def test_mirrors_are_mirrored_back():
     images = torch.randn(1, 3, 16, 24)
-    flip = TestSettings(**(vars(WHOLE) | {"flip": True}))
+    flip = EvalSettings(**(vars(WHOLE) | {"flip": True}))
     assert torch.equal(predict(Pointwise(), images, flip), predict(Pointwise(), images, WHOLE))
     seen = []
     model = Pointwise()
@@ -123,7 +123,7 @@ def test_several_scales_are_averaged_at_the_images_size():
     seen = []
     model = Pointwise()
     model.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[-2:])))
-    scales = TestSettings(**(vars(WHOLE) | {"scales": (0.5, 1.0, 1.5)}))
+    scales = EvalSettings(**(vars(WHOLE) | {"scales": (0.5, 1.0, 1.5)}))
     found = predict(model, images, scales)
     assert seen == [(32, 48), (64, 96), (96, 144)]
     expected = predict(Pointwise(), images, WHOLE)
@@ -134,7 +134,7 @@ def test_an_image_is_shown_at_the_sides_that_it_is_made_to_fit():
     seen = []
     model = Pointwise()
     model.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[-2:])))
-    settings = TestSettings(**(vars(WHOLE) | {"sides": (32, 80)}))
+    settings = EvalSettings(**(vars(WHOLE) | {"sides": (32, 80)}))
     assert predict(model, torch.randn(1, 3, 20, 30), settings).shape == (1, 20, 30)
     assert predict(model, torch.randn(1, 3, 50, 10), settings).shape == (1, 50, 10)
     assert seen == [(32, 48), (80, 16)]

@@ -191,7 +191,7 @@ def build_ema(args, model: nn.Module) -> WeightsEma | None:
     return WeightsEma(model, args.model_ema_decay, "cpu" if args.model_ema_force_cpu else None)
 
 
-def describe(run: Run, data: DataBundle) -> str:
+def describe(run: Run) -> str:
     """The numbers this run is made of, each with what it was derived from."""
     args, world = run.args, run.world
     batch, lr = whole_batch(args, world.size), scaled_lr(args, world.size)

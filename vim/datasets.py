@@ -9,9 +9,11 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -20,12 +22,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from arguments import DATA_SETS, INAT_CATEGORIES
 from augment import build_transform, counter_randomness
 from samplers import SampleKey
 
-DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19", "DIGITS")
+IMAGENET_CLASSES = 1000
 DIGITS_HELD_OUT = 0.2
-INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
 
 class DataError(ValueError):
@@ -150,17 +152,29 @@ class ImageDataset(Dataset):
             ) from error
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """The image in `path`, RGB and upright (EXIF orientation applied). Raises BrokenImage."""
+@contextmanager
+def as_broken_image(name: str | Path) -> Iterator[None]:
+    """Whatever goes wrong with an image leaves as BrokenImage: decoders raise what they like."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+        yield
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise what they like; every case leaves as BrokenImage
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise BrokenImage(f"{path}: {reason}") from error
+        raise BrokenImage(f"{name}: {reason}") from error
+
+
+def decode_image(file: str | Path | BinaryIO) -> Image.Image:
+    """The image in a file, RGB and upright (EXIF orientation applied)."""
+    with Image.open(file) as image:
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """`decode_image`; raises BrokenImage."""
+    with as_broken_image(path):
+        return decode_image(path)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -388,7 +402,7 @@ def build_datasets(args) -> DataBundle:
     bad_image_share` and what `augment.build_transform` reads. With `args.eval` only val is needed. Raises DataError.
     """
     sources = _sources(args, need_train=not args.eval)
-    asked = args.num_classes or (1000 if args.valid_labels else None)  # ImageNet's, of which the data has some
+    asked = args.num_classes or (IMAGENET_CLASSES if args.valid_labels else None)  # of which the data has some
     num_classes = _checked_num_classes(asked, sources.class_names)
     for source in filter(None, (sources.train, sources.val)):
         _check_labels(source, sources.class_names)

@@ -26,7 +26,7 @@ from arguments import ConfigError
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_NONFINITE = 3
-EXIT_USAGE = 4
+EXIT_CONFIG = 4
 EXIT_REQUEUE = 75
 
 # Where `launch.py` wants to be told the ranks' exit codes: lines of a meeting of ranks, and of a code once it is known.

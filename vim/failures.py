@@ -14,7 +14,7 @@ import torch.distributed as dist
 from arguments import ConfigError
 from checkpoint import CheckpointError
 from datasets import DataError
-from distributed import EXIT_FAILED, EXIT_NONFINITE, EXIT_USAGE, PeerError
+from distributed import EXIT_FAILED, EXIT_NONFINITE, EXIT_CONFIG, PeerError
 from engine import NonFiniteError
 
 # A log, a picture or a tracker's file that cannot be written; checkpoints have an error of their own.
@@ -26,12 +26,12 @@ def explain(error: Exception, args=None) -> tuple[int, str] | None:
     if isinstance(error, NonFiniteError):
         return EXIT_NONFINITE, str(error)
     if isinstance(error, ConfigError | DataError | CheckpointError | PeerError):
-        return EXIT_USAGE, str(error)
+        return EXIT_CONFIG, str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return EXIT_USAGE, out_of_memory(error, args)
+        return EXIT_CONFIG, out_of_memory(error, args)
     if isinstance(error, OSError) and error.errno in FULL:
         where = error.filename or getattr(args, "output_dir", "")
-        return EXIT_USAGE, f"{where}: {error.strerror}; the last checkpoint is whole, --resume auto goes on from it"
+        return EXIT_CONFIG, f"{where}: {error.strerror}; the last checkpoint is whole, --resume auto goes on from it"
     if isinstance(error, RuntimeError):
         line = loader_failure(error, args) or lost_rank(error)
         return (EXIT_FAILED, line) if line else None

@@ -17,10 +17,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from arguments import ConfigError
 from augment import build_transform
 from checkpoint import CheckpointError, file_digest, read_checkpoint
-from datasets import BrokenImage, DataError, read_image
+from datasets import IMAGENET_CLASSES, BrokenImage, DataError, read_image
 from hub import evaluation_settings, open_model
 
-IMAGENET_CLASSES = 1000
 
 
 @dataclass

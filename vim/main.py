@@ -18,14 +18,14 @@ from augment import size_of
 from build import build_model, build_run, describe
 from checkpoint import latest_checkpoint, load_weights, read_checkpoint
 from classification import Classification
-from datasets import DataBundle, build_datasets
+from datasets import IMAGENET_CLASSES, DataBundle, build_datasets
 from distributed import EXIT_DONE, EXIT_FAILED, StopAtOnce, World, together
 from engine import Run, build_val_loader, fit, restore
 from hub import grid_of
 from report import RunLog
 from subsets import ClassSubset, check_valid_labels, evaluate_real, read_real_labels, valid_labels
 from summary import summary
-from task import Task, in_words
+from task import Result, Task, in_words
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,7 +91,7 @@ def say_own_data(args, log: RunLog, data: str) -> None:
 def train(run: Run, data: DataBundle, log: RunLog) -> int:
     """Train from the checkpoint of `--resume`, or from the start, to the end; returns the exit code."""
     args = run.args
-    log.say(describe(run, data))
+    log.say(describe(run))
     resume(run, log)
     with together():
         if log.dir:
@@ -106,7 +106,7 @@ def train(run: Run, data: DataBundle, log: RunLog) -> int:
 
 def summarise(args, log: RunLog) -> str:
     """`--summary`: the model's parts, parameters and FLOPs."""
-    model = build_model(args, args.num_classes or 1000, log.say)
+    model = build_model(args, args.num_classes or IMAGENET_CLASSES, log.say)
     return f"{args.model}\n{summary(model, size_of(args.input_size), args.in_chans)}"
 
 
@@ -143,31 +143,41 @@ def newest(run: Run, log: RunLog) -> Path | None:
 
 def evaluate_checkpoint(args, world: World, model, data: DataBundle, log: RunLog) -> int:
     """`--eval`: the raw and averaged weights of `--resume`, those of `--eval-weights` that it holds."""
-    loader = build_val_loader(data.val, args, world)
     net, task = model, Classification(None, None, data.num_classes)
     if args.valid_labels:
         valid = valid_labels(args.valid_labels)
         check_valid_labels(valid, data.class_names, data.num_classes)
         net, task.num_classes = ClassSubset(model, valid).to(world.device), len(valid)
     real = read_real_labels(args.real_labels) if args.real_labels else None
-    results, extra = {}, ""
-    for name, file in saved_weights(args, model):  # noqa: B007 - they are of one file
-        results[name] = task.evaluate(net, loader, args, world)
+
+    def evaluate(name: str, loader) -> tuple[Result, str]:
+        result, more = task.evaluate(net, loader, args, world), ""
         if real is not None:
             share, counted = evaluate_real(model, loader, data.val, args, world, real)
-            extra += f"; {name} weights: ReaL top-1 {share:.2f} % of {counted:,} images"
-    log.say(f"{file}: {len(data.val):,} images; {in_words(results)}{extra}")
-    task.pictures(log, next(iter(results.values())), data)
-    return EXIT_DONE
+            more = f"; {name} weights: ReaL top-1 {share:.2f} % of {counted:,} images"
+        return result, more
+
+    return evaluate_saved(args, world, model, task, data, log, evaluate)
 
 
-def evaluate_saved(args, world: World, model, task: Task, data: DataBundle, log: RunLog) -> int:
-    """`--eval` of another task than classification; returns the exit code."""
+def evaluate_saved(
+    args, world: World, model, task: Task, data: DataBundle, log: RunLog, evaluate: Callable | None = None
+) -> int:
+    """`--eval` of any task; returns the exit code.
+
+    Args:
+        evaluate: (name of the weights that `model` now has, loader) -> (Result, what else to say); by default
+            the task's evaluation.
+    """
     loader = build_val_loader(data.val, args, world, task.collate)
-    results = {}
+    results, extra = {}, ""
     for name, file in saved_weights(args, model):  # noqa: B007 - they are of one file
-        results[name] = task.evaluate(model, loader, args, world)
-    log.say(f"{file}: {len(data.val):,} images; {in_words(results)}")
+        if evaluate is None:
+            results[name] = task.evaluate(model, loader, args, world)
+        else:
+            results[name], more = evaluate(name, loader)
+            extra += more
+    log.say(f"{file}: {len(data.val):,} images; {in_words(results)}{extra}")
     task.pictures(log, next(iter(results.values())), data)
     return EXIT_DONE
 

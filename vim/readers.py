@@ -18,11 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from datasets import BrokenImage, DataError, Sources, to_rgb
+from datasets import DataError, Sources, as_broken_image, decode_image
 
-PREFIXES = ("wds/", "hfds/", "hfids/")
 WDS_IMAGES = ("jpg", "jpeg", "png", "webp")
 
 _foreign_modules: dict = {}
@@ -66,14 +65,8 @@ class BytesSource:
         raise NotImplementedError
 
     def read(self, index: int) -> Image.Image:
-        try:
-            with Image.open(io.BytesIO(self.read_bytes(index))) as image:
-                image.load()
-                return to_rgb(ImageOps.exif_transpose(image))
-        except MemoryError:
-            raise
-        except Exception as error:  # decoders raise what they like; every case leaves as BrokenImage
-            raise BrokenImage(f"{self.name(index)}: {' '.join(str(error).split())}") from error
+        with as_broken_image(self.name(index)):
+            return decode_image(io.BytesIO(self.read_bytes(index)))
 
 
 class TarSource(BytesSource):
@@ -126,14 +119,13 @@ class MemorySource(BytesSource):
 
 
 def reader_sources(args, need_train: bool) -> Sources:
-    """The data set of `args.data_set` with one of `PREFIXES`. Raises DataError.
+    """The data set of `args.data_set` with one of `READERS`. Raises DataError.
 
     Reads `data_set, data_path, train_split, val_split, image_key, label_key`.
     """
-    prefix, _, name = args.data_set.partition("/")
-    opened = {"wds": _open_wds, "hfds": _open_hfds, "hfids": _open_hfids}[prefix]
+    opened = {"wds": _open_wds, "hfds": _open_hfds, "hfids": _open_hfids}[args.data_set.partition("/")[0]]
     splits = [args.train_split, args.val_split] if need_train else [args.val_split]
-    found = [opened(args, name, split) for split in splits]
+    found = [opened(args, split) for split in splits]
     names = next((names for _, names in found if names), [])
     largest = max((int(source.labels.max(initial=0)) for source, _ in found), default=0)
     names = names or [str(number) for number in range(largest + 1)]
@@ -155,7 +147,7 @@ def _reader(args, split: str, root: str | None, **options):
 # ---- webdataset --------------------------------------------------------------------------------------------
 
 
-def _open_wds(args, name: str, split: str) -> tuple[TarSource, list[str]]:
+def _open_wds(args, split: str) -> tuple[TarSource, list[str]]:
     root = Path(args.data_path or "").expanduser()
     if not args.data_path or not root.is_dir():
         raise DataError(f"--data-set wds/ needs --data-path, the folder with the shards; {root} is none")
@@ -207,7 +199,7 @@ def _wds_label(file: tarfile.TarFile, tar: Path, key: str, parts: dict, label_ke
 # ---- Hugging Face datasets ---------------------------------------------------------------------------------
 
 
-def _open_hfds(args, name: str, split: str) -> tuple[ArrowSource, list[str]]:
+def _open_hfds(args, split: str) -> tuple[ArrowSource, list[str]]:
     with huggingface_datasets():
         keys = {"input_key": args.image_key, "target_key": args.label_key or "label"}
         reader = _reader(args, split, args.data_path or None, **keys)
@@ -220,7 +212,7 @@ def _open_hfds(args, name: str, split: str) -> tuple[ArrowSource, list[str]]:
     return ArrowSource(f"{args.data_set} {split}", images, labels, rows), names
 
 
-def _open_hfids(args, name: str, split: str) -> tuple[MemorySource, list[str]]:
+def _open_hfids(args, split: str) -> tuple[MemorySource, list[str]]:
     with huggingface_datasets():
         import datasets as huggingface
 

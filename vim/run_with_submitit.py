@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arguments import ConfigError, parse_args
-from distributed import EXIT_DONE, EXIT_REQUEUE, EXIT_USAGE
+from distributed import EXIT_DONE, EXIT_REQUEUE, EXIT_CONFIG
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,12 +84,12 @@ def submit(argv: list[str]) -> int:
         import submitit
     except ImportError:
         print("error: run_with_submitit.py needs submitit; pip install submitit", file=sys.stderr)
-        return EXIT_USAGE
+        return EXIT_CONFIG
     try:
         what, folder = training(args.flags)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        return EXIT_CONFIG
     executor = submitit.SlurmExecutor(folder=folder / "slurm")
     executor.update_parameters(
         job_name="vim",

@@ -49,7 +49,6 @@ class TrainSampler(Sampler[SampleKey]):
         rank: int = 0,
         seed: int = 0,
         repeats: int = 1,
-        shuffle: bool = True,
     ):
         if repeats not in (1, 3):
             raise ValueError(f"repeats={repeats}: expected 1, or 3 for repeated augmentation")
@@ -63,7 +62,6 @@ class TrainSampler(Sampler[SampleKey]):
         self.rank = rank
         self.seed = seed
         self.repeats = repeats
-        self.shuffle = shuffle
         self.epoch = 0
         self.start_batch = 0
         self.num_batches = size // (batch_size * num_ranks)
@@ -92,8 +90,6 @@ class TrainSampler(Sampler[SampleKey]):
             yield SampleKey(self.epoch, int(order[image]), repeat)
 
     def _global_order(self) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(self.size)
         seeds = np.random.SeedSequence([self.seed, self.epoch], spawn_key=(ORDER_STREAM,))
         return np.random.default_rng(seeds).permutation(self.size)
 

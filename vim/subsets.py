@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from datasets import DataError, ImageDataset
+from datasets import IMAGENET_CLASSES, DataError, ImageDataset
 from distributed import World, sum_over_ranks
 from precision import autocast
 
-IMAGENET_CLASSES = 1000
 NAMED_SUBSETS = ("imagenet-a", "imagenet-r", "imagenet-v2")
 BUILT_IN = "imagenet"
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})")

@@ -983,7 +983,7 @@ def choose_segments(programs: int, chunks: int, wanted: int) -> int:
     return segments if segments >= 3 else 1
 
 
-def _matrix_arguments(matrix: Tensor, batch: int) -> tuple[tuple[int, ...], bool, bool]:
+def _matrix_arguments(matrix: Tensor) -> tuple[tuple[int, ...], bool, bool]:
     """(strides of (direction, batch, group, state, token), is it per token, can two states be one load)."""
     if matrix.dim() == 3:  # (directions, D, N): the channel's stride takes the group's place
         return (matrix.stride(0), 0, matrix.stride(1), matrix.stride(2), 0), False, False
@@ -1068,7 +1068,7 @@ def _carry(
     if grid.segments == 1:
         return start
     states = inputs.A[0].shape[1]
-    strides, variable, packed = _matrix_arguments(matrix, grid.batch)
+    strides, variable, packed = _matrix_arguments(matrix)
     ends = _new(v, grid.directions, grid.batch, grid.segments, states, grid.channels)
     decays = _new(v, grid.directions, grid.batch, grid.segments, grid.channels)
     arguments = _common(inputs, grid, read=(v,))
@@ -1098,8 +1098,8 @@ def scan_forward(
     """Run the scan. Writes out (directions, B, D, L), states (`states_shape`), last_state (directions, B, D, N)."""
     grid = _grid(inputs, FORWARD_BLOCK, segments)
     carry = _carry(inputs, grid, inputs.u, inputs.B, None, 1.0, adjoint=False)
-    B_strides, B_variable, B_packed = _matrix_arguments(inputs.B, grid.batch)
-    C_strides, C_variable, C_packed = _matrix_arguments(inputs.C, grid.batch)
+    B_strides, B_variable, B_packed = _matrix_arguments(inputs.B)
+    C_strides, C_variable, C_packed = _matrix_arguments(inputs.C)
     scan_forward_kernel[grid.launch](
         u=inputs.u, u_strides=inputs.u.stride(), out=out, out_strides=out.stride(),
         B=inputs.B, B_strides=B_strides, B_VARIABLE=B_variable, B_PACKED=B_packed,
@@ -1134,8 +1134,8 @@ def scan_backward(
     grid = _grid(inputs, block, segments)
     states_count = inputs.A[0].shape[1]
     carry = _carry(inputs, grid, dout, inputs.C, carry, scale, adjoint=True)
-    B_strides, B_variable, B_packed = _matrix_arguments(inputs.B, grid.batch)
-    C_strides, C_variable, C_packed = _matrix_arguments(inputs.C, grid.batch)
+    B_strides, B_variable, B_packed = _matrix_arguments(inputs.B)
+    C_strides, C_variable, C_packed = _matrix_arguments(inputs.C)
     partial = (grid.directions, grid.batch, grid.segments, states_count, grid.channels)
     dA = _new(dout, *partial)
     dB_constant = None if B_variable else torch.zeros_like(dA)
