@@ -14,7 +14,7 @@ import torch.distributed as dist
 from arguments import ConfigError
 from checkpoint import CheckpointError
 from datasets import DataError
-from distributed import EXIT_FAILED, EXIT_NONFINITE, EXIT_CONFIG, PeerError
+from distributed import EXIT_CONFIG, EXIT_FAILED, EXIT_NONFINITE, PeerError
 from engine import NonFiniteError
 
 # A log, a picture or a tracker's file that cannot be written; checkpoints have an error of their own.

@@ -21,7 +21,6 @@ from datasets import IMAGENET_CLASSES, BrokenImage, DataError, read_image
 from hub import evaluation_settings, open_model
 
 
-
 @dataclass
 class Classifier:
     """A model in evaluation mode on its device, and how to feed and read it."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arguments import ConfigError, parse_args
-from distributed import EXIT_DONE, EXIT_REQUEUE, EXIT_CONFIG
+from distributed import EXIT_CONFIG, EXIT_DONE, EXIT_REQUEUE
 
 
 def build_parser() -> argparse.ArgumentParser:
