@@ -578,6 +578,78 @@ def _store_matrix_gradient(
 
 
 @triton.jit
+def _mark_groups(
+    marks, A, staged, u, u_step, B, B_step, B_stride, start, groups, lane, mask,
+    N: tl.constexpr, AT_A_TIME: tl.constexpr, B_PACKED: tl.constexpr, PAIRED: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The states before each group of a chunk, into `marks`, which has those before the first; A in units of log2."""
+    for j in range(0, groups - 1):
+        at = start + j * GROUP
+        x = _rows(_pointers(u, u_step, at, GROUP), mask, GROUP, PAIRED)
+        step = _staged_rows(staged + j * GROUP * BLOCK + lane, BLOCK, GROUP)
+        drive = _drive(x, step, GROUP)
+        B_rows = _pointers(B, B_step, at, GROUP)
+        marks_j = marks + j * (N * BLOCK)
+        for first_state in range(0, N, AT_A_TIME):
+            B_at = _moved(B_rows, first_state * B_stride, GROUP)
+            for n2 in tl.static_range(0, AT_A_TIME, 2):
+                bs = _pairs(B_at, B_stride, n2, AT_A_TIME, B_PACKED, GROUP)
+                for q in tl.static_range(2):
+                    if n2 + q < AT_A_TIME:
+                        n = first_state + n2 + q
+                        A_n = tl.load(A + n * BLOCK + lane)
+                        h = tl.load(marks_j + n * BLOCK)
+                        for k in tl.static_range(GROUP):
+                            h = tl.exp2(step[k] * A_n) * h + bs[k][q] * drive[k]
+                        tl.store(marks_j + n * BLOCK + N * BLOCK, h)
+
+
+@triton.jit
+def _store_group(
+    du, ddelta, gated, x_rows, slopes, step, dy, product, dexponent, D, sum_bias, sum_D, scale, repeated, lane, mask,
+    SOFTPLUS: tl.constexpr, PAIRED: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """A group's gradients of u, delta and z, and its shares of D's and the bias's.
+
+    product, dexponent: of each token, the sums over states of what is sent times B, and of the decay's gradient.
+    gated: (pointers of dz, y before the skip, z, dout), or None.
+    """
+    x = _rows(x_rows, mask, GROUP, PAIRED)  # read again, as D: registers are scarcer than loads
+    bias_n = tl.load(sum_bias)
+    if SOFTPLUS:
+        slope = _staged_rows(slopes, BLOCK, GROUP)
+    if D is not None:
+        skip = _read(D, mask)
+        D_n = tl.load(sum_D)
+    for k in tl.static_range(GROUP):
+        inside = _unless(k < repeated, lane, mask)
+        rate = product[k] * x[k] + dexponent[k] * LN_2
+        if SOFTPLUS:
+            rate = rate * slope[k]
+        else:
+            rate = rate * tl.where(k >= repeated, 1.0, 0.0)
+        bias_n += rate
+        value = product[k] * step[k]
+        if D is not None:
+            value += skip * dy[k]
+            D_n += dy[k] * x[k]
+        tl.store(du[k], value.to(du[k].dtype.element_ty), mask=inside)
+        tl.store(ddelta[k], rate.to(ddelta[k].dtype.element_ty), mask=inside)
+        if gated is not None:
+            dz, y, z, dout = gated
+            read = y[k]
+            if D is not None:
+                read += skip * x[k]
+            s = sigmoid(z[k])
+            gate_slope = read * dout[k] * scale * s * (1 + z[k] * (1 - s))
+            tl.store(dz[k], gate_slope.to(dz[k].dtype.element_ty), mask=inside)
+    tl.store(sum_bias, bias_n)
+    if D is not None:
+        tl.store(sum_D, D_n)
+
+
+@triton.jit
 def scan_backward_kernel(
     dout, dout_strides, u, u_strides, delta, delta_strides, z, z_strides, B, B_strides, C, C_strides,
     dt_weight, dt_weight_b, bias, bias_b, A, A_b, D, D_b,
@@ -687,25 +759,10 @@ def scan_backward_kernel(
         else:
             _store_states(marks, BLOCK, _zeros(N, BLOCK), None, N)
         tl.debug_barrier()
-        for j in range(0, groups - 1):
-            at = start + j * GROUP
-            x = _rows(_pointers(u, u_step, at, GROUP), mask, GROUP, PAIRED)
-            step = _staged_rows(staged + j * GROUP * BLOCK + lane, BLOCK, GROUP)
-            drive = _drive(x, step, GROUP)
-            B_rows = _pointers(B, B_step, at, GROUP)
-            marks_j = marks + j * (N * BLOCK)
-            for first_state in range(0, N, MARK):
-                B_at = _moved(B_rows, first_state * B_stride, GROUP)
-                for n2 in tl.static_range(0, MARK, 2):
-                    bs = _pairs(B_at, B_stride, n2, MARK, B_PACKED, GROUP)
-                    for q in tl.static_range(2):
-                        if n2 + q < MARK:
-                            n = first_state + n2 + q
-                            A_n = tl.load(scratch + n * BLOCK + lane)
-                            h = tl.load(marks_j + n * BLOCK)
-                            for k in tl.static_range(GROUP):
-                                h = tl.exp2(step[k] * A_n) * h + bs[k][q] * drive[k]
-                            tl.store(marks_j + n * BLOCK + N * BLOCK, h)
+        _mark_groups(
+            marks, scratch, staged, u, u_step, B, B_step, B_stride, start, groups, lane, mask,
+            N, MARK, B_PACKED, PAIRED, BLOCK, GROUP,
+        )  # fmt: skip
         tl.debug_barrier()
 
         for j in range(groups - 1, -1, -1):
@@ -773,41 +830,16 @@ def scan_backward_kernel(
             if dBC is not None:
                 group_dBC = dBC + tl.where(backward, length - 1 - at, at).to(tl.int64) * (2 * N)
                 _store_matrix_gradient(group_dBC, total, offsets, repeated, N, GROUP, WIDTH, ROWS, COLUMNS)
-            du_rows = _pointers(du, du_step, at, GROUP)
-            ddelta_rows = _pointers(ddelta, ddelta_step, at, GROUP)
             if dz is not None:
-                dz_rows = _pointers(dz, dz_step, at, GROUP)
-            x = _rows(x_rows, mask, GROUP, PAIRED)  # read again, as D: registers are scarcer than loads
-            bias_n = tl.load(sum_bias)
-            if SOFTPLUS:
-                slope = _staged_rows(slopes + j * GROUP * BLOCK + lane, BLOCK, GROUP)
-            if D is not None:
-                skip = _read(D, mask)
-                D_n = tl.load(sum_D)
-            for k in tl.static_range(GROUP):
-                inside = _unless(k < repeated, lane, mask)
-                rate = product[k] * x[k] + dexponent[k] * LN_2
-                if SOFTPLUS:
-                    rate = rate * slope[k]
-                else:
-                    rate = rate * tl.where(k >= repeated, 1.0, 0.0)
-                bias_n += rate
-                value = product[k] * step[k]
-                if D is not None:
-                    value += skip * dy[k]
-                    D_n += dy[k] * x[k]
-                tl.store(du_rows[k], value.to(du.dtype.element_ty), mask=inside)
-                tl.store(ddelta_rows[k], rate.to(ddelta.dtype.element_ty), mask=inside)
-                if dz is not None:
-                    read = y[k]
-                    if D is not None:
-                        read += skip * x[k]
-                    s = sigmoid(gates[k])
-                    gate_slope = read * incoming[k] * scale * s * (1 + gates[k] * (1 - s))
-                    tl.store(dz_rows[k], gate_slope.to(dz.dtype.element_ty), mask=inside)
-            tl.store(sum_bias, bias_n)
-            if D is not None:
-                tl.store(sum_D, D_n)
+                gated = (_pointers(dz, dz_step, at, GROUP), y, gates, incoming)
+            else:
+                gated = None
+            slope_rows = slopes + j * GROUP * BLOCK + lane
+            _store_group(
+                _pointers(du, du_step, at, GROUP), _pointers(ddelta, ddelta_step, at, GROUP), gated, x_rows, slope_rows,
+                step, dy, product, dexponent, D, sum_bias, sum_D, scale, repeated, lane, mask,
+                SOFTPLUS, PAIRED, BLOCK, GROUP,
+            )  # fmt: skip
             tl.debug_barrier()  # what this group wrote, whichever thread did, the next one reads
     tl.store(dbias + part * channels + d, tl.load(sum_bias), mask=mask)
     if D is not None:
