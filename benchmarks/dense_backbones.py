@@ -8,7 +8,6 @@ The same harness, turns and table as vim_vs_deit.py: images per second and peak 
         --attention flash cudnn efficient --modes infer backward
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,17 +47,12 @@ def run(cases: Sequence[Case], settings: Settings, out: Path) -> dict[str, objec
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=harness.HelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser = harness.command_line(__doc__, 10.0, "time for one case, at least 3 turns")
     parser.add_argument("--precision", default="float32", choices=list(subjects.PRECISIONS))
     parser.add_argument("--attention", nargs="+", default=["sdpa", "eager"], choices=list(subjects.ATTENTION))
     parser.add_argument("--modes", nargs="+", default=["infer"], choices=list(subjects.MODES))
     parser.add_argument("--px", nargs="+", type=int, default=list(PX))
     parser.add_argument("--batch", nargs="+", default=[], help="PX:BATCH; 1 where not given")
-    parser.add_argument("--seconds", type=float, default=10.0, help="time for one case, at least 3 turns")
-    parser.add_argument("--launch", default="graph", choices=harness.LAUNCHES, help="of a GPU's kernels")
-    parser.add_argument("--threads", type=int, default=0, help="torch's thread count; 0: torch's own choice")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS)
     args = parser.parse_args()
     harness.set_threads(args.threads)
     device = torch.device(args.device)

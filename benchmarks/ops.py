@@ -8,7 +8,6 @@ and named.
     python benchmarks/ops.py [--device cuda] [--dtype bfloat16] [--seconds 6]
 """
 
-import argparse
 import contextlib
 import os
 import sys
@@ -306,14 +305,9 @@ def run(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=harness.HelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser = harness.command_line(__doc__, 6.0, "time for one op at one shape")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--seconds", type=float, default=6.0, help="time for one op at one shape")
     parser.add_argument("--quick", action="store_true", help="the slow peers' forward only")
-    parser.add_argument("--launch", default="graph", choices=harness.LAUNCHES, help="of a GPU's kernels")
-    parser.add_argument("--threads", type=int, default=0, help="torch's thread count; 0: torch's own choice")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS)
     args = parser.parse_args()
     harness.set_threads(args.threads)
     device = torch.device(args.device)

@@ -11,7 +11,6 @@ Python calls it); one that cannot be captured is timed eagerly, and its record s
         --attention eager flash cudnn efficient
 """
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,8 +269,7 @@ def parse_batch(items: Sequence[str]) -> dict[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=harness.HelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser = harness.command_line(__doc__, 10.0, "time for one case, at least 3 turns")
     parser.add_argument("--precision", default="float32", choices=list(subjects.PRECISIONS))
     parser.add_argument("--compile", default="none", choices=subjects.COMPILE)
     parser.add_argument("--attention", nargs="+", default=["sdpa", "eager"], choices=list(subjects.ATTENTION))
@@ -279,10 +277,6 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["infer", "step"], choices=list(subjects.MODES))
     parser.add_argument("--px", nargs="+", type=int, default=list(PX))
     parser.add_argument("--batch", nargs="+", default=["224:8"], help="PX:BATCH; 1 where not given")
-    parser.add_argument("--seconds", type=float, default=10.0, help="time for one case, at least 3 turns")
-    parser.add_argument("--launch", default="graph", choices=harness.LAUNCHES, help="of a GPU's kernels")
-    parser.add_argument("--threads", type=int, default=0, help="torch's thread count; 0: torch's own choice")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS)
     args = parser.parse_args()
     harness.set_threads(args.threads)
     device = torch.device(args.device)
