@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from arguments import ConfigError, OneLineParser, positive_int
-from inference import add_model_flags, load_classifier, run_cli
+from failures import run_cli
+from inference import add_model_flags, load_classifier
 
 LARGEST_BATCH = 1024
 TOLERANCE = 1e-4

@@ -5,8 +5,11 @@ Anything that is not named here is a fault of the program and keeps its tracebac
 
 from __future__ import annotations
 
+import argparse
 import errno
 import math
+import sys
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -14,7 +17,7 @@ import torch.distributed as dist
 from arguments import ConfigError
 from checkpoint import CheckpointError
 from datasets import DataError
-from distributed import EXIT_CONFIG, EXIT_FAILED, EXIT_NONFINITE, PeerError
+from distributed import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NONFINITE, PeerError
 from engine import NonFiniteError
 
 # A log, a picture or a tracker's file that cannot be written; checkpoints have an error of their own.
@@ -36,6 +39,16 @@ def explain(error: Exception, args=None) -> tuple[int, str] | None:
         line = loader_failure(error, args) or lost_rank(error)
         return (EXIT_FAILED, line) if line else None
     return None
+
+
+def run_cli(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Run a command; what a user can mend becomes one line on stderr and exit code 4."""
+    try:
+        command(args)
+    except (ConfigError, DataError, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    return EXIT_DONE
 
 
 def out_of_memory(error: Exception, args) -> str:

@@ -7,7 +7,6 @@ python checkpoint.py export FILE --ema OUT [--push OWNER/REPO]
 import argparse
 import difflib
 import math
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ import models_baseline  # noqa: F401  (registers its models with timm)
 from arguments import OneLineParser
 from augment import channel_statistics, crop_ratio
 from checkpoint import STRICT_ADVICE, Checkpoint, CheckpointError, load_weights, read_checkpoint
+from failures import run_cli
 from models_mamba import CLS_TOKENS, VARIANTS
 from pretrained import published_weights
 
@@ -372,14 +372,12 @@ def export(args, checkpoint: Checkpoint) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """`python checkpoint.py ...`; returns the exit code, 4 for what a user can mend."""
-    args = build_parser().parse_args(argv)
-    try:
-        checkpoint = read_checkpoint(args.file, args.trust_checkpoint)
-        if args.command == "inspect":
-            print(inspect(checkpoint, args.model))
-        else:
-            export(args, checkpoint)
-    except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 4
-    return 0
+    return run_cli(command, build_parser().parse_args(argv))
+
+
+def command(args: argparse.Namespace) -> None:
+    checkpoint = read_checkpoint(args.file, args.trust_checkpoint)
+    if args.command == "inspect":
+        print(inspect(checkpoint, args.model))
+    else:
+        export(args, checkpoint)

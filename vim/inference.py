@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,13 +162,3 @@ def batches(items: list, size: int) -> Iterator[list]:
     """Consecutive parts of a list, `size` items each but the last."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def run_cli(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Run a command; what a user can mend becomes one line on stderr and exit code 4."""
-    try:
-        command(args)
-    except (ConfigError, DataError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 4
-    return 0

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from arguments import OneLineParser, positive_int
 from datasets import DataError
-from inference import Classifier, add_model_flags, batches, find_images, load_classifier, run_cli
+from failures import run_cli
+from inference import Classifier, add_model_flags, batches, find_images, load_classifier
 
 FORMATS = ("table", "json", "csv")
 

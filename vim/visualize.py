@@ -22,7 +22,8 @@ from tqdm import tqdm
 from arguments import ConfigError, OneLineParser, positive_int
 from augment import channel_statistics
 from datasets import DataError
-from inference import Classifier, add_model_flags, find_images, load_classifier, run_cli
+from failures import run_cli
+from inference import Classifier, add_model_flags, find_images, load_classifier
 from models_mamba import VisionMamba, split_cls_tokens
 
 # Beyond this length the whole matrix takes minutes and shows nothing; the class token's row is always drawn.
