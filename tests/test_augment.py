@@ -13,10 +13,12 @@ from arguments import ConfigError
 from augment import (
     MIXUP_STREAM,
     SAMPLE_STREAM,
+    _operations,
     build_mixup,
     build_transform,
     channel_statistics,
     counter_randomness,
+    posterize,
 )
 from helpers import PLAIN, random_image, run_args
 
@@ -168,6 +170,20 @@ def test_random_erasing_fills_one_rectangle():
         assert int(hole.sum()) == int(rows.sum() * columns.sum())
     whole = build_transform(arguments(*flags, "--reprob", "0", input_size=64), train=True)
     assert not any((view == 0).any() for view in augmented(whole, white, 5))
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m9", "augmix-m9", "original", "v0"])
+def test_every_magnitude_of_a_policy_can_be_drawn(policy):
+    """Posterising to no bit at all, the end of the recipe's range, is what Pillow refuses from version 13 on."""
+    image, seen = random_image(0), set()
+    steps = build_transform(run_args("--aa", policy), train=True).transforms
+    for operation in (op for step in steps for op in _operations(step)):
+        seen.add(operation.name)
+        operation.prob, operation.magnitude_std = 1.0, 0
+        for operation.magnitude in range(11):
+            assert operation(image).size == image.size
+    assert any(name.startswith("Posterize") for name in seen)
+    assert posterize(image, 0).getextrema() == ((0, 0),) * 3
 
 
 def test_three_augment_chooses_one_of_grey_solarise_blur():

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -171,10 +171,27 @@ def _deit_steps(args, size: tuple[int, int]) -> list:
         interpolation=args.train_interpolation,
         separate=True,
     )
+    for policy in augment.transforms:
+        for operation in _operations(policy):
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = posterize
     geometry = crop.transforms
     if max(size) <= SMALL_SIDE:
         geometry = [ResizeToCover(size), transforms.RandomCrop(size, padding=4), *geometry[1:]]
     return geometry + augment.transforms
+
+
+def _operations(policy) -> Iterator[auto_augment.AugmentOp]:
+    """The operations of one of timm's policies; none of a transform that is no policy."""
+    for group in (getattr(policy, "ops", []), *getattr(policy, "policy", [])):
+        yield from group
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **options) -> Image.Image:
+    """timm's operation, also for no bit at all, which its recipes draw: black, as before Pillow 13, which refuses."""
+    if bits_to_keep == 0:
+        return image.point(lambda value: 0)
+    return auto_augment.posterize(image, bits_to_keep, **options)
 
 
 def three_augment(size: tuple[int, int], color_jitter: float | None, simple_crop: bool) -> list:
