@@ -13,6 +13,7 @@ import pytest
 import engine
 from checkpoint import latest_checkpoint, read_checkpoint
 from distributed import EXIT_REQUEUE
+from faults import InjectedError
 from main import main
 from processes import QUICK, STEPS, end, fault, no_pictures, pieces, start, start_ranks, wait_for_a_step  # noqa: F401
 
@@ -52,6 +53,22 @@ def test_a_stopped_run_resumes_bit_for_bit(setting, tmp_path):
     assert read_checkpoint(tmp_path / "parts" / "checkpoint.pth").step == int(stop.partition("@")[2]) + 1
     assert run(flags, tmp_path / "parts") == 0
     assert differing(tmp_path / "whole", tmp_path / "parts") == []
+
+
+def test_a_run_in_the_folder_of_another_is_never_taken_for_it(tmp_path, capsys):
+    """Not even if it dies before its first checkpoint: `--resume auto` would go on with the older run."""
+    assert run(f"{QUICK} --seed 7", tmp_path / "whole") == 0
+    folder = tmp_path / "both"
+    assert run(f"{QUICK} --seed 1", folder) == 0
+    older = pieces(folder)
+    with fault("raise-before@2:0"), pytest.raises(InjectedError):
+        main([*f"{QUICK} --seed 7".split(), "--output_dir", str(folder)])
+    assert f"holds another run, and there is no --resume: moved it to {folder / 'earlier-1'}" in capsys.readouterr().out
+    assert pieces(folder / "earlier-1") == older and latest_checkpoint(folder) is None
+    assert run(f"{QUICK} --seed 7", folder) == 0
+    assert differing(tmp_path / "whole", folder) == []
+    assert main([*f"{QUICK} --seed 1 --epochs 1".split(), "--output_dir", str(folder)]) == 0
+    assert differing(tmp_path / "whole", folder / "earlier-2") == []
 
 
 def test_a_run_stopped_during_an_evaluation_finishes_it_first(tmp_path, monkeypatch, capsys):

@@ -113,7 +113,8 @@ def summarise(args, log: RunLog) -> str:
 def resume(run: Run, log: RunLog) -> None:
     """Go on from the checkpoint of `--resume`, or begin where there is none to go on from.
 
-    Beginning once more, because a rank died before the first checkpoint, is an incident too.
+    A run without `--resume` moves what another one has left in its folder aside. Beginning once more, because a rank
+    died before the first checkpoint, is an incident too.
     """
     path = run.args.resume
     if path == "auto":
@@ -130,8 +131,10 @@ def resume(run: Run, log: RunLog) -> None:
             log.incident("resumed", run.progress.step, f"resuming{restarts} {known}")
         elif count:
             log.incident("restarted", run.progress.step, f"restart {count}: no checkpoint to go on from")
-        else:
+        elif run.args.resume == "auto":
             log.forget_incidents()
+        else:
+            log.make_room()
 
 
 def newest(run: Run, log: RunLog) -> Path | None:

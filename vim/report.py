@@ -36,6 +36,18 @@ INCIDENTS = {
     "fallback": "damaged checkpoints passed over",
 }
 
+# What a run leaves in its output folder, and by what it is recognised there.
+RUN_SIGNS = ("checkpoint*.pth*", "log.txt", "incidents.txt")
+RUN_FILES = (
+    *RUN_SIGNS,
+    "best_checkpoint.pth",
+    "args.yaml",
+    "metrics.csv",
+    "*.png",
+    "overlays",
+    "events.out.tfevents.*",
+)
+
 # More names than this on an axis cannot be read.
 MOST_NAMES = 40
 
@@ -159,9 +171,24 @@ class RunLog:
             replace_text(path, before + json.dumps({"kind": kind, "step": step, "text": text}) + "\n")
 
     def forget_incidents(self) -> None:
-        """Those in the output folder are another run's."""
+        """Those in the output folder are of an attempt that left nothing else."""
         if self.dir:
             (self.dir / "incidents.txt").unlink(missing_ok=True)
+
+    def make_room(self) -> None:
+        """Move what another run has left in the output folder into one of its own, `earlier-N`, and say so.
+
+        Nothing of it is lost, and `--resume auto` takes none of its checkpoints for this run's.
+        """
+        if not self.dir or not any(True for pattern in RUN_SIGNS for _ in self.dir.glob(pattern)):
+            return
+        left = sorted({path for pattern in RUN_FILES for path in self.dir.glob(pattern)})
+        numbers = (int(path.name.partition("-")[2]) for path in self.dir.glob("earlier-*") if path.name[8:].isdigit())
+        folder = self.dir / f"earlier-{max(numbers, default=0) + 1}"
+        folder.mkdir()
+        for path in left:
+            path.rename(folder / path.name)
+        self.say(f"--output_dir {self.dir} holds another run, and there is no --resume: moved it to {folder}")
 
     def incidents(self) -> Counter:
         """How often each of INCIDENTS happened to this run, in all of its processes."""
