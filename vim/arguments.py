@@ -56,17 +56,24 @@ def natural_int(text: str) -> int:
     return value
 
 
-def positive_float(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number; leave the flag out for its default")
+def seed_number(text: str) -> int:
+    value = natural_int(text)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} has more than 63 bits")
     return value
 
 
-def seconds(text: str) -> float:
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number; without the flag its default holds")
+    return value
+
+
+def natural_float(text: str) -> float:
     value = float(text)
     if not 0.0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no number of seconds; 0 waits for ever")
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or a positive number")
     return value
 
 
@@ -184,7 +191,7 @@ def add_run_flags(parser) -> None:
         metavar="DIR",
         help="where checkpoints, logs and pictures go; empty saves nothing",
     )
-    add("--seed", default=0, type=natural_int, help="the one number that all randomness derives from")
+    add("--seed", default=0, type=seed_number, help="the one number that all randomness derives from")
     add(
         "--report-to",
         default="tensorboard",
@@ -236,7 +243,7 @@ def add_loader_flags(parser) -> None:
     add(
         "--loader-timeout",
         default=600.0,
-        type=seconds,
+        type=natural_float,
         metavar="SECONDS",
         help="wait for a batch at most so long; 0 for ever",
     )
@@ -288,11 +295,11 @@ def add_weight_flags(parser) -> None:
 def add_optimizer_flags(parser) -> None:
     add = parser.add_argument_group("optimiser").add_argument
     add("--opt", default="adamw", metavar="NAME", help="any optimiser of timm")
-    add("--opt-eps", default=1e-8, type=float, metavar="EPS", help="added to Adam's denominator")
+    add("--opt-eps", default=1e-8, type=positive_float, metavar="EPS", help="added to Adam's denominator")
     add("--opt-betas", default=None, type=float, nargs="+", metavar="BETA", help="the optimiser's own")
     add("--clip-grad", default=None, type=positive_float, metavar="NORM", help="largest gradient norm; no limit")
-    add("--momentum", default=0.9, type=float, metavar="M", help="of SGD")
-    add("--weight-decay", default=0.05, type=float, help="not for biases, norms and embeddings")
+    add("--momentum", default=0.9, type=natural_float, metavar="M", help="of SGD")
+    add("--weight-decay", default=0.05, type=natural_float, help="not for biases, norms and embeddings")
     add(
         "--no-decay-ssm",
         "--decay-ssm",
@@ -310,16 +317,16 @@ def add_optimizer_flags(parser) -> None:
 
 def add_schedule_flags(parser) -> None:
     add = parser.add_argument_group("learning rate").add_argument
-    add("--lr", default=5e-4, type=float, help="at a whole batch of 512; scaled linearly")
+    add("--lr", default=5e-4, type=natural_float, help="at a whole batch of 512; scaled linearly")
     switch(add, "unscale-lr", False, "take --lr as it is, whatever the batch")
     add("--sched", default="cosine", metavar="NAME", help="any schedule of timm")
     switch(add, "sched-on-updates", False, "change the learning rate at every step, not every epoch")
     add("--lr-noise", default=None, type=float, nargs="+", metavar="FRACTION", help="noise on/off epochs")
-    add("--lr-noise-pct", default=0.67, type=float, metavar="PERCENT", help="largest noise")
-    add("--lr-noise-std", default=1.0, type=float, metavar="STD", help="of the noise before it is limited")
-    add("--warmup-lr", default=1e-6, type=float, help="the first epoch's")
-    add("--min-lr", default=1e-5, type=float, help="the last epochs'")
-    add("--decay-epochs", default=30, type=float, help="between two steps of --sched step")
+    add("--lr-noise-pct", default=0.67, type=natural_float, metavar="PERCENT", help="largest noise")
+    add("--lr-noise-std", default=1.0, type=natural_float, metavar="STD", help="of the noise before it is limited")
+    add("--warmup-lr", default=1e-6, type=natural_float, help="the first epoch's")
+    add("--min-lr", default=1e-5, type=natural_float, help="the last epochs'")
+    add("--decay-epochs", default=30, type=positive_float, help="between two steps of --sched step")
     add(
         "--decay-milestones",
         default=[30.0, 60.0],
@@ -338,12 +345,12 @@ def add_schedule_flags(parser) -> None:
     )
     add("--cooldown-epochs", default=10, type=natural_int, help="at min-lr, if --epochs leaves room")
     add("--patience-epochs", default=10, type=natural_int, help="of --sched plateau")
-    add("--decay-rate", "--dr", default=0.1, type=float, help="factor of --sched step; power of --sched poly")
+    add("--decay-rate", "--dr", default=0.1, type=positive_float, help="factor of --sched step; power of --sched poly")
 
 
 def add_augmentation_flags(parser) -> None:
     add = parser.add_argument_group("augmentation").add_argument
-    add("--color-jitter", default=0.3, type=float, metavar="PCT", help="only where --aa is off")
+    add("--color-jitter", default=0.3, type=natural_float, metavar="PCT", help="only where --aa is off")
     add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="RandAugment; `none` for off")
     add("--train-interpolation", default="bicubic", choices=INTERPOLATIONS, help="of resized crops")
     add("--reprob", default=0.25, type=fraction, metavar="P", help="random erasing")
@@ -356,8 +363,8 @@ def add_augmentation_flags(parser) -> None:
 
 def add_mixup_flags(parser) -> None:
     add = parser.add_argument_group("mixup and cutmix").add_argument
-    add("--mixup", default=0.8, type=float, metavar="ALPHA", help="0 for off")
-    add("--cutmix", default=1.0, type=float, metavar="ALPHA", help="0 for off")
+    add("--mixup", default=0.8, type=natural_float, metavar="ALPHA", help="0 for off")
+    add("--cutmix", default=1.0, type=natural_float, metavar="ALPHA", help="0 for off")
     add(
         "--cutmix-minmax",
         default=None,
@@ -388,7 +395,7 @@ def add_loss_flags(parser) -> None:
         help="what a teacher gives: odds or a label",
     )
     add("--distillation-alpha", default=0.5, type=fraction, help="the teacher's share of the loss")
-    add("--distillation-tau", default=1.0, type=float, help="temperature of soft distillation")
+    add("--distillation-tau", default=1.0, type=positive_float, help="temperature of soft distillation")
 
 
 def add_evaluation_flags(parser) -> None:
@@ -463,7 +470,7 @@ def add_distributed_flags(parser) -> None:
     add(
         "--dist-timeout",
         default=1800.0,
-        type=float,
+        type=positive_float,
         metavar="SECONDS",
         help="a process that is waited for so long is taken for dead",
     )
@@ -575,6 +582,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError(f"--device {args.device}: this torch sees no GPU; use --device cpu or --device auto")
     if args.device.partition(":")[0] not in ("cuda", "cpu", "mps"):
         raise ConfigError(f"--device {args.device} is not one of cuda, cpu, mps, auto")
+    if args.device.startswith("mps") and not torch.backends.mps.is_available():
+        raise ConfigError(f"--device {args.device}: this torch sees no Apple GPU; use --device cpu or --device auto")
     if args.eval and not args.resume:
         raise ConfigError("--eval needs --resume CKPT, the weights to evaluate")
     if args.resume == "auto" and not args.output_dir:
@@ -605,7 +614,7 @@ def check_classifier(args: argparse.Namespace) -> None:
         raise ConfigError(f"--distillation-type {args.distillation_type} needs --teacher-path CKPT")
     if args.distillation_type != "none" and args.cosub:
         raise ConfigError("--cosub is its own teacher; take it or --distillation-type, not both")
-    if args.cutmix_minmax is not None and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
+    if args.cutmix_minmax is not None and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
         smallest, largest = args.cutmix_minmax
         raise ConfigError(f"--cutmix-minmax {smallest:g} {largest:g}: give the smaller ratio first")
     if (args.valid_labels or args.real_labels) and not args.eval:
