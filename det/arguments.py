@@ -95,6 +95,8 @@ def settings_of(args: argparse.Namespace) -> DetectorSettings:
 
 
 def check(args: argparse.Namespace) -> None:
+    if args.eval and not args.resume:
+        raise ConfigError("--eval needs --resume CKPT; --finetune CKPT has weights of the backbone alone")
     low, high = args.scale_range
     if not 0 < low <= high:
         raise ConfigError(f"--scale-range {low:g} {high:g}: expected two factors above 0, the smaller one first")

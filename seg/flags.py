@@ -94,6 +94,8 @@ def resolve(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
+    if args.eval and not args.resume:
+        raise ConfigError("--eval needs --resume CKPT; --finetune CKPT has weights of the backbone alone")
     if args.data_set != "SCENES" and not args.data_path:
         raise ConfigError(f"--data-set {args.data_set} needs --data-path DIR; without one only SCENES can be had")
     if min(args.eval_scales) <= 0:

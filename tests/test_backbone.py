@@ -18,6 +18,7 @@ from mamba_ssm import BiMamba, Mamba
 from mamba_ssm.modules.mamba_simple import Mamba as MambaModule
 from models_mamba import VARIANTS
 from oracle_cases import fill
+from summary import summary
 
 NAMES = [name for name in VARIANTS if "_bimambav2" not in name]
 SMALL = {"vim_nano_patch4_32": {}, "vim_tiny_patch16_224": {"depth": 3, "img_size": 64}}
@@ -229,6 +230,29 @@ def test_the_summary_counts_parameters_and_both_directions(capsys):
     length, channels, states, rank, width, depth = 65, 128, 16, 4, 4, 4
     second = 2 * length * channels * (width + (rank + 2 * states) + rank) * depth + one["mamba_ssm.selective_scan"]
     assert sum(both.values()) - sum(one.values()) == second
+
+
+def test_the_summary_counts_attention_however_it_is_computed():
+    """torch's counter knows scaled_dot_product_attention on a GPU and not on a CPU."""
+    model = timm.create_model("deit_nano_patch4_32").eval()
+    fused = summary(model, (32, 32))
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    eager = summary(model, (32, 32))
+    assert "_scaled_dot_product" in fused and "bmm" in eager
+    assert fused.splitlines()[:-1] == eager.splitlines()[:-1]
+
+
+def test_a_misspelt_argument_is_told_with_the_accepted_ones():
+    with pytest.raises(TypeError, match=r"no argument 'drop_rat' \(did you mean drop_rate\?\); it takes img_size, .*"):
+        timm.create_model("vim_nano_patch4_32", drop_rat=0.1)
+
+
+def test_timms_name_of_the_mean_is_known():
+    model = timm.create_model("vim_nano_patch4_32", cls_token="none", global_pool="avg")
+    assert model.global_pool == "mean"
+    model.reset_classifier(3, global_pool="avg")
+    assert model.global_pool == "mean" and model(images_for(model, 2)).shape == (2, 3)
 
 
 # ---- the block alone

@@ -262,6 +262,21 @@ def test_either_kind_of_weights_is_enough_for_an_evaluation(kept, tmp_path, caps
     assert f"{name} weights: top-1" in text and text.count("weights: top-1") == 1
 
 
+def test_weights_are_evaluated_at_another_resolution(tmp_path, capsys):
+    """As in DeiT by --finetune: --resume wants the image size of training, and says so."""
+    torch.manual_seed(0)
+    model = timm.create_model("vim_nano_patch4_32", img_size=8, num_classes=10)
+    torch.save({"model": model.state_dict()}, tmp_path / "small.pth")
+    larger = f"{VIM} --input-size 12 --eval"
+    assert "--finetune re-makes the head" in refusal(capsys, 4, larger, "--resume", tmp_path / "small.pth")
+    assert run(larger, "--finetune", tmp_path / "small.pth") == 0
+    told = capsys.readouterr().out
+    assert "raw weights: top-1" in told and "small.pth (SHA-256" in told
+    model.reset_classifier(7)
+    torch.save({"model": model.state_dict()}, tmp_path / "seven.pth")
+    assert "its head is of other classes" in refusal(capsys, 4, larger, "--finetune", tmp_path / "seven.pth")
+
+
 def test_a_published_run_goes_on_after_its_last_epoch(tmp_path, capsys):
     """Weights and epoch count; the best top-1, which the file lacks, is measured before it is overwritten."""
     weights = timm.create_model("vim_nano_patch4_32", img_size=8, num_classes=10).state_dict()

@@ -24,6 +24,8 @@ READERS = ("wds/", "hfds/", "hfids/")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 NOT_SAVED = ("config",)
+# Options of the published program that no released weights were trained with.
+PUBLISHED_RANDOM = ("random_cls_token_position", "random_token_rank")
 
 
 class ConfigError(ValueError):
@@ -381,6 +383,8 @@ def add_mixup_flags(parser) -> None:
 def add_loss_flags(parser) -> None:
     add = parser.add_argument_group("classifier, loss and distillation").add_argument
     add("--drop", default=0.0, type=fraction, metavar="P", help="dropout")
+    for flag in PUBLISHED_RANDOM:
+        add(f"--if_{flag}", f"--no_{flag}", action=Switch, help="of no published weights: refused")
     switch(add, "attn-only", False, "train the attention layers and the head alone (vision transformers)")
     add("--if_nan2num", "--no_nan2num", action=Switch, help="make the logits finite before the loss")
     add("--smoothing", default=0.1, type=fraction, help="label smoothing")
@@ -584,8 +588,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError(f"--device {args.device} is not one of cuda, cpu, mps, auto")
     if args.device.startswith("mps") and not torch.backends.mps.is_available():
         raise ConfigError(f"--device {args.device}: this torch sees no Apple GPU; use --device cpu or --device auto")
-    if args.eval and not args.resume:
-        raise ConfigError("--eval needs --resume CKPT, the weights to evaluate")
+    if args.eval and not (args.resume or args.finetune):
+        raise ConfigError("--eval needs --resume CKPT to evaluate, or --finetune CKPT at another --input-size")
     if args.resume == "auto" and not args.output_dir:
         raise ConfigError("--resume auto looks into --output_dir, which is not given")
     if args.resume not in ("", "auto") and args.finetune:
@@ -608,6 +612,9 @@ def check_arguments(args: argparse.Namespace) -> None:
 def check_classifier(args: argparse.Namespace) -> None:
     if args.data_set != "DIGITS" and not args.data_set.startswith(("hfds/", "hfids/")) and not args.data_path:
         raise ConfigError(f"--data-set {args.data_set} needs --data-path DIR; without one only DIGITS can be had")
+    for flag in PUBLISHED_RANDOM:
+        if getattr(args, f"if_{flag}"):
+            raise ConfigError(f"--if_{flag}: no published weights were trained so, and none can be; leave it out")
     if args.resplit:
         raise ConfigError("--resplit belongs to augmentation splits, which this recipe has not; leave it out")
     if args.distillation_type != "none" and not args.teacher_path:

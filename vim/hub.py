@@ -44,8 +44,10 @@ class Identity:
 def identify(checkpoint: Checkpoint, name: str | None = None) -> Identity:
     """Which registered name `checkpoint` fits, from its arguments if it has them and from its shapes if not.
 
-    Raises CheckpointError where neither tells; `name` decides then, or where the file is of another model.
+    Raises CheckpointError where neither tells; `name` decides then, or where the file is of another model. A Vim of
+    another size than `name`'s is refused.
     """
+    named = name is not None
     state_dict = checkpoint.model if checkpoint.model is not None else checkpoint.model_ema
     name = name or getattr(checkpoint.args, "model", None)
     if name is not None and name not in VARIANTS and timm.is_model(name):
@@ -59,6 +61,12 @@ def identify(checkpoint: Checkpoint, name: str | None = None) -> Identity:
     facts = _shape_facts(state_dict)
     name = name or _nearest_name(facts, _tokens(state_dict))
     defaults, side = VARIANTS[name]
+    for key in ("embed_dim", "depth", "patch_size") if named else ():
+        if facts[key] != (USUAL | defaults)[key]:
+            raise CheckpointError(
+                f"{checkpoint.path} is no {name}: its {key} is {facts[key]}, not {(USUAL | defaults)[key]}; "
+                f"without --model it is taken for {_nearest_name(facts, _tokens(state_dict))}"
+            )
     size = getattr(checkpoint.args, "input_size", None) or _image_size(state_dict, defaults, side, checkpoint)
     facts |= {"img_size": size, "stride": _stride(state_dict, defaults, size, facts)}
     return Identity(name, _differing(facts, defaults, side))

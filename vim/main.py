@@ -71,7 +71,7 @@ def execute(args, world: World) -> int:
         data = build_datasets(args)
         log.say(data.description)
         model = build_model(args, data.num_classes, log.say).to(world.device)
-        if args.finetune:
+        if args.finetune and not args.eval:
             checkpoint = read_checkpoint(args.finetune, args.trust_checkpoint)
             grid = grid_of(checkpoint)
             report = load_weights(model, checkpoint.weights(), "finetune", args.pos_embed_resize, grid)
@@ -188,16 +188,21 @@ def evaluate_saved(
 def saved_weights(args, model) -> Iterator[tuple[str, str]]:
     """Give `model` the weights of `--resume`, one set of `--eval-weights` that it holds after the other.
 
-    Yields "raw" or "ema", and the file's name and digest. Raises CheckpointError if there is no such set.
+    Those of `--finetune` may be of another image size: position embeddings are resampled. Yields "raw" or "ema", and
+    the file's name and digest. Raises CheckpointError if there is no such set, ConfigError if the head does not fit.
     """
-    path = latest_checkpoint(args.output_dir) if args.resume == "auto" else args.resume
+    path = latest_checkpoint(args.output_dir) if args.resume == "auto" else args.resume or args.finetune
     if path is None:
         raise ConfigError(f"--resume auto: there is no checkpoint in --output_dir {args.output_dir} to evaluate")
     checkpoint = read_checkpoint(path, args.trust_checkpoint)
     wanted = {"raw": ["model"], "ema": ["model_ema"], "both": ["model", "model_ema"]}[args.eval_weights]
     found = [which for which in wanted if getattr(checkpoint, which) is not None]
     for which in found or wanted[:1]:  # `weights` raises where there is none, saying what the file holds
-        load_weights(model, checkpoint.weights(which))
+        weights = checkpoint.weights(which)
+        if args.resume:
+            load_weights(model, weights)
+        elif load_weights(model, weights, "finetune", args.pos_embed_resize, grid_of(checkpoint)).remade_head:
+            raise ConfigError(f"--eval --finetune {path}: its head is of other classes than the data's")
         yield "raw" if which == "model" else "ema", f"{checkpoint.path} (SHA-256 {checkpoint.sha256[:16]}...)"
 
 

@@ -10,9 +10,12 @@ A block is add, then norm, then mixer, and hands on two tensors: what its mixer 
 all before it (`residual`, the float32 stream).
 """
 
+import difflib
+import inspect
 import math
+import re
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 
@@ -261,7 +264,7 @@ class VisionMamba(nn.Module):
         super().__init__()
         self.bidirectional = _choose("bidirectional", bidirectional, BIDIRECTIONALS)
         self.cls_token_design = _choose("cls_token", cls_token, CLS_TOKENS)
-        self._check_pool(global_pool)
+        global_pool = self._checked_pool(global_pool)
         if bidirectional == "layer" and depth % 2:
             raise ValueError(f"depth={depth}: bidirectional='layer' pairs its blocks, so use an even depth")
         self.global_pool, self.num_classes, self.in_chans = global_pool, num_classes, in_chans
@@ -294,13 +297,15 @@ class VisionMamba(nn.Module):
         self._describe_features()
         self._init_weights()
 
-    def _check_pool(self, global_pool: str) -> None:
-        _choose("global_pool", global_pool, GLOBAL_POOLS)
+    def _checked_pool(self, global_pool: str) -> str:
+        """The pool of that name, if it goes with the class tokens; "avg" is timm's name of "mean"."""
+        global_pool = _choose("global_pool", "mean" if global_pool == "avg" else global_pool, GLOBAL_POOLS)
         if global_pool and (global_pool == "token") != bool(CLS_TOKENS[self.cls_token_design]):
             raise ValueError(
                 f"global_pool={global_pool!r} does not go with cls_token={self.cls_token_design!r}: use 'token' "
                 "exactly when there is a class token, and 'mean', 'max' or 'last' with cls_token='none'"
             )
+        return global_pool
 
     def _describe_features(self) -> None:
         reduction = max(self.patch_embed.stride)
@@ -364,8 +369,7 @@ class VisionMamba(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh head for other classes, 0 for none."""
         if global_pool is not None:
-            self._check_pool(global_pool)
-            self.global_pool = global_pool
+            self.global_pool = self._checked_pool(global_pool)
         self.num_classes = num_classes
         like = self.patch_embed.proj.weight
         head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
@@ -568,12 +572,27 @@ def checkpoint_filter_fn(state_dict: dict, model: VisionMamba, entry: str = "mod
     return state_dict
 
 
+@contextmanager
+def naming_arguments(name: str) -> Iterator[None]:
+    """A misspelt argument of a model is told with those that there are."""
+    try:
+        yield
+    except TypeError as error:
+        found = re.search(r"VisionMamba.* unexpected keyword argument '(\w+)'", str(error))
+        if found is None:
+            raise
+        accepted = list(inspect.signature(VisionMamba).parameters)
+        near = difflib.get_close_matches(found[1], accepted, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise TypeError(f"{name} has no argument {found[1]!r}{meant}; it takes {', '.join(accepted)}") from error
+
+
 def _register(name: str, arguments: dict) -> None:
     weights = published_weights(name)
     take = partial(checkpoint_filter_fn, entry=weights.entry) if weights else checkpoint_filter_fn
 
     def entrypoint(pretrained: bool = False, pretrained_cfg_overlay: dict | None = None, **kwargs) -> VisionMamba:
-        with opening_weights(name):
+        with naming_arguments(name), opening_weights(name):
             copied = read_copy(pretrained_cfg_overlay) if pretrained else {}
             model = build_model_with_cfg(
                 VisionMamba, name, pretrained, pretrained_filter_fn=take,

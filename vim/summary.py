@@ -7,13 +7,22 @@ from collections import Counter
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+
+def _attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
+    """Two products, (L, E) x (E, S) and (L, S) x (S, E), of each head: torch knows them of its GPU kernels alone."""
+    return sdpa_flop_count(query, key, value)
+
+
+# What scaled_dot_product_attention calls on a CPU.
+ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 def summary(model: nn.Module, size: tuple[int, int], in_chans: int = 3) -> str:
     """A table of parameters and forward GFLOPs of one image, a row for each part of `model`."""
     image = torch.zeros(1, in_chans, *size, device=next(model.parameters()).device)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
         model.eval()(image)
     parameters, operations = _parameters_by_part(model), Counter()
     for module, counts in counter.get_flop_counts().items():
