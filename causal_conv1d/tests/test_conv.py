@@ -142,6 +142,20 @@ def test_update_of_chosen_cache_rows():
     assert torch.equal(cache[[0, 2, 3]], untouched[[0, 2, 3]])
 
 
+def test_torch_func_differentiates_forwards_and_backwards():
+    """Registered operations know autograd alone; jvp would silently take their derivatives for zero."""
+    x, weight, bias, _ = (t if t is None else t.detach() for t in random_inputs())
+    tangent, g = torch.randn_like(x), torch.randn_like(x)
+
+    def loss(x):
+        return (causal_conv1d_fn(x, weight, bias, activation="silu") * g).sum()
+
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.jvp(loss, (x,), (tangent,))[1], (grad * tangent).sum())
+    torch.testing.assert_close(torch.func.grad(loss)(x), grad)
+
+
 def test_states_of_packed_sequences():
     x, offsets = torch.randn(11, 4), torch.tensor([0, 2, 2, 11], dtype=torch.int32)
     states = causal_conv1d_varlen_states(x, offsets, 3)

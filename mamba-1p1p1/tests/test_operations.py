@@ -608,6 +608,30 @@ def test_a_norm_without_residual_does_not_give_back_its_input(norm):
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("bimamba_type", ["none", "v1", "v2"])
+@pytest.mark.parametrize("use_fast_path", [True, False])
+def test_torch_func_differentiates_forwards_and_backwards(bimamba_type, use_fast_path):
+    """Registered operations know autograd alone; jvp would silently take their derivatives for zero."""
+    torch.manual_seed(0)
+    module = Mamba(8, d_state=4, bimamba_type=bimamba_type, use_fast_path=use_fast_path).double()
+    norm = RMSNorm(8).double()
+    x, tangent = torch.randn(2, 2, 5, 8, dtype=torch.float64).unbind()
+
+    def loss(x):
+        out, total = norm(module(x), x, prenorm=True)
+        return (out * total).square().sum()
+
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(leaf), leaf)
+    value, derivative = torch.func.jvp(loss, (x,), (tangent,))
+    torch.testing.assert_close(value, loss(x))
+    torch.testing.assert_close(derivative, (grad * tangent).sum())
+    torch.testing.assert_close(torch.func.grad(loss)(x), grad)
+    torch.testing.assert_close(torch.func.jacfwd(loss)(x), grad)
+    whole = torch.func.vmap(torch.func.grad(lambda row: loss(row[None])))(x)
+    torch.testing.assert_close(whole, grad)
+
+
 class OnGpu(NamedTuple):
     """What a backend form asks of its first tensor, before it computes."""
 

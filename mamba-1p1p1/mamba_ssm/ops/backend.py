@@ -103,6 +103,18 @@ def choose(
     return module
 
 
+def differentiated_by_functorch() -> bool:
+    """Whether `torch.func` differentiates through this call, by grad, jvp or what is made of them.
+
+    Registered operations have formulas for autograd alone: jvp would take their derivatives for zero. The reference,
+    plain torch, has them all.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    kinds = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+    return any(level.key() in kinds for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
 def report() -> str:
     """One line a backend: what can run here and why the others cannot; then what CPU and CUDA tensors get."""
     lines = []

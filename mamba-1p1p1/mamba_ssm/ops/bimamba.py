@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mamba_ssm.ops import backend
+from mamba_ssm.ops import backend, reference
 from mamba_ssm.ops.selective_scan_interface import check_saved, needs_grad, scan_flops
 
 
@@ -305,6 +305,8 @@ def bimamba(xz: Tensor, forward: DirectionParameters, backward: DirectionParamet
     Returns (B, L, D) in xz's dtype; state, time step, A and D are float32 at least.
     """
     _check(xz, forward, backward)
+    if backend.differentiated_by_functorch():
+        return reference.bimamba(xz, forward, backward, scale)
     save = needs_grad(xz, *forward, *backward)
     return _bimamba(xz, *forward, *backward, scale, save)[0]
 
@@ -332,6 +334,8 @@ def bimamba_block(
     Returns (B, L, E) in hidden's dtype; under autocast in float32 on a CPU and in autocast's dtype elsewhere.
     """
     inputs = (hidden, in_proj_weight, out_proj_weight)
+    if backend.differentiated_by_functorch():
+        return F.linear(bimamba(F.linear(hidden, in_proj_weight), forward, backward, scale), out_proj_weight)
     half = _half_block_dtype(hidden, forward)
     if half is not None:
         with torch.autocast(hidden.device.type, enabled=False):

@@ -192,6 +192,9 @@ def selective_scan_fn(
     Returns out (B, D, L) in u's dtype, or (out, last_state). State and delta are float32 at least.
     """
     _check_scan(u, delta, A, B, C, D, z, delta_bias)
+    if backend.differentiated_by_functorch():
+        out, last_state = reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        return (out, last_state) if return_last_state else out
     save = needs_grad(u, delta, A, B, C, D, z, delta_bias)
     out, last_state, _ = _selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save)
     return (out, last_state) if return_last_state else out
