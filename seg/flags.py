@@ -49,7 +49,7 @@ def add_data_flags(parser) -> None:
 
 def add_view_flags(parser) -> None:
     add = parser.add_argument_group("augmentation").add_argument
-    add("--resize", default=(512, 2048), type=image_size, help="an image's sides are made to fit these")
+    add("--resize", default="512x2048", type=image_size, help="an image's sides are made to fit these")
     add("--scale-range", default=[0.5, 2.0], type=float, nargs=2, metavar="RATIO", help="times a ratio of these")
     add("--crop-size", default=512, type=image_size, help="what the model is trained on, and the sliding window")
     add("--crop-class-share", default=0.75, type=fraction, help="most that one class fills of a crop")

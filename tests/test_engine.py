@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves():
     run, _ = make_run()
     training_step(run, [a_batch()], 0)
     before, average = weights(run), deepcopy(run.ema.state_dict())
-    with pytest.raises(NonFiniteError, match=r"step 1 of epoch 0: loss nan.*--nonfinite skip"):
+    with pytest.raises(NonFiniteError, match=r"step 1 of epoch 1: loss nan.*--nonfinite skip"):
         training_step(run, [BROKEN], 1)
     assert_same(before, run.model.state_dict())
     assert_same(average, run.ema.state_dict())

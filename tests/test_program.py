@@ -451,7 +451,7 @@ def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, capsys):
 def test_a_loss_that_is_not_finite_ends_with_its_own_code(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Classification, "loss", lambda task, run, batch, micro: run.net(batch[0]).sum() * math.nan)
     text = refusal(capsys, 3, f"{DEIT} --epochs 1", "--output_dir", tmp_path)
-    assert "step 0 of epoch 0: loss nan" in text
+    assert "step 0 of epoch 1: loss nan" in text
     assert not list(tmp_path.glob("*.pth"))
 
 

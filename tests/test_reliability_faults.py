@@ -184,7 +184,7 @@ def test_a_signal_to_the_process_group_spares_the_loader(tmp_path):
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path):
     flags = f"{QUICK} --batch-size 64 --checkpoint-steps 2 --output_dir {tmp_path}"
     assert end(start_ranks(flags, tmp_path / "out", VIM_FAULT="nan@4:1"), 60) == [distributed.EXIT_NONFINITE] * 2
-    assert all("error: step 4 of epoch 0: loss nan" in (tmp_path / f"out.{rank}").read_text() for rank in (0, 1))
+    assert all("error: step 4 of epoch 1: loss nan" in (tmp_path / f"out.{rank}").read_text() for rank in (0, 1))
     assert read_checkpoint(latest_checkpoint(tmp_path)).step == 4, "what was saved before stays"
 
 

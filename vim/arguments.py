@@ -319,7 +319,7 @@ def add_optimizer_flags(parser) -> None:
 
 def add_schedule_flags(parser) -> None:
     add = parser.add_argument_group("learning rate").add_argument
-    add("--lr", default=5e-4, type=natural_float, help="at a whole batch of 512; scaled linearly")
+    add("--lr", default=5e-4, type=natural_float, help="at a whole batch of 512, scaled linearly; see --unscale-lr")
     switch(add, "unscale-lr", False, "take --lr as it is, whatever the batch")
     add("--sched", default="cosine", metavar="NAME", help="any schedule of timm")
     switch(add, "sched-on-updates", False, "change the learning rate at every step, not every epoch")

@@ -206,6 +206,8 @@ def describe(run: Run) -> str:
         f"epoch          {run.steps_per_epoch} steps = {run.sampler.num_batches} batches / "
         f"{args.accum_steps}; {args.epochs} epochs are {args.epochs * run.steps_per_epoch:,} steps",
     )
+    if args.sched != "none" and args.warmup_steps is None and args.warmup_epochs >= args.epochs:
+        lines += (f"warm-up        {args.warmup_epochs} epochs: this run ends before it reaches its learning rate",)
     if is_vim(args.model):
         lines += (
             f"kernels        {kernel_backend(world.device)} backend; `python -m mamba_ssm` says why",

@@ -208,7 +208,7 @@ def check_tolerated(run: Run, loss: float, norm: float) -> None:
     if (args.nonfinite == "skip" or overflow) and progress.skipped_in_row <= args.nonfinite_limit:
         return
     raise NonFiniteError(
-        f"step {progress.step - 1} of epoch {progress.epoch}: loss {loss}, gradient norm {norm}, "
+        f"step {progress.step - 1} of epoch {progress.epoch + 1}: loss {loss}, gradient norm {norm}, "
         f"{progress.skipped_in_row} such step(s) in a row; the weights were not touched by them. "
         "Lower --lr, set --clip-grad, use --amp-dtype bfloat16 or --no_amp, or allow it with --nonfinite skip"
     )

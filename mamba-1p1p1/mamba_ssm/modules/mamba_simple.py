@@ -180,8 +180,10 @@ class Mamba(nn.Module):
         `inference_params` (with `key_value_memory_dict` and `seqlen_offset`) keeps the state of a one-directional
         layer: the first call fills it from a whole prompt, later ones take one token each.
         """
-        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.d_model:
-            raise ValueError(f"hidden_states must be (B, L, {self.d_model}), not {tuple(hidden_states.shape)}")
+        if hidden_states.dim() != 3 or hidden_states.shape[1] == 0 or hidden_states.shape[-1] != self.d_model:
+            raise ValueError(
+                f"hidden_states must be (B, L, {self.d_model}) with L >= 1, not {tuple(hidden_states.shape)}"
+            )
         if not torch.compiler.is_compiling():
             self._check_weight_holders()
         if inference_params is not None:
