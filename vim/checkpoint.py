@@ -75,7 +75,8 @@ class Checkpoint:
             raise ValueError(f"which={which!r}: expected 'model' or 'model_ema'")
         found = getattr(self, which)
         if found is None:
-            raise CheckpointError(f"{self.path} holds no {which!r}; it holds: {_some(self.keys) or 'a state dict alone'}")
+            held = _some(self.keys) or "a state dict alone"
+            raise CheckpointError(f"{self.path} holds no {which!r}; it holds: {held}")
         return found
 
 
