@@ -37,7 +37,7 @@ INCIDENTS = {
 }
 
 # What a run leaves in its output folder, and by what it is recognised there.
-RUN_SIGNS = ("checkpoint*.pth*", "log.txt", "incidents.txt")
+RUN_SIGNS = ("checkpoint.pth", "checkpoint-[0-9]*.pth*", "log.txt", "incidents.txt")
 RUN_FILES = (
     *RUN_SIGNS,
     "best_checkpoint.pth",
