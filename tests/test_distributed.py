@@ -259,6 +259,17 @@ def test_torchruns_environment_is_read(monkeypatch):
     assert distributed.read_ranks(run_args("--local-rank", "2")) == (3, 8, 2)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_too_few_gpus_are_every_ranks_error(rank, monkeypatch):
+    """Also that of a rank whose GPU is there: it would wait for the others until --dist-timeout."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ConfigError, match=r"--device cuda with 2 rank\(s\) on this machine needs 2 GPUs of 1"):
+        distributed.start(run_args("--device", "cuda"))
+
+
+
 def test_slurms_environment_is_read_where_several_processes_are_asked_for(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "MASTER_ADDR": "node1"}

@@ -150,6 +150,7 @@ rank, restart = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_CO
         ("sys.exit(distributed.leave(1))", 1, 4),
         ("sys.exit(distributed.leave(0) if restart else distributed.leave(4) if rank == 0 else 1)", 0, 4),
         ("sys.exit(distributed.leave(4) if restart else 1)", 4, 4),
+        ("sys.exit(distributed.leave(75) if rank == 0 else 1)", 1, 4),
     ],
 )
 def test_exit_codes_pass_through_and_only_what_a_restart_may_mend_is_restarted(last_line, code, starts, tmp_path):

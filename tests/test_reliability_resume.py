@@ -12,7 +12,7 @@ import pytest
 
 import engine
 from checkpoint import latest_checkpoint, read_checkpoint
-from distributed import EXIT_REQUEUE
+from distributed import EXIT_CONFIG, EXIT_REQUEUE
 from faults import InjectedError
 from main import main
 from processes import QUICK, STEPS, end, fault, no_pictures, pieces, start, start_ranks, wait_for_a_step  # noqa: F401
@@ -55,7 +55,7 @@ def test_a_stopped_run_resumes_bit_for_bit(setting, tmp_path):
     assert differing(tmp_path / "whole", tmp_path / "parts") == []
 
 
-def test_a_run_in_the_folder_of_another_is_never_taken_for_it(tmp_path, capsys):
+def test_a_run_in_the_folder_of_another_is_never_taken_for_it(tmp_path, capsys, monkeypatch):
     """Not even if it dies before its first checkpoint: `--resume auto` would go on with the older run."""
     assert run(f"{QUICK} --seed 7", tmp_path / "whole") == 0
     folder = tmp_path / "both"
@@ -67,8 +67,19 @@ def test_a_run_in_the_folder_of_another_is_never_taken_for_it(tmp_path, capsys):
     assert pieces(folder / "earlier-1") == older and latest_checkpoint(folder) is None
     assert run(f"{QUICK} --seed 7", folder) == 0
     assert differing(tmp_path / "whole", folder) == []
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # a job queued again, in which nothing had run yet
     assert main([*f"{QUICK} --seed 1 --epochs 1".split(), "--output_dir", str(folder)]) == 0
     assert differing(tmp_path / "whole", folder / "earlier-2") == []
+
+
+@pytest.mark.parametrize("name", ["best_checkpoint.pth", "checkpoint.pth"])
+def test_weights_that_would_be_moved_are_refused(name, tmp_path, capsys):
+    """A restart would not find them, or would take this run's own."""
+    assert run(f"{QUICK} --epochs 1", tmp_path) == 0
+    flags = [*QUICK.split(), "--finetune", str(tmp_path / name), "--output_dir", str(tmp_path)]
+    assert main(flags) == EXIT_CONFIG
+    assert "which this run would move aside: take another --output_dir" in capsys.readouterr().err
+    assert (tmp_path / name).exists() and not list(tmp_path.glob("earlier-*"))
 
 
 def test_a_run_stopped_during_an_evaluation_finishes_it_first(tmp_path, monkeypatch, capsys):

@@ -588,8 +588,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError(f"--device {args.device} is not one of cuda, cpu, mps, auto")
     if args.device.startswith("mps") and not torch.backends.mps.is_available():
         raise ConfigError(f"--device {args.device}: this torch sees no Apple GPU; use --device cpu or --device auto")
-    if args.eval and not (args.resume or args.finetune):
-        raise ConfigError("--eval needs --resume CKPT to evaluate, or --finetune CKPT at another --input-size")
     if args.resume == "auto" and not args.output_dir:
         raise ConfigError("--resume auto looks into --output_dir, which is not given")
     if args.resume not in ("", "auto") and args.finetune:
@@ -610,6 +608,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def check_classifier(args: argparse.Namespace) -> None:
+    if args.eval and not (args.resume or args.finetune):
+        raise ConfigError("--eval needs --resume CKPT to evaluate, or --finetune CKPT at another --input-size")
     if args.data_set != "DIGITS" and not args.data_set.startswith(("hfds/", "hfids/")) and not args.data_path:
         raise ConfigError(f"--data-set {args.data_set} needs --data-path DIR; without one only DIGITS can be had")
     for flag in PUBLISHED_RANDOM:
@@ -621,9 +621,11 @@ def check_classifier(args: argparse.Namespace) -> None:
         raise ConfigError(f"--distillation-type {args.distillation_type} needs --teacher-path CKPT")
     if args.distillation_type != "none" and args.cosub:
         raise ConfigError("--cosub is its own teacher; take it or --distillation-type, not both")
-    if args.cutmix_minmax is not None and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
-        smallest, largest = args.cutmix_minmax
-        raise ConfigError(f"--cutmix-minmax {smallest:g} {largest:g}: give the smaller ratio first")
+    if args.cutmix_minmax is not None:
+        low, high = args.cutmix_minmax
+        sides = (args.input_size, args.input_size) if isinstance(args.input_size, int) else args.input_size
+        if any(int(side * low) >= int(side * high) for side in sides):
+            raise ConfigError(f"--cutmix-minmax {low:g} {high:g}: the second must be larger, by a pixel at least")
     if (args.valid_labels or args.real_labels) and not args.eval:
         raise ConfigError("--valid-labels and --real-labels are for --eval")
 

@@ -60,13 +60,17 @@ def start(args) -> World:
     rank, size, local_rank = read_ranks(args)
     device = torch.device(args.device)
     if device.type == "cuda":
+        here = local_rank + 1
+        if size > 1:
+            here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or here)
+        wanted = here if device.index is None else device.index + 1
+        if wanted > torch.cuda.device_count():  # on every rank of the machine: no one waits for those that left
+            raise ConfigError(
+                f"--device {args.device} with {here} rank(s) on this machine needs {wanted} GPUs of "
+                f"{torch.cuda.device_count()}: start fewer ranks, or name another --device"
+            )
         if device.index is None:
             device = torch.device("cuda", local_rank)
-        if device.index >= torch.cuda.device_count():
-            raise ConfigError(
-                f"rank {rank} asks for GPU {device.index} of {torch.cuda.device_count()}: start fewer ranks, or "
-                "name another --device"
-            )
         torch.cuda.set_device(device)
     if size > 1 or args.distributed:
         backend = "nccl" if device.type == "cuda" else "gloo"

@@ -78,6 +78,8 @@ def launch(argv: list[str]) -> int:
         except SignalException:
             code = EXIT_REQUEUE  # also where a rank was too slow to save: it goes on from its last checkpoint
         told = told_end(path)
+        if told == EXIT_REQUEUE and code == EXIT_FAILED:
+            told = None  # by a rank that torchrun stopped because another one had died
         return code if told is None else told
 
 

@@ -125,16 +125,16 @@ def resume(run: Run, log: RunLog) -> None:
             log.say(f"--resume auto: no checkpoint in {run.args.output_dir} yet, beginning")
     count = distributed.num_restarts()
     with together():
+        if not run.args.resume:
+            log.make_room()
         if path:
             known = restore(run, read_checkpoint(path, run.args.trust_checkpoint))
             restarts = f" (restart {count})" if count else ""
             log.incident("resumed", run.progress.step, f"resuming{restarts} {known}")
         elif count:
             log.incident("restarted", run.progress.step, f"restart {count}: no checkpoint to go on from")
-        elif run.args.resume == "auto":
-            log.forget_incidents()
         else:
-            log.make_room()
+            log.forget_incidents()
 
 
 def newest(run: Run, log: RunLog) -> Path | None:

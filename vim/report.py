@@ -43,7 +43,12 @@ RUN_FILES = (
     "best_checkpoint.pth",
     "args.yaml",
     "metrics.csv",
-    "*.png",
+    "curves.png",
+    "confusion.png",
+    "mistakes.png",
+    "detections.png",
+    "samples.png",
+    "classes.png",
     "overlays",
     "events.out.tfevents.*",
 )
@@ -79,13 +84,13 @@ class TensorBoardTracker(Tracker):
 
 
 class WandbTracker(Tracker):
-    """Weights & Biases, resumed under the output folder's name."""
+    """Weights & Biases, resumed under the output folder's name and the number of runs before this one in it."""
 
     def __init__(self, args, output_dir: Path):
         wandb = import_tracker("wandb")
-        self.run = wandb.init(
-            project="vision-mamba", id=output_dir.name, resume="allow", dir=output_dir, config=vars(args)
-        )
+        earlier = num_earlier(output_dir)
+        name = f"{output_dir.name}-{earlier}" if earlier else output_dir.name
+        self.run = wandb.init(project="vision-mamba", id=name, resume="allow", dir=output_dir, config=vars(args))
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.run.log(values, step=step)
@@ -183,12 +188,22 @@ class RunLog:
         if not self.dir or not any(True for pattern in RUN_SIGNS for _ in self.dir.glob(pattern)):
             return
         left = sorted({path for pattern in RUN_FILES for path in self.dir.glob(pattern)})
-        numbers = (int(path.name.partition("-")[2]) for path in self.dir.glob("earlier-*") if path.name[8:].isdigit())
-        folder = self.dir / f"earlier-{max(numbers, default=0) + 1}"
+        self._refuse_to_move_weights({path.absolute() for path in left})
+        folder = self.dir / f"earlier-{num_earlier(self.dir) + 1}"
         folder.mkdir()
         for path in left:
             path.rename(folder / path.name)
         self.say(f"--output_dir {self.dir} holds another run, and there is no --resume: moved it to {folder}")
+
+    def _refuse_to_move_weights(self, left: set[Path]) -> None:
+        """A restart would not find them any more. Raises ConfigError."""
+        for flag in ("finetune", "teacher_path"):
+            weights = getattr(self.args, flag, "")
+            if weights and left & {Path(weights).absolute(), Path(weights).resolve()}:
+                raise ConfigError(
+                    f"--{flag.replace('_', '-')} {weights} is a file of the run in --output_dir {self.dir}, which this "
+                    "run would move aside: take another --output_dir"
+                )
 
     def incidents(self) -> Counter:
         """How often each of INCIDENTS happened to this run, in all of its processes."""
@@ -248,6 +263,12 @@ class RunLog:
 
     def close(self) -> None:
         self.trackers.close()
+
+
+def num_earlier(folder: Path) -> int:
+    """How many runs have been moved aside in an output folder (`RunLog.make_room`)."""
+    numbers = (path.name.removeprefix("earlier-") for path in folder.glob("earlier-*"))
+    return max((int(number) for number in numbers if number.isdigit()), default=0)
 
 
 def make_folder(path: Path) -> None:

@@ -89,7 +89,7 @@ def differentiated_by_functorch() -> bool:
     """Whether `torch.func` differentiates through this call, by grad, jvp or what is made of them.
 
     Registered operations have formulas for autograd alone: jvp would take their derivatives for zero. The reference,
-    plain torch, has them all.
+    plain torch, has them all. Not known while torch.compile traces.
     """
     if torch.compiler.is_compiling():
         return False
