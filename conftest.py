@@ -1,6 +1,8 @@
 """What tests of both packages and of the program share."""
 
+import contextlib
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -29,3 +31,29 @@ def emulated_cuda(monkeypatch):
     yield
     for cached in (backend.load, runtime.load):
         cached.cache_clear()
+
+
+class OnGpu(NamedTuple):
+    """What a backend form asks of its first tensor, before it computes."""
+
+    device: torch.device
+    is_cuda: bool = True
+
+    def get_device(self) -> int:
+        return self.device.index
+
+
+@pytest.fixture
+def enters_the_gpu(monkeypatch):
+    """Check that a decorator of backend forms makes the first tensor's GPU the current one, where it is not yet."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
+
+    def check(decorator, **options) -> None:
+        form = decorator(lambda first, second, third=None: (second, third))
+        for index in (0, 1):
+            assert form(OnGpu(torch.device("cuda", index)), 2, **options) == (2, options.get("third"))
+        assert entered == [torch.device("cuda", 1)]
+
+    return check

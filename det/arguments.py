@@ -7,8 +7,18 @@ from __future__ import annotations
 
 import argparse
 
-from arguments import COMMON_FLAGS, ConfigError, Program, fraction, image_size, natural_int, parse_args, positive_int
-from augment import size_of
+from arguments import (
+    COMMON_FLAGS,
+    ConfigError,
+    Program,
+    fraction,
+    image_size,
+    natural_int,
+    parse_args,
+    positive_int,
+    require_resume,
+    size_of,
+)
 from det.model import DETECTORS, DetectorSettings
 from det.pyramid import SCALES
 
@@ -95,8 +105,7 @@ def settings_of(args: argparse.Namespace) -> DetectorSettings:
 
 
 def check(args: argparse.Namespace) -> None:
-    if args.eval and not args.resume:
-        raise ConfigError("--eval needs --resume CKPT; --finetune CKPT has weights of the backbone alone")
+    require_resume(args)
     low, high = args.scale_range
     if not 0 < low <= high:
         raise ConfigError(f"--scale-range {low:g} {high:g}: expected two factors above 0, the smaller one first")

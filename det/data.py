@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from augment import counter_randomness, size_of
+from arguments import size_of
+from augment import counter_randomness
 from datasets import BrokenImage, DataBundle, DataError, ImageDataset
 from det.coco import CocoSource, coco_categories, coco_source
 from det.digits import scene_source

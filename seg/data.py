@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from arguments import ConfigError
-from augment import counter_randomness, size_of
+from arguments import ConfigError, size_of
+from augment import counter_randomness
 from datasets import BrokenImage, DataBundle, DataError, read_image
 from samplers import SampleKey
 from scenes import CLASS_NAMES, Scenes

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from augment import size_of
+from arguments import size_of
 from datasets import DataError
 from dense import resize_maps
 from distributed import World, sum_over_ranks

@@ -14,9 +14,10 @@ from arguments import (
     natural_int,
     parse_args,
     positive_int,
+    require_resume,
+    size_of,
     switch,
 )
-from augment import size_of
 from scenes import INKS
 from seg.data import DATA_SETS
 from seg.upernet import SCALES
@@ -94,8 +95,7 @@ def resolve(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    if args.eval and not args.resume:
-        raise ConfigError("--eval needs --resume CKPT; --finetune CKPT has weights of the backbone alone")
+    require_resume(args)
     if args.data_set != "SCENES" and not args.data_path:
         raise ConfigError(f"--data-set {args.data_set} needs --data-path DIR; without one only SCENES can be had")
     if min(args.eval_scales) <= 0:

@@ -22,6 +22,7 @@ from checkpoint import read_checkpoint
 from classification import Classification
 from helpers import write_image_folder
 from main import main
+from report import RUN_FILES, matching
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = "--device cpu --input-size 8 --batch-size 128 --num_workers 0 --warmup-epochs 1 --lr 4e-3"
@@ -86,6 +87,7 @@ def test_a_run_leaves_its_arguments_logs_checkpoints_and_pictures(trained):
     files = {"args.yaml", "log.txt", "metrics.csv", "checkpoint.pth", "best_checkpoint.pth"}
     assert names >= pictures | files
     assert any(name.startswith("events.out.tfevents") for name in names)
+    assert {path.name for path in matching(trained, RUN_FILES)} == names, "what the next run here moves aside"
     rows = [json.loads(line) for line in (trained / "log.txt").read_text().splitlines()]
     assert [(row["epoch"], row["step"]) for row in rows] == [(0, 11), (1, 22)]
     assert rows[1]["train_loss"] < rows[0]["train_loss"]

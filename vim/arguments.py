@@ -101,6 +101,14 @@ def image_size(text: str) -> int | tuple[int, int]:
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
+def size_of(input_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of `--input-size`, which is one number for squares."""
+    if isinstance(input_size, int):
+        return input_size, input_size
+    height, width = input_size
+    return height, width
+
+
 def data_set(text: str) -> str:
     if text not in DATA_SETS and not text.startswith(READERS):
         known = ", ".join((*DATA_SETS, *(f"{reader}..." for reader in READERS)))
@@ -607,6 +615,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError(f"--warmup-steps {args.warmup_steps} needs --sched-on-updates; or give --warmup-epochs")
 
 
+def require_resume(args: argparse.Namespace) -> None:
+    """Of a program whose `--finetune` takes the backbone alone. Raises ConfigError."""
+    if args.eval and not args.resume:
+        raise ConfigError("--eval needs --resume CKPT; --finetune CKPT has weights of the backbone alone")
+
+
 def check_classifier(args: argparse.Namespace) -> None:
     if args.eval and not (args.resume or args.finetune):
         raise ConfigError("--eval needs --resume CKPT to evaluate, or --finetune CKPT at another --input-size")
@@ -623,8 +637,7 @@ def check_classifier(args: argparse.Namespace) -> None:
         raise ConfigError("--cosub is its own teacher; take it or --distillation-type, not both")
     if args.cutmix_minmax is not None:
         low, high = args.cutmix_minmax
-        sides = (args.input_size, args.input_size) if isinstance(args.input_size, int) else args.input_size
-        if any(int(side * low) >= int(side * high) for side in sides):
+        if any(int(side * low) >= int(side * high) for side in size_of(args.input_size)):
             raise ConfigError(f"--cutmix-minmax {low:g} {high:g}: the second must be larger, by a pixel at least")
     if (args.valid_labels or args.real_labels) and not args.eval:
         raise ConfigError("--valid-labels and --real-labels are for --eval")

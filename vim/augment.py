@@ -17,7 +17,7 @@ from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from arguments import ConfigError
+from arguments import ConfigError, size_of
 
 # At or below this many pixels a side, images are taken whole (CIFAR, digits): no zooming crop.
 SMALL_SIDE = 32
@@ -47,14 +47,6 @@ def counter_randomness(*counters: int, stream: int = SAMPLE_STREAM) -> Iterator[
         random.setstate(saved[0])
         np.random.set_state(saved[1])
         torch.default_generator.set_state(saved[2])
-
-
-def size_of(input_size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of `--input-size`, which is one number for squares."""
-    if isinstance(input_size, int):
-        return input_size, input_size
-    height, width = input_size
-    return height, width
 
 
 def channel_statistics(num_channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

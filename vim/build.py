@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models_baseline  # noqa: F401  (registers its models with timm)
 import models_mamba  # noqa: F401  (registers its models with timm)
-from arguments import ConfigError
-from augment import build_mixup, size_of
+from arguments import ConfigError, size_of
+from augment import build_mixup
 from checkpoint import load_weights, read_checkpoint
 from classification import Classification
 from datasets import DataBundle

@@ -61,10 +61,11 @@ def identify(checkpoint: Checkpoint, name: str | None = None) -> Identity:
     facts = _shape_facts(state_dict)
     name = name or _nearest_name(facts, _tokens(state_dict))
     defaults, side = VARIANTS[name]
+    usual = USUAL | defaults
     for key in ("embed_dim", "depth", "patch_size") if named else ():
-        if facts[key] != (USUAL | defaults)[key]:
+        if facts[key] != usual[key]:
             raise CheckpointError(
-                f"{checkpoint.path} is no {name}: its {key} is {facts[key]}, not {(USUAL | defaults)[key]}; "
+                f"{checkpoint.path} is no {name}: its {key} is {facts[key]}, not {usual[key]}; "
                 f"without --model it is taken for {_nearest_name(facts, _tokens(state_dict))}"
             )
     size = getattr(checkpoint.args, "input_size", None) or _image_size(state_dict, defaults, side, checkpoint)

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import distributed
 import failures
-from arguments import ConfigError, parse_args, save_arguments
-from augment import size_of
+from arguments import ConfigError, parse_args, save_arguments, size_of
 from build import build_model, build_run, describe
 from checkpoint import latest_checkpoint, load_weights, read_checkpoint
 from classification import Classification

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -185,9 +185,9 @@ class RunLog:
 
         Nothing of it is lost, and `--resume auto` takes none of its checkpoints for this run's.
         """
-        if not self.dir or not any(True for pattern in RUN_SIGNS for _ in self.dir.glob(pattern)):
+        if not self.dir or not matching(self.dir, RUN_SIGNS):
             return
-        left = sorted({path for pattern in RUN_FILES for path in self.dir.glob(pattern)})
+        left = matching(self.dir, RUN_FILES)
         self._refuse_to_move_weights({path.absolute() for path in left})
         folder = self.dir / f"earlier-{num_earlier(self.dir) + 1}"
         folder.mkdir()
@@ -263,6 +263,11 @@ class RunLog:
 
     def close(self) -> None:
         self.trackers.close()
+
+
+def matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """Entries of a folder that fit one of the glob patterns, in the order of their names."""
+    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
 
 def num_earlier(folder: Path) -> int:

@@ -1,12 +1,10 @@
 """The convolution's public functions: the published numbers, gradients, registration, states, errors, backends."""
 
-import contextlib
 import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -194,29 +192,13 @@ def test_bad_arguments(change, error, words):
         causal_conv1d_fn(**good | change)
 
 
-class OnGpu(NamedTuple):
-    """What a backend form asks of its first tensor, before it computes."""
-
-    device: torch.device
-    is_cuda: bool = True
-
-    def get_device(self) -> int:
-        return self.device.index
-
-
-def test_kernels_are_launched_on_their_tensors_gpu(monkeypatch):
+def test_kernels_are_launched_on_their_tensors_gpu(enters_the_gpu):
     """Triton launches on the current one, whatever the tensors are on."""
     pytest.importorskip("triton")
     from causal_conv1d import triton_kernels
 
-    entered = []
     assert all(hasattr(form, "__wrapped__") for form in (triton_kernels.conv_forward, triton_kernels.conv_backward))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
-    form = triton_kernels._on_its_device(lambda first, second: second)
-    for index in (0, 1):
-        assert form(OnGpu(torch.device("cuda", index)), 2) == 2
-    assert entered == [torch.device("cuda", 1)]
+    enters_the_gpu(triton_kernels._on_its_device)
 
 
 def test_unknown_backend(monkeypatch):

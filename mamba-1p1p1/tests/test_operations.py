@@ -1,13 +1,11 @@
 """Properties of the operations that hold whatever backend runs: gradients, registration, symmetries, errors."""
 
-import contextlib
 import functools
 import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import hypothesis.strategies as st
 import pytest
@@ -632,28 +630,13 @@ def test_torch_func_differentiates_forwards_and_backwards(bimamba_type, use_fast
     torch.testing.assert_close(whole, grad)
 
 
-class OnGpu(NamedTuple):
-    """What a backend form asks of its first tensor, before it computes."""
-
-    device: torch.device
-    is_cuda: bool = True
-
-    def get_device(self) -> int:
-        return self.device.index
-
-
 @pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_kernels_are_launched_on_their_tensors_gpu(name, monkeypatch):
+def test_kernels_are_launched_on_their_tensors_gpu(name, enters_the_gpu):
     """Triton launches on the current one, whatever the tensors are on."""
     pytest.importorskip("triton")
     from mamba_ssm.ops.triton import common
 
-    kernels, entered = importlib.import_module(backend.MODULES[name]), []
+    kernels = importlib.import_module(backend.MODULES[name])
     forms = [form for form in kernels.__all__ if form.endswith(("_forward", "_backward"))]
     assert forms and all(hasattr(getattr(kernels, form), "__wrapped__") for form in forms)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
-    form = common.on_its_device(lambda first, second, third: (second, third))
-    for index in (0, 1):
-        assert form(OnGpu(torch.device("cuda", index)), 2, third=3) == (2, 3)
-    assert entered == [torch.device("cuda", 1)]
+    enters_the_gpu(common.on_its_device, third=3)

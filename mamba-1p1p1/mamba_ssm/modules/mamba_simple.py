@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from mamba_ssm.ops import reference
 from mamba_ssm.ops.bimamba import DirectionParameters, bimamba, bimamba_block
 from mamba_ssm.ops.selective_scan_interface import (
-    bimamba_inner_fn_no_out_proj,
-    mamba_inner_fn_no_out_proj,
-    selective_scan_fn,
-    selective_scan_ref,
+    bimamba_inner_fn,
+    bimamba_inner_ref,
+    mamba_inner_fn,
+    mamba_inner_ref,
 )
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
 BIMAMBA_TYPES = ("none", "v1", "v2")
 DT_INITS = ("random", "constant")
 DT_INITS_BACKWARD = ("published", "same")
+WEIGHT_HOLDERS = {"conv1d": nn.Conv1d, "x_proj": nn.Linear, "dt_proj": nn.Linear}  # of each direction
 
 
 class InferenceCache(NamedTuple):
@@ -141,9 +142,21 @@ class Mamba(nn.Module):
         dt = torch.exp(uniform * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)).clamp(min=dt_init_floor)
         dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse softplus
 
+    def _weight_holders(self, suffix: str) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """conv1d, x_proj and dt_proj of a direction. Raises TypeError for one that is more than its parameters."""
+        holders = tuple(getattr(self, name + suffix) for name in WEIGHT_HOLDERS)
+        if not torch.compiler.is_compiling():
+            for module, (name, kind) in zip(holders, WEIGHT_HOLDERS.items()):
+                if type(module).forward is not kind.forward:
+                    raise TypeError(
+                        f"{name}{suffix} is a {type(module).__name__}, which this mixer would not call: it takes the "
+                        f"parameters of a torch.nn.{kind.__name__}; adapt in_proj or out_proj, or merge the adapter"
+                    )
+        return holders
+
     def _parameters_of(self, suffix: str, A: Tensor) -> DirectionParameters:
         """The parameters of the forward ("") or backward ("_b") direction of "v2"."""
-        conv, x_proj, dt_proj = (getattr(self, name + suffix) for name in ("conv1d", "x_proj", "dt_proj"))
+        conv, x_proj, dt_proj = self._weight_holders(suffix)
         return DirectionParameters(
             conv.weight.squeeze(1), conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A,
             getattr(self, "D" + suffix),
@@ -162,17 +175,15 @@ class Mamba(nn.Module):
     def _mix_channels_first(self, xz: Tensor) -> Tensor:
         """The mixers "none" and "v1": (B, L, 2 D) -> (B, L, D)."""
         xz = xz.transpose(1, 2)  # (B, 2 D, L)
-        weights = (self.conv1d.weight, self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight)
-        options = {
-            "D": self.D, "delta_bias": self.dt_proj.bias, "delta_softplus": True,
-            "scan": selective_scan_fn if self.use_fast_path else selective_scan_ref,
-        }  # fmt: skip
-        A = _negative_exp(self.A_log)
+        conv, x_proj, dt_proj = self._weight_holders("")
+        no_projection = None, None  # out_proj is called as the module it is
+        weights = conv.weight, conv.bias, x_proj.weight, dt_proj.weight, *no_projection, _negative_exp(self.A_log)
+        options = {"D": self.D, "delta_bias": dt_proj.bias, "delta_softplus": True}
         if self.bimamba_type == "v1":
-            y = bimamba_inner_fn_no_out_proj(xz, *weights, A, _negative_exp(self.A_b_log), **options)
-        else:
-            y = mamba_inner_fn_no_out_proj(xz, *weights, A, **options)
-        return y.transpose(1, 2)  # (B, D, L) -> (B, L, D)
+            mixer = bimamba_inner_fn if self.use_fast_path else bimamba_inner_ref
+            return mixer(xz, *weights, _negative_exp(self.A_b_log), **options)
+        mixer = mamba_inner_fn if self.use_fast_path else mamba_inner_ref
+        return mixer(xz, *weights, **options)
 
     def forward(self, hidden_states: Tensor, inference_params=None) -> Tensor:
         """Mix tokens: (B, L, E) -> (B, L, E).
@@ -184,8 +195,6 @@ class Mamba(nn.Module):
             raise ValueError(
                 f"hidden_states must be (B, L, {self.d_model}) with L >= 1, not {tuple(hidden_states.shape)}"
             )
-        if not torch.compiler.is_compiling():
-            self._check_weight_holders()
         if inference_params is not None:
             return self._forward_cached(hidden_states, inference_params)
         if self.bimamba_type == "v2":
@@ -196,8 +205,9 @@ class Mamba(nn.Module):
 
     def _forward_cached(self, hidden_states: Tensor, inference_params) -> Tensor:
         """Token by token, each layer's cache in `inference_params`. (B, L, E) -> (B, L, E)."""
+        self._weight_holders("")
         if self.layer_idx is None:
-            raise ValueError("inference_params needs layer_idx=None to be a number, another one for each layer")
+            raise ValueError("layer_idx=None: inference_params keeps a layer's state under it; number the layers")
         memory = inference_params.key_value_memory_dict
         if self.layer_idx not in memory:
             memory[self.layer_idx] = self.allocate_inference_cache(hidden_states.shape[0], hidden_states.shape[1])
@@ -239,17 +249,6 @@ class Mamba(nn.Module):
         conv_state = weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype)
         ssm_state = weight.new_zeros(batch_size, self.d_inner, self.d_state, dtype=dtype)
         return InferenceCache(conv_state, ssm_state)
-
-    def _check_weight_holders(self) -> None:
-        """conv1d, x_proj and dt_proj of each direction must be what their parameters say: no adapter."""
-        for suffix in ("", "_b") if self.bimamba_type == "v2" else ("",):
-            for name, kind in (("conv1d", nn.Conv1d), ("x_proj", nn.Linear), ("dt_proj", nn.Linear)):
-                module = getattr(self, name + suffix)
-                if type(module).forward is not kind.forward:
-                    raise TypeError(
-                        f"{name}{suffix} is a {type(module).__name__}, which this mixer would not call: it takes the "
-                        f"parameters of a torch.nn.{kind.__name__}; adapt in_proj or out_proj, or merge the adapter"
-                    )
 
     def _require_causal(self) -> None:
         if self.bimamba_type != "none":

@@ -252,9 +252,10 @@ def _to(tensor: Tensor | None, like: Tensor) -> Tensor | None:
     return None if tensor is None else tensor.to(like.dtype)
 
 
-def _project_out(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, D, L) -> (B, L, E)."""
-    return F.linear(y.transpose(1, 2), weight.to(y.dtype), _to(bias, y))
+def _project_out(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """(B, D, L) -> (B, L, E), or (B, L, D) without a weight."""
+    y = y.transpose(1, 2)
+    return y if weight is None else F.linear(y, weight.to(y.dtype), _to(bias, y))
 
 
 def mamba_inner_fn_no_out_proj(
@@ -297,7 +298,7 @@ def mamba_inner_fn(
     conv1d_bias: Tensor | None,
     x_proj_weight: Tensor,
     delta_proj_weight: Tensor,
-    out_proj_weight: Tensor,
+    out_proj_weight: Tensor | None,
     out_proj_bias: Tensor | None,
     A: Tensor,
     B: Tensor | None = None,
@@ -309,7 +310,10 @@ def mamba_inner_fn(
     delta_softplus: bool = True,
     scan: Callable = selective_scan_fn,
 ) -> Tensor:
-    """`mamba_inner_fn_no_out_proj`, then the output projection (E, D) with its bias (E,): (B, L, E)."""
+    """`mamba_inner_fn_no_out_proj`, then the output projection (E, D) with its bias (E,): (B, L, E).
+
+    Without a weight there is no projection: (B, L, D).
+    """
     y = mamba_inner_fn_no_out_proj(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight,
         A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus, scan,
@@ -317,12 +321,14 @@ def mamba_inner_fn(
     return _project_out(y, out_proj_weight, out_proj_bias)
 
 
-def bimamba_inner_fn_no_out_proj(
+def bimamba_inner_fn(
     xz: Tensor,
     conv1d_weight: Tensor,
     conv1d_bias: Tensor | None,
     x_proj_weight: Tensor,
     delta_proj_weight: Tensor,
+    out_proj_weight: Tensor | None,
+    out_proj_bias: Tensor | None,
     A: Tensor,
     A_b: Tensor,
     B: Tensor | None = None,
@@ -335,8 +341,7 @@ def bimamba_inner_fn_no_out_proj(
     scan: Callable = selective_scan_fn,
 ) -> Tensor:
     """The "v1" mixer (Vision Mamba, arXiv 2401.09417, table 4): one convolution and one set of projections, then
-    a second scan of the same inputs over reversed time with `A_b` (D, N). Other arguments, and what it returns, as
-    `mamba_inner_fn_no_out_proj`.
+    a second scan of the same inputs over reversed time with `A_b` (D, N). Other arguments as `mamba_inner_fn`.
     """
     x, z, delta, B, C = _scan_inputs(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
@@ -344,34 +349,7 @@ def bimamba_inner_fn_no_out_proj(
     y = scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
     reversed_inputs = (_reverse_time(t, A_b.is_complex()) for t in (B, C))
     y_b = scan(x.flip(-1), delta.flip(-1), A_b, *reversed_inputs, D, z.flip(-1), delta_bias, delta_softplus)
-    return y + y_b.flip(-1)
-
-
-def bimamba_inner_fn(
-    xz: Tensor,
-    conv1d_weight: Tensor,
-    conv1d_bias: Tensor | None,
-    x_proj_weight: Tensor,
-    delta_proj_weight: Tensor,
-    out_proj_weight: Tensor,
-    out_proj_bias: Tensor | None,
-    A: Tensor,
-    A_b: Tensor,
-    B: Tensor | None = None,
-    C: Tensor | None = None,
-    D: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    B_proj_bias: Tensor | None = None,
-    C_proj_bias: Tensor | None = None,
-    delta_softplus: bool = True,
-    scan: Callable = selective_scan_fn,
-) -> Tensor:
-    """`bimamba_inner_fn_no_out_proj`, then the output projection (E, D) with its bias (E,): (B, L, E)."""
-    y = bimamba_inner_fn_no_out_proj(
-        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight,
-        A, A_b, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus, scan,
-    )  # fmt: skip
-    return _project_out(y, out_proj_weight, out_proj_bias)
+    return _project_out(y + y_b.flip(-1), out_proj_weight, out_proj_bias)
 
 
 def _reverse_time(matrix: Tensor, is_complex: bool) -> Tensor:
