@@ -233,8 +233,7 @@ def backward_counts(code, size: str) -> dict:
     pairs = (STATES // selective_scan.STATES_AT_A_TIME, ())
     block, per_thread = backward_block()
     lane_states = per_thread * STATES
-    rank = SIZES[size] // 16
-    marks = STATES // (2 if 16 < rank <= 32 else 4)  # trips of the first pass over the states
+    marks = STATES // 4  # trips of the first pass over the states
     marking, back = chunk.inner[-2:]
     staging = chunk.inner[:-2]
     stages = tuple((tiles, tuple(_pieces(block, size) for _ in loop.inner)) for loop in staging)

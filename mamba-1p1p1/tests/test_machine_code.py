@@ -19,7 +19,7 @@ RECORDED = json.loads((ROOT / "benchmarks" / "results" / "gpu_code.json").read_t
 pytestmark = pytest.mark.slow
 TARGETS = ("sm_80", "sm_90", "gfx942")
 RECORDED_VERSION = triton.__version__ == RECORDED["triton"]
-SPILLED = 0 if RECORDED_VERSION else 8  # bytes: two registers of scan_backward_kernel on sm_80 with Triton 3.6
+SPILLED = 0 if RECORDED_VERSION else 8  # bytes: another Triton may keep one number fewer in registers (3.6: none)
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +45,12 @@ def test_no_register_is_spilled_to_memory(results, target):
 
 
 def test_instructions_per_state_update(results):
-    """Forward's recurrence: the target is 6.5. Backward's two passes: 20, which Ti meets; S and B are 1 % above.
-
-    Other versions of Triton than the recorded one may need 3.5 % more (3.6: 20.4, 20.7, 20.7).
-    """
-    slack = 1.0 if RECORDED_VERSION else 1.035
-    limits = {"tiny": slack * 20.0, "small": slack * 20.1, "base": slack * 20.25}
-    for size, kernels in results["sm_90"].items():
+    """Forward's recurrence: 6.5. Backward's two passes: 20; with other versions of Triton 3.5 % more (3.6: 20.6)."""
+    limit = 20.0 if RECORDED_VERSION else 20.7
+    for kernels in results["sm_90"].values():
         assert kernels["scan_forward_kernel"]["per_state_update"]["recurrence"] <= 6.5
         back = kernels["scan_backward_kernel"]["per_state_update"]
-        assert back["marking"] + back["back"] <= limits[size]
+        assert back["marking"] + back["back"] <= limit
 
 
 def test_instructions_per_state_update_in_cuda(results):

@@ -670,8 +670,7 @@ def scan_backward_kernel(
     """
     WIDTH: tl.constexpr = STATES_AT_A_TIME if N % STATES_AT_A_TIME == 0 else 1
     PAIRS: tl.constexpr = N // WIDTH
-    # states at a time of the first pass; as many as leave no register spilled on sm_90
-    MARK: tl.constexpr = 4 if N % 4 == 0 and R_PADDED != 32 else WIDTH
+    MARK: tl.constexpr = 4 if N % 4 == 0 else WIDTH  # states at a time of the first pass
     COLUMNS: tl.constexpr = PAIRS_PADDED
     ROWS: tl.constexpr = max(16, 2 * WIDTH * GROUP)
     b, first_channel, count, group, block, blocks = _place(channels, group_channels, BLOCK)
@@ -686,9 +685,9 @@ def scan_backward_kernel(
     segment, direction = tl.program_id(1), tl.program_id(2).to(tl.int64)
     backward = direction == 1
     batch = tl.num_programs(0) // blocks
-    row = direction * batch + b
+    row = (direction * batch + b).to(tl.int32)  # in 32 bits, as `part`: kept to the end, where registers are scarce
     part = row * tl.num_programs(1) + segment
-    scratch += (part * blocks + block) * (SCRATCH_ROWS * BLOCK)
+    scratch += (int64(part) * blocks + block) * (SCRATCH_ROWS * BLOCK)
     sums_A = scratch + N * BLOCK + lane
     sent = sums_A + N * BLOCK  # what later positions send to the states
     sum_bias = sent + N * BLOCK
@@ -727,7 +726,7 @@ def scan_backward_kernel(
         dz, dz_step = _sequence(dz, dz_strides, direction, b, d, length, WIDE)
     if dBC is not None:
         dBC += ((direction * blocks + block) * batch + b) * length * (2 * N)
-    sums = part * N * channels + d
+    sums = int64(part) * N * channels + d
     ones = tl.full([BLOCK // PER_THREAD, COLUMNS], 1.0, tl.float32)
     result_column = tl.arange(0, COLUMNS)[None, :]
     offsets = _matrix_gradient_offsets(backward, N, GROUP, WIDTH, ROWS, COLUMNS)
@@ -752,7 +751,7 @@ def scan_backward_kernel(
             if SOFTPLUS:
                 _shift_rows(slopes + (groups - 1) * GROUP * BLOCK + lane, repeated, BLOCK, GROUP)
 
-        saved = states + (row * chunks + chunk) * N * channels + d
+        saved = states + (int64(row) * chunks + chunk) * N * channels + d
         _store_states(marks + groups * (N * BLOCK), BLOCK, _load_states(saved, channels, mask, N), None, N)
         if chunk > 0:
             _store_states(marks, BLOCK, _load_states(saved - N * channels, channels, mask, N), None, N)
@@ -841,9 +840,9 @@ def scan_backward_kernel(
                 SOFTPLUS, PAIRED, BLOCK, GROUP,
             )  # fmt: skip
             tl.debug_barrier()  # what this group wrote, whichever thread did, the next one reads
-    tl.store(dbias + part * channels + d, tl.load(sum_bias), mask=mask)
+    tl.store(dbias + int64(part) * channels + d, tl.load(sum_bias), mask=mask)
     if D is not None:
-        tl.store(dD + part * channels + d, tl.load(sum_D), mask=mask)
+        tl.store(dD + int64(part) * channels + d, tl.load(sum_D), mask=mask)
     _store_states(dA + sums, channels, _load_states(sums_A, BLOCK, None, N), mask, N)
 
 
