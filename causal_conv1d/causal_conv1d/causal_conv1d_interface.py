@@ -117,6 +117,8 @@ def causal_conv1d_fn(
     """
     silu = _silu(activation)
     _check_shapes(x, weight, bias, initial_states)
+    if final_states_out is not None and not return_final_states:
+        raise ValueError("final_states_out is written with return_final_states=True only: give both, or neither")
     if seq_idx is not None:
         if seq_idx.shape != (x.shape[0], x.shape[2]) or seq_idx.is_floating_point() or seq_idx.device != x.device:
             raise ValueError(
@@ -173,6 +175,12 @@ def causal_conv1d_update(
             f"conv_state must be (B, {weight.shape[0]}, at least {weight.shape[1] - 1}), not {tuple(conv_state.shape)}"
         )
     state = conv_state if conv_state_indices is None else conv_state[conv_state_indices]
+    if state.shape[0] != x.shape[0]:
+        raise ValueError(f"x has {x.shape[0]} rows, and there are states of {state.shape[0]}: give one for each row")
+    if cache_seqlens is not None and tokens.shape[2] > conv_state.shape[2]:
+        raise ValueError(
+            f"cache_seqlens: a ring of {conv_state.shape[2]} tokens cannot take {tokens.shape[2]} at once; split them"
+        )
     out = reference.causal_conv1d_update(tokens, state, weight, bias, silu, cache_seqlens)
     if conv_state_indices is not None:
         conv_state[conv_state_indices] = state

@@ -125,10 +125,10 @@ class _Call:
         )  # fmt: skip
 
     def empty(self) -> Tensor:
-        """A new (B, D, L) tensor in the kernels' layout of x."""
+        """A new (B, D, L) tensor in the kernels' layout of x; no view, which could not be changed in place."""
         batch, channels, length = self.x.shape
         if self.channels_last:
-            return self.x.new_empty(batch, length, channels).transpose(1, 2)
+            return self.x.new_empty_strided((batch, channels, length), (length * channels, 1, channels))
         return self.x.new_empty(batch, channels, length)
 
     def run(self, name: str) -> None:

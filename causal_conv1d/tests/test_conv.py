@@ -95,8 +95,9 @@ def test_memory_layout_follows_the_input():
     assert out.stride() == x.stride() and not out.is_contiguous()
 
 
-def test_result_may_be_changed_in_place():
-    x, weight, bias, _ = random_inputs()
+@pytest.mark.parametrize("shape", [{}, {"L": 1}, {"channels_last": True}, {"channels_last": True, "L": 1}])
+def test_result_may_be_changed_in_place(shape):
+    x, weight, bias, _ = random_inputs(**shape, dtype=torch.float32)
     out = causal_conv1d_fn(x, weight, bias, activation="silu")
     out += x
     out.sum().backward()
@@ -129,6 +130,27 @@ def test_one_token_at_a_time_equals_the_whole():
     state = x.new_zeros(2, 6, 5)
     outs = [causal_conv1d_update(x[..., t].detach(), state, weight, bias, activation="silu") for t in range(7)]
     torch.testing.assert_close(torch.stack(outs, -1), whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"conv_state": torch.zeros(3, 4, 5)}, "x has 2 rows, and there are states of 3"),
+        ({"cache_seqlens": torch.tensor([1, 2]), "conv_state": torch.zeros(3, 4, 5)}, "there are states of 3"),
+        ({"conv_state_indices": torch.tensor([0, 1, 0])}, "there are states of 3"),
+        ({"cache_seqlens": torch.tensor([1, 2]), "conv_state": torch.zeros(2, 4, 3)}, "a ring of 3 tokens cannot take"),
+    ],
+)
+def test_an_update_that_does_not_fit_is_refused(arguments, words):
+    arguments = {"conv_state": torch.zeros(2, 4, 5)} | arguments
+    with pytest.raises(ValueError, match=words):
+        causal_conv1d_update(torch.randn(2, 4, 4), weight=torch.randn(4, 4), **arguments)
+
+
+def test_a_buffer_that_would_not_be_written_is_refused():
+    x, weight, _, states = random_inputs()
+    with pytest.raises(ValueError, match="final_states_out is written with return_final_states=True only"):
+        causal_conv1d_fn(x, weight, final_states_out=torch.empty_like(states))
 
 
 def test_update_of_chosen_cache_rows():

@@ -279,6 +279,29 @@ def test_exchanging_the_directions_reverses_time(batch, length, seed):
     torch.testing.assert_close(y, shuffled, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("cache_dtype", [None, torch.float32, torch.bfloat16])
+def test_a_bfloat16_layer_steps_with_any_cache(cache_dtype):
+    """Its states add up for the whole sequence: by default in float32."""
+    torch.manual_seed(0)
+    layer = Mamba(24, layer_idx=0, dtype=torch.bfloat16)
+    tokens = torch.randn(2, 40, 24, dtype=torch.bfloat16)
+    cache = layer.allocate_inference_cache(2, 40, cache_dtype)
+    assert cache.ssm_state.dtype == (cache_dtype or torch.float32)
+    outs = torch.cat([layer.step(token, *cache)[0] for token in tokens.split(1, dim=1)], 1)
+    assert outs.dtype == torch.bfloat16
+    torch.testing.assert_close(outs, layer(tokens), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_scans_result_of_one_token_may_be_changed_in_place(dtype):
+    u = torch.randn(1, 6, 1, dtype=dtype, requires_grad=True)
+    matrix, A = torch.ones(1, 4, 1, dtype=dtype), -torch.ones(6, 4, dtype=dtype)
+    out = selective_scan_fn(u, u.detach().abs(), A, matrix, matrix)
+    out += 1
+    out.sum().backward()
+    assert torch.isfinite(u.grad).all()
+
+
 def test_results_may_be_changed_in_place():
     inputs = scan_inputs()
     out = selective_scan_fn(*inputs, delta_softplus=True)
@@ -489,6 +512,15 @@ def test_an_empty_batch_gives_an_empty_result():
     assert block.shape == (0, 5, 32)
     inputs = [t.detach()[:0] if t.dim() == 3 else t.detach() for t in scan_inputs(dtype=torch.float32)]
     assert selective_scan_fn(*inputs).shape == (0, 6, 7)
+
+
+def test_a_layer_is_exported_for_any_batch():
+    """As many sequences as channels among them: 16 here."""
+    layer = Mamba(8, use_fast_path=False)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(layer, (torch.randn(3, 5, 8),), dynamic_shapes=({0: batch},))
+    x = torch.randn(16, 5, 8)
+    torch.testing.assert_close(program.module()(x), layer(x))
 
 
 def test_backward_without_saved_tensors():

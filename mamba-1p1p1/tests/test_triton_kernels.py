@@ -64,7 +64,7 @@ ARGUMENTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
 def scan_case(
     batch=1, channels=3, length=33, states=2, matrices="token", groups=1, z=True, D=True, bias=True, softplus=True,
-    last=True, channels_last=True, dtype=torch.float32, segments=1,
+    last=True, channels_last=True, dtype=torch.float32, segments=1, C_groups=None,
 ):  # fmt: skip
     return locals()
 
@@ -84,6 +84,9 @@ SCANS = {
     "whole-blocks": scan_case(channels=128, length=70, states=4),
     "whole-blocks-bf16": scan_case(channels=128, length=7, states=8, dtype=torch.bfloat16, z=True),
     "groups": scan_case(matrices="group", groups=2, channels=6),
+    "groups-of-B-in-one-of-C": scan_case(matrices="group", groups=4, C_groups=2, channels=8, batch=2, length=9),
+    "groups-that-do-not-divide": scan_case(matrices="group", groups=2, C_groups=3, channels=6, length=9, segments=2),
+    "one-group-of-B": scan_case(matrices="group C", groups=3, channels=6, length=9),
     "grouped-blocks": scan_case(matrices="group", groups=2, channels=140, length=5),
     "constant": scan_case(matrices="constant", batch=2),
     "constant-B": scan_case(matrices="constant B", batch=2, states=3),
@@ -110,8 +113,9 @@ def scan_arguments(case):
     def matrix(name):
         if case["matrices"] in ("constant", f"constant {name}"):
             return draw(channels, states)
-        if case["matrices"] == "group":
-            return draw(batch, case["groups"], states, length, dtype=case["dtype"])
+        if case["matrices"] in ("group", f"group {name}"):
+            groups = case["C_groups"] or case["groups"] if name == "C" else case["groups"]
+            return draw(batch, groups, states, length, dtype=case["dtype"])
         return draw(batch, states, length, dtype=case["dtype"])
 
     u, delta = sequence(), sequence()

@@ -5,6 +5,8 @@ W convolution width, B batch, L tokens.
 """
 
 import math
+from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -25,6 +27,18 @@ BIMAMBA_TYPES = ("none", "v1", "v2")
 DT_INITS = ("random", "constant")
 DT_INITS_BACKWARD = ("published", "same")
 WEIGHT_HOLDERS = {"conv1d": nn.Conv1d, "x_proj": nn.Linear, "dt_proj": nn.Linear}  # of each direction
+
+
+def is_count(value, least: int = 1) -> bool:
+    """Whether it is a whole number of at least `least`."""
+    return isinstance(value, Integral) and value >= least
+
+
+def check_values(table: Iterable[tuple[str, object, bool, str]]) -> None:
+    """Raise ValueError at the first row (name, value, whether it is accepted, what is) that is not accepted."""
+    for name, value, fits, accepted in table:
+        if not fits:
+            raise ValueError(f"{name}={value!r} cannot be: use {accepted}")
 
 
 class InferenceCache(NamedTuple):
@@ -87,6 +101,16 @@ class Mamba(nn.Module):
         ):
             if value not in accepted:
                 raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, accepted))}")
+        count = "a whole number of at least 1"
+        check_values(
+            (
+                ("d_model", d_model, is_count(d_model), count),
+                ("d_state", d_state, is_count(d_state), count),
+                ("d_conv", d_conv, is_count(d_conv), count),
+                ("expand", expand, isinstance(expand, Real) and expand * d_model >= 1, "a positive number"),
+                ("dt_rank", dt_rank, dt_rank == "auto" or is_count(dt_rank), f"'auto' or {count}"),
+            )
+        )
         factory = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
@@ -231,7 +255,7 @@ class Mamba(nn.Module):
         x = (conv_state * self.conv1d.weight.squeeze(1)).sum(-1)
         if self.conv1d.bias is not None:
             x = x + self.conv1d.bias
-        x = F.silu(x)
+        x = F.silu(x).to(z.dtype)  # the cache's may be another
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y = selective_state_update(
             ssm_state, x, F.linear(dt, self.dt_proj.weight), _negative_exp(self.A_log), B, C, self.D, z,
@@ -243,11 +267,15 @@ class Mamba(nn.Module):
         return out.unsqueeze(1), conv_state, ssm_state
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None) -> InferenceCache:
-        """Zero states for `step`; their size does not depend on `max_seqlen`."""
+        """Zero states for `step`; their size does not depend on `max_seqlen`.
+
+        dtype: of both; by default the weights' for the convolution's, float32 at least for the scan's, which add up.
+        """
         self._require_causal()
         weight = self.conv1d.weight
         conv_state = weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype)
-        ssm_state = weight.new_zeros(batch_size, self.d_inner, self.d_state, dtype=dtype)
+        wide = dtype or torch.promote_types(weight.dtype, torch.float32)
+        ssm_state = weight.new_zeros(batch_size, self.d_inner, self.d_state, dtype=wide)
         return InferenceCache(conv_state, ssm_state)
 
     def _require_causal(self) -> None:

@@ -38,7 +38,8 @@ def _selective_scan(
         out, last_state, saved = _kernels(u, A).selective_scan_forward(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, save
         )
-    return out.contiguous(), last_state, saved
+    out = out.contiguous()
+    return out.clone() if out._is_view() else out, last_state, saved  # a view could not be changed in place
 
 
 @_selective_scan.register_fake
@@ -154,8 +155,9 @@ def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> None:
     for name, matrix in (("B", B), ("C", C)):
         shape = tuple(matrix.shape)
         groups = shape[1] if len(shape) == 4 else 1
-        accepted = ((channels, d_state), (batch, d_state, columns), (batch, groups, d_state, columns))
-        if shape not in accepted or groups == 0 or channels % groups:
+        # By the number of dimensions: comparing a traced batch with D would keep an export from batches of D.
+        accepted = {2: (channels, d_state), 3: (batch, d_state, columns), 4: (batch, groups, d_state, columns)}
+        if shape != accepted.get(len(shape)) or groups == 0 or channels % groups:
             raise ValueError(
                 f"{name} must be (D, N), (B, N, L) or (B, G, N, L) with G dividing D = {channels} "
                 f"(L = {columns} here), not {shape}"

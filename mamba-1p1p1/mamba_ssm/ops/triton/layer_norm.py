@@ -149,7 +149,8 @@ def layer_norm_fn(
         prenorm: also return the sum, the residual stream of a pre-norm network; in residual's dtype, or, without
             a residual, in float32 if `residual_in_fp32` and in x's dtype otherwise.
 
-    Returns out with x's shape and dtype, or (out, sum). Statistics are float32 at least.
+    Returns out with x's shape and dtype, or (out, sum). Statistics are float32 at least. Backward reads the sum: as
+    with the published function, it is not to be changed in place.
     """
     kind = "rms" if is_rms_norm else "layer"
     return _norm(x, weight, bias, residual, eps, prenorm, residual_in_fp32, kind)

@@ -17,6 +17,7 @@ backward direction reads token L-1-i at position i, so nothing is ever flipped.
   adds to a zero state, a second one chains the segments, the third is the ordinary kernel.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -1010,7 +1011,7 @@ def _grid(inputs: ScanInputs, block: int, segments: int | None) -> Grid:
 
 def choose_segments(programs: int, chunks: int, wanted: int) -> int:
     """Segments of a sequence. A split computes the recurrence twice, so it must at least triple the programs."""
-    segments = min(wanted // programs, chunks // 2)
+    segments = min(wanted // max(programs, 1), chunks // 2)
     return segments if segments >= 3 else 1
 
 
@@ -1230,17 +1231,33 @@ def _float32(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
 
 
-def _with_direction(matrix: Tensor) -> Tensor:
-    """A public form of B or C with the axes that `ScanInputs` wants."""
+def _groups(matrix: Tensor) -> int:
+    """Of a public form of B or C: (D, N), (B, N, L) or (B, G, N, L)."""
+    return matrix.shape[1] if matrix.dim() == 4 else 1
+
+
+def _with_direction(matrix: Tensor, groups: int) -> Tensor:
+    """A public form of B or C with the axes that `ScanInputs` wants; several groups as those of both, `groups`."""
     if matrix.dim() == 3:
         matrix = matrix.unsqueeze(1)  # (B, 1, N, L)
+    elif 1 < _groups(matrix) < groups:
+        matrix = matrix.repeat_interleave(groups // _groups(matrix), dim=1)
     return matrix.unsqueeze(0)
 
 
+def _of_groups(gradient: Tensor, matrix: Tensor) -> Tensor:
+    """What the kernel found for (1, B, groups, N, L), or (1, D, N), as the gradient of B or C in its public form."""
+    gradient = gradient[0]
+    if matrix.dim() > 2:
+        gradient = gradient.unflatten(1, (_groups(matrix), -1)).sum(2)
+    return own_memory(gradient.reshape(matrix.shape), matrix.dtype)
+
+
 def _inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> ScanInputs:
+    groups = math.lcm(_groups(B), _groups(C))
     return ScanInputs(
-        u.unsqueeze(0), delta.unsqueeze(0), None if z is None else z.unsqueeze(0), _with_direction(B),
-        _with_direction(C), (_float32(A),) * 2, (_float32(D),) * 2, (None, None), (_float32(delta_bias),) * 2,
+        u.unsqueeze(0), delta.unsqueeze(0), None if z is None else z.unsqueeze(0), _with_direction(B, groups),
+        _with_direction(C, groups), (_float32(A),) * 2, (_float32(D),) * 2, (None, None), (_float32(delta_bias),) * 2,
         delta_softplus,
     )  # fmt: skip
 
@@ -1278,8 +1295,8 @@ def selective_scan_backward(
         None if dz is None else dz.unsqueeze(0), segments=segments,
     )  # fmt: skip
     return (
-        du, ddelta, grads.A[0].to(A.dtype), own_memory(grads.B[0].reshape(B.shape), B.dtype),
-        own_memory(grads.C[0].reshape(C.shape), C.dtype), None if D is None else grads.D[0].to(D.dtype), dz,
+        du, ddelta, grads.A[0].to(A.dtype), _of_groups(grads.B, B), _of_groups(grads.C, C),
+        None if D is None else grads.D[0].to(D.dtype), dz,
         None if delta_bias is None else grads.bias[0].to(delta_bias.dtype),
     )  # fmt: skip
 
