@@ -16,7 +16,7 @@ from arguments import (
     natural_int,
     parse_args,
     positive_int,
-    require_resume,
+    require_weights,
     size_of,
 )
 from det.model import DETECTORS, DetectorSettings
@@ -105,7 +105,7 @@ def settings_of(args: argparse.Namespace) -> DetectorSettings:
 
 
 def check(args: argparse.Namespace) -> None:
-    require_resume(args)
+    require_weights(args)
     low, high = args.scale_range
     if not 0 < low <= high:
         raise ConfigError(f"--scale-range {low:g} {high:g}: expected two factors above 0, the smaller one first")

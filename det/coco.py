@@ -143,6 +143,9 @@ class CocoSource:
             "boxes clipped to their image": self.clipped,
             "images without objects, kept": empty,
         }
+        if self.truth is not None:
+            maskless = sum(one["segmentation"] is None for one in self.truth["annotations"])
+            kept[f"{NO_MASK}, left out of mask AP"] = maskless
         said = [f"{what}: {count:,}" for what, count in kept.items() if count]
         said += [f"{why}, left out of training: {count:,}" for why, count in sorted(self.left_out.items())]
         return "; ".join(said)
@@ -157,8 +160,9 @@ NEEDED = {
     "categories": {"id": int, "name": NAME},
 }
 ALLOWED = {"images": {}, "annotations": {"iscrowd": int, "area": NUMBER}, "categories": {}}
-# pycocotools takes memory in proportion to how far a polygon reaches; no object is this far from its image.
-FARTHEST = 1e6
+# In longer sides of its image; no object reaches so far. pycocotools takes memory in proportion to how far a polygon
+# reaches, and views enlarge it with its image.
+FARTHEST = 100
 
 
 def why_left_out(annotation: dict, image: dict) -> str:
@@ -199,20 +203,26 @@ def run_lengths(segmentation: list | dict, height: int, width: int) -> dict:
 def ground_truth(content: dict) -> dict:
     """What pycocotools evaluates against: the file as it is, crowds and all, its annotations numbered from 1.
 
-    pycocotools takes the number 0 for "not found", needs `iscrowd` and `area`, and breaks at an annotation without
-    a mask, so those are left out (`remarks` counts them).
+    pycocotools takes the number 0 for "not found" and needs `iscrowd` and `area`. Where there is no usable mask,
+    `segmentation` is None: such an annotation counts for boxes alone.
     """
     sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
     annotations = []
-    for annotation in content["annotations"]:
+    for number, annotation in enumerate(content["annotations"], start=1):
         shape = usable_segmentation(annotation.get("segmentation"))
-        if shape is None:
-            continue
-        annotation = {"iscrowd": 0, **annotation, "id": len(annotations) + 1, "segmentation": shape}
+        annotation = {"iscrowd": 0, **annotation, "id": number, "segmentation": shape}
         if "area" not in annotation:
-            annotation["area"] = float(rle.area(run_lengths(shape, *sizes[annotation["image_id"]])))
+            annotation["area"] = area(annotation, *sizes[annotation["image_id"]])
         annotations.append(annotation)
     return {"images": content["images"], "annotations": annotations, "categories": content["categories"]}
+
+
+def area(annotation: dict, height: int, width: int) -> float:
+    """Pixels of the mask, or of the box where there is none."""
+    shape = annotation["segmentation"]
+    if shape is None:
+        return float(annotation["bbox"][2] * annotation["bbox"][3])
+    return float(rle.area(run_lengths(shape, height, width)))
 
 
 def coco_categories(root: Path, split: str) -> dict[int, str] | None:
@@ -335,24 +345,31 @@ def check_annotations(file: Path, content: dict) -> None:
 def check_segmentation(where: str, shape, size: tuple[int, int]) -> None:
     """Raise DataError for what is no mask of an image of `size` (height, width); a missing one is none."""
     if isinstance(shape, list):
-        check_polygons(where, shape)
+        check_polygons(where, shape, size)
     elif isinstance(shape, dict):
         check_run_lengths(where, shape, size)
     elif shape is not None:
         raise DataError(f"{where} has segmentation {shortened(shape)}: expected polygons or run lengths")
 
 
-def check_polygons(where: str, polygons: list) -> None:
+def check_polygons(where: str, polygons: list, size: tuple[int, int]) -> None:
+    farthest = FARTHEST * max(size)
     for polygon in polygons:
         if not (isinstance(polygon, list) and all(isinstance(value, NUMBER) for value in polygon)):
             found = "a flat list" if isinstance(polygon, NUMBER) else shortened(polygon)
             raise DataError(f"{where} has {found} for a mask: expected polygons [[x, y, x, y, ...], ...]")
-        if polygon and max(map(abs, polygon)) > FARTHEST:
-            raise DataError(f"{where} has a corner at {max(polygon, key=abs):g}: expected pixels of the image")
+        if polygon and max(map(abs, polygon)) > farthest:
+            raise DataError(
+                f"{where} has a corner at {max(polygon, key=abs):g}: expected pixels of the image of "
+                f"{size[1]} x {size[0]}, {farthest:,} at most"
+            )
 
 
 def check_run_lengths(where: str, shape: dict, size: tuple[int, int]) -> None:
-    """Compressed ones are decoded to see whether they can be; a mask without size or counts is none."""
+    """They must fill the image: pycocotools leaves the rest of a mask as the memory was, or writes beyond it.
+
+    A mask without size or counts is none.
+    """
     if not {"size", "counts"} <= shape.keys():
         return
     counts, pixels = shape["counts"], size[0] * size[1]
@@ -360,16 +377,41 @@ def check_run_lengths(where: str, shape: dict, size: tuple[int, int]) -> None:
         raise DataError(f"{where} has a mask of {shortened(shape['size'])} for an image of {list(size)}")
     if isinstance(counts, str):
         try:
-            rle.decode(shape)
+            counts = decompressed(counts)
         except ValueError as error:
             raise DataError(f"{where} has run lengths {shortened(counts)} that cannot be decoded ({error})") from error
-        return
     if not (isinstance(counts, list) and all(isinstance(run, int) and run >= 0 for run in counts)):
         raise DataError(
             f"{where} has run lengths {shortened(counts)}: expected whole numbers, or COCO's compressed text"
         )
-    if sum(counts) != pixels:  # pycocotools would write beyond the mask
+    if sum(counts) != pixels:
         raise DataError(f"{where} has run lengths of {sum(counts)} pixels for an image of {pixels}")
+
+
+def decompressed(text: str) -> list[int]:
+    """The run lengths in COCO's compressed text. Raises ValueError for what is none.
+
+    A character holds 5 bits of a number, the lowest first, and whether more follow; the last one's highest bit is the
+    sign. From the fourth number on, what stands there is the difference from the number two before.
+    """
+    counts, value, bits = [], 0, 0
+    for character in text:
+        digit = ord(character) - ord("0")
+        if not 0 <= digit < 64:
+            raise ValueError(f"{character!r} is not one of its characters")
+        value |= (digit & 31) << bits
+        bits += 5
+        if digit & 32:
+            continue
+        if digit & 16:
+            value -= 1 << bits
+        counts.append(value + counts[-2] if len(counts) > 2 else value)
+        value = bits = 0
+    if bits:
+        raise ValueError("it ends within a number")
+    if min(counts, default=0) < 0:
+        raise ValueError(f"a run of {min(counts)} pixels")
+    return counts
 
 
 def check_files(file: Path, folder: Path, names: list[str]) -> None:

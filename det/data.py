@@ -74,6 +74,10 @@ def build_datasets(args) -> DataBundle:
         if not any(len(train.instances(i)) for i in range(len(train.labels))):
             raise DataError(f"{train.title} has nothing to train on: {train.remarks}")
         data_set = TrainDataset(train, size, args.scale_range, args.flip_prob, args.seed)
+    if all(one["iscrowd"] for one in val.truth["annotations"]):
+        raise DataError(
+            f"{val.title} has no object to evaluate with in {len(val.labels):,} images, crowds aside; annotate one"
+        )
     return DataBundle(
         train=data_set,
         val=EvalDataset(val, size),

@@ -18,6 +18,7 @@ from det.coco import CocoSource
 from det.views import targets, whole
 
 SMALLEST_SIDE = 320  # images below this are enlarged, so that names can be read
+LARGEST_SIDE = 1024  # of a picture: thin images are enlarged up to here, larger ones shrunk
 LEAST_SCORE = 0.5  # of what is drawn
 GAP = 4  # pixels between a picture and its truth
 
@@ -27,21 +28,38 @@ def colour(label: int) -> tuple[int, int, int]:
     return tuple(round(255 * part) for part in colormaps["tab10"]((label - 1) % 10)[:3])
 
 
+def drawn_size(width: int, height: int) -> tuple[int, int]:
+    """(width, height) at which an image is drawn: a whole multiple of its own, or `LARGEST_SIDE` long."""
+    short, long = sorted((width, height))
+    scale = min(-(-SMALLEST_SIDE // short), LARGEST_SIDE // long) or LARGEST_SIDE / long
+    return tuple(max(1, round(side * scale)) for side in (width, height))
+
+
+def nearest(masks: Tensor, width: int, height: int) -> Tensor:
+    """(N, h, w) -> (N, height, width)."""
+    rows, columns = (
+        (2 * torch.arange(new) + 1) * old // (2 * new) for new, old in zip((height, width), masks.shape[1:])
+    )
+    return masks[:, rows[:, None], columns]
+
+
 def draw(image: Image.Image, boxes: Tensor, labels: list[int], masks: Tensor, names: list[str]) -> Tensor:
-    """Image with outlined objects (3, H, W) uint8, enlarged if it is small.
+    """Image with outlined objects (3, H, W) uint8, of `drawn_size`.
 
     Args:
         boxes: (N, 4), left, top, right, bottom. labels: from 1. masks: (N, h, w) bool.
         names: a caption each.
     """
-    factor = max(1, -(-SMALLEST_SIDE // min(image.size)))
-    picture = pil_to_tensor(image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST))
+    width, height = drawn_size(*image.size)
+    shrunk = width < image.width or height < image.height
+    resampling = Image.Resampling.BILINEAR if shrunk else Image.Resampling.NEAREST
+    picture = pil_to_tensor(image.resize((width, height), resampling))
     if not labels:
         return picture
     colours = [colour(label) for label in labels]
-    masks = masks.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
-    picture = draw_segmentation_masks(picture, masks, alpha=0.45, colors=colours)
-    boxes = (boxes * factor).round()
+    picture = draw_segmentation_masks(picture, nearest(masks, width, height), alpha=0.45, colors=colours)
+    x, y = width / image.width, height / image.height
+    boxes = (boxes * boxes.new_tensor([x, y, x, y])).round()
     boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 1)
     return draw_bounding_boxes(
         picture,

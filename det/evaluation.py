@@ -115,17 +115,17 @@ def summarise(found: list[dict], source: CocoSource) -> DetectionResult:
 
 
 def average_precisions(truth: dict, found: list[dict], kind: str) -> dict[str, float]:
-    """COCO's average precisions in percent, of "bbox" or "segm"."""
-    if not found:  # pycocotools reads the first one
-        return dict.fromkeys(MEASURES, 0.0)
+    """COCO's average precisions in percent, of "bbox" or "segm"; NaN where the truth has nothing of a size."""
     # A result with both would have its mask judged as small, medium or large by the area of its box.
     shape = {"bbox": "bbox", "segm": "segmentation"}[kind]
     found = [{key: one[key] for key in ("image_id", "category_id", "score", shape)} for one in found]
     with contextlib.redirect_stdout(io.StringIO()):  # its tables; the numbers come back
         api = COCO()
-        api.dataset = copy.deepcopy(truth)  # pycocotools writes into it
+        annotations = [one for one in truth["annotations"] if one[shape]]
+        api.dataset = copy.deepcopy(truth | {"annotations": annotations})  # pycocotools writes into it
         api.createIndex()
-        evaluator = COCOeval(api, api.loadRes(found), kind)
+        results = api.loadRes(found) if found else COCO()  # loadRes reads the first one
+        evaluator = COCOeval(api, results, kind)
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()

@@ -8,7 +8,7 @@ from torch import nn
 import distributed
 from build import as_config_error, assemble
 from datasets import DataBundle
-from dense import build_backbone, load_backbone
+from dense import build_backbone, load_backbone, load_dense
 from det.arguments import parse, settings_of
 from det.data import build_datasets, collate
 from det.drawing import save_pictures
@@ -58,7 +58,7 @@ def execute(args, world: World) -> int:
         log.say(data.description)
         model = build_detector(args, data.num_classes, log.say).to(world.device)
     if args.eval:
-        return evaluate_saved(args, world, model, task, data, log)
+        return evaluate_saved(args, world, model, task, data, log, load=load_dense)
     return train(assemble(args, world, model, data, task), data, log)
 
 
@@ -67,6 +67,6 @@ def build_detector(args, num_classes: int, say) -> Detector:
     backbone = build_backbone(args, args.input_size, taps=1, say=say)
     with as_config_error():
         detector = Detector(backbone, num_classes, settings_of(args))
-    if args.finetune:
+    if args.finetune and not args.eval:
         load_backbone(args, backbone, say)
     return detector

@@ -13,7 +13,7 @@ import det_sets
 from augment import counter_randomness
 from datasets import DataError
 from det.arguments import parse
-from det.coco import Instance, Packed, coco_source, run_lengths
+from det.coco import FARTHEST, Instance, Packed, coco_source, decompressed, run_lengths
 from det.data import EvalDataset, TrainDataset, build_datasets, collate, read
 from det.views import View, large_scale_jitter, scaled_size, targets, whole
 from samplers import SampleKey
@@ -99,8 +99,18 @@ def test_an_object_that_reaches_out_is_clipped_and_counted(tmp_path):
 def test_an_annotation_without_a_usable_mask_is_left_out_and_counted(tmp_path, shape):
     spoilt = det_sets.annotation(7, 3, (2, 2, 12, 12), segmentation=shape)
     source = one_image(tmp_path, spoilt, det_sets.annotation(7, 3, (2, 2, 12, 12)))
-    assert len(source.instances(0)) == 1 and len(source.truth["annotations"]) == 1
+    assert len(source.instances(0)) == 1
+    assert [one["segmentation"] is None for one in source.truth["annotations"]] == [True, False]
+    assert "annotations without a usable mask, left out of mask AP: 1" in source.remarks
     assert "annotations without a usable mask, left out of training: 1" in source.remarks
+
+
+def test_a_crowd_without_a_mask_is_counted_and_stays_in_the_truth_of_boxes(tmp_path):
+    crowd = det_sets.annotation(7, 3, (5, 5, 30, 20), iscrowd=1, segmentation=[])
+    source = one_image(tmp_path, crowd, det_sets.annotation(7, 3, (2, 2, 12, 12)))
+    assert [one["iscrowd"] for one in source.truth["annotations"]] == [1, 0]
+    assert "annotations without a usable mask, left out of mask AP: 1" in source.remarks
+    assert "crowd regions, left out of training: 1" in source.remarks
 
 
 def test_a_polygon_of_two_corners_is_dropped_from_those_with_an_area(tmp_path):
@@ -118,13 +128,29 @@ def test_polygons_and_both_kinds_of_run_lengths_are_one_mask():
         assert np.array_equal(rle.decode(run_lengths(shape, 40, 60)), mask)
 
 
+def test_compressed_run_lengths_are_read_as_pycocotools_writes_them():
+    rng = np.random.default_rng(0)
+    for share in (0, 0.001, 0.1, 0.5, 1):  # long runs and short ones, rising and falling
+        mask = rng.random((80, 70)) < share
+        assert decompressed(det_sets.compressed(mask)["counts"]) == det_sets.run_length(mask)["counts"]
+
+
+def test_a_corner_far_outside_of_its_image_is_still_a_corner(tmp_path):
+    shape = det_sets.rectangle(0, 0, 60 * FARTHEST, 40)
+    source = one_image(tmp_path, det_sets.annotation(7, 3, (0, 0, 60, 40), segmentation=shape))
+    assert targets(whole((40, 60), (40, 60)), source.instances(0))["boxes"].tolist() == [[0, 0, 60, 40]]
+
+
 def test_the_truth_has_what_pycocotools_needs(tmp_path):
     """Numbers from 1 (0 would mean "not found"), `iscrowd` and `area`, where a file lacks them."""
-    plain = det_sets.annotation(7, 3, (2, 2, 12, 22), id=0)
-    del plain["iscrowd"], plain["area"]
-    source = one_image(tmp_path, plain, det_sets.annotation(7, 3, (2, 2, 12, 12), id=0))
-    assert [one["id"] for one in source.truth["annotations"]] == [1, 2]
-    assert source.truth["annotations"][0]["iscrowd"] == 0 and source.truth["annotations"][0]["area"] == 200
+    bare = [det_sets.annotation(7, 3, (2, 2, 12, bottom), id=0) for bottom in (22, 32)]
+    for one in bare:
+        del one["iscrowd"], one["area"]
+    del bare[1]["segmentation"]
+    source = one_image(tmp_path, *bare, det_sets.annotation(7, 3, (2, 2, 12, 12), id=0))
+    truth = source.truth["annotations"]
+    assert [one["id"] for one in truth] == [1, 2, 3] and [one["iscrowd"] for one in truth] == [0, 0, 0]
+    assert [one["area"] for one in truth] == [200, 300, 100]  # of the mask, of the box, as the file says
 
 
 def with_mask(shape):
@@ -168,7 +194,11 @@ def drop(key, kind):
         (with_mask([[1, 1, None, 5, 9, 9]]), r"has \[1, 1, None, 5, 9, 9\] for a mask: expected polygons"),
         (with_mask([[[1, 1], [5, 5], [1, 5]]]), r"has \[\[1, 1\], \[5, 5\], \[1, 5\]\] for a mask"),
         (with_mask([[1, 1, 1e12, 5, 9, 9]]), r"has a corner at 1e\+12: expected pixels of the image"),
+        (with_mask([[1, 1, 9e5, 5, 9, 9]]), r"a corner at 900000: .* of the image of 40 x 64, 6,400 at most"),
         (with_mask({"size": [64, 40], "counts": "hello world"}), "'hello world' that cannot be decoded"),
+        (with_mask({"size": [64, 40], "counts": "Z?d0"}), "run lengths of 510 pixels for an image of 2560"),
+        (with_mask({"size": [64, 40], "counts": "Z?d"}), "'Z.d' that cannot be decoded .it ends within a number"),
+        (with_mask({"size": [64, 40], "counts": "O"}), "'O' that cannot be decoded .a run of -1 pixels"),
         (with_mask({"size": [64, 40], "counts": [-10, 2570]}), r"run lengths \[-10, 2570\]: expected whole numbers"),
         (with_mask({"size": [64, 40], "counts": 5}), "run lengths 5: expected whole numbers"),
         (with_mask({"size": None, "counts": [2560]}), r"a mask of None for an image of \[64, 40\]"),
@@ -316,7 +346,7 @@ def test_evaluation_numbers_classes_as_training_did(tmp_path):
     """Where the held-out half's file lacks some of the training half's categories."""
     det_sets.write_tiny(tmp_path)
     content = json.loads((tmp_path / "annotations" / "instances_val2017.json").read_text())
-    content["annotations"] = [one for one in content["annotations"] if one["category_id"] == 90]
+    content["annotations"] = [one | {"category_id": 90} for one in content["annotations"]]
     content["categories"] = [one for one in content["categories"] if one["id"] == 90]
     (tmp_path / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
     flags = ["--device", "cpu", "--data-path", str(tmp_path)]

@@ -13,7 +13,7 @@ import det.evaluation
 import det_sets
 from det.coco import coco_source
 from det.data import EvalDataset, collate
-from det.drawing import draw, save_pictures
+from det.drawing import LARGEST_SIDE, colour, draw, save_pictures
 from det.evaluation import MEASURES, as_results, average_precisions, evaluate, summarise
 from distributed import World
 from samplers import EvalSampler
@@ -62,8 +62,35 @@ def test_boxes_and_masks_are_judged_apart(source):
     assert result.box["AP50"] == pytest.approx(100) and result.box["AP75"] == 0
 
 
-def test_nothing_found_is_zero_and_no_error(source):
-    assert average_precisions(source.truth, [], "bbox") == dict.fromkeys(MEASURES, 0.0)
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_nothing_found_is_zero_where_there_is_something_to_find(source, kind):
+    found = average_precisions(source.truth, [], kind)
+    assert [name for name, value in found.items() if math.isnan(value)] == ["APm", "APl"]  # all objects are small
+    assert {found[name] for name in ("AP", "AP50", "AP75", "APs")} == {0}
+
+
+def test_nothing_found_where_nothing_is_has_no_precision(tmp_path):
+    det_sets.write_half(tmp_path, "val", {7: (40, 60)}, [])
+    found = average_precisions(coco_source(tmp_path, "val").truth, [], "bbox")
+    assert list(found) == list(MEASURES) and all(map(math.isnan, found.values()))
+
+
+def test_an_object_without_a_mask_counts_for_boxes_alone(tmp_path):
+    """As pycocotools judges boxes by the file itself; a mask found there is one too many."""
+    whole, bare = (det_sets.annotation(7, 3, box) for box in ((2, 2, 22, 22), (30, 5, 50, 30)))
+    del bare["segmentation"]
+    det_sets.write_half(tmp_path, "val", {7: (40, 60)}, [whole, bare])
+    truth = coco_source(tmp_path, "val").truth
+    found = [perfect_one(7, (30, 5, 50, 30), 0.9), perfect_one(7, (2, 2, 22, 22), 0.5)]
+    assert average_precisions(truth, found, "bbox")["AP"] == pytest.approx(100)
+    assert average_precisions(truth, found, "segm")["AP"] == pytest.approx(50)
+
+
+def test_a_crowd_without_a_mask_is_one_for_boxes(tmp_path):
+    crowd = det_sets.annotation(7, 3, (30, 0, 60, 40), iscrowd=1, segmentation=None)
+    det_sets.write_half(tmp_path, "val", {7: (40, 60)}, [det_sets.annotation(7, 3, (2, 2, 22, 22)), crowd])
+    found = [perfect_one(7, (35, 5, 55, 30), 0.9), perfect_one(7, (2, 2, 22, 22), 0.5)]
+    assert average_precisions(coco_source(tmp_path, "val").truth, found, "bbox")["AP"] == pytest.approx(100)
 
 
 def test_the_truth_is_left_as_it_was(source):
@@ -173,6 +200,35 @@ def test_a_drawing_shows_box_and_mask_in_the_colour_of_the_class():
     assert picture[2, 18 * factor, 28 * factor] > 60  # blue, the first class, half transparent
     assert picture[:, 2 * factor, 2 * factor].tolist() == [0, 0, 0]
     assert draw(image, torch.zeros(0, 4), [], torch.zeros(0, 30, 40).bool(), []).max() == 0
+
+
+@pytest.mark.parametrize(("width", "height"), [(3000, 2000), (900, 2100), (640, 48), (40, 32)])
+def test_a_drawing_is_bounded_and_shows_box_and_mask_where_the_object_is(width, height):
+    """A black image whose middle is the object: at a quarter of each side the box begins, and within is the mask."""
+    mask = torch.zeros(1, height, width, dtype=torch.bool)
+    mask[:, height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = True
+    box = torch.tensor([[width / 4, height / 4, 3 * width / 4, 3 * height / 4]])
+    picture = draw(Image.new("RGB", (width, height)), box, [1], mask, None)
+    _, h, w = picture.shape
+    assert max(h, w) <= LARGEST_SIDE and w / h == pytest.approx(width / height, rel=0.01)
+    rows, columns = (picture.amax(0).amax(axis).nonzero().ravel() for axis in (1, 0))
+    for found, side in ((rows, h), (columns, w)):
+        assert [found[0], found[-1]] == pytest.approx([side / 4, 3 * side / 4], abs=3)
+    outline, inside = torch.tensor(colour(1)), picture[:, 2 * h // 5, 2 * w // 5]
+    assert torch.equal(picture[:, round(h / 4), w // 2], outline.byte())
+    assert (inside - 0.45 * outline).abs().max() <= 1  # half transparent
+
+
+def test_the_thinnest_drawing_has_a_pixel():
+    assert draw(Image.new("RGB", (1, 5000)), torch.zeros(0, 4), [], torch.zeros(0, 5000, 1).bool(), []).shape[2] == 1
+
+
+def test_a_sheet_of_thin_images_is_bounded(tmp_path):
+    sizes = {1: (24, 640), 2: (640, 24), 3: (1, 300), 4: (300, 1)}
+    det_sets.write_half(tmp_path, "val", sizes, [det_sets.annotation(1, 3, (2, 2, 22, 22))])
+    save_pictures({i: [] for i in range(4)}, coco_source(tmp_path, "val"), tmp_path / "sheet.png")
+    width, height = Image.open(tmp_path / "sheet.png").size
+    assert width <= 3 * 2 * 1.05 * LARGEST_SIDE and height <= 2 * 1.05 * LARGEST_SIDE
 
 
 def test_pictures_stand_beside_the_truth(source, tmp_path):

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import det_sets
+import hub
 import tiny  # noqa: F401  (registers the tests' model)
 from arguments import build_parser
 from checkpoint import read_checkpoint
@@ -66,11 +67,30 @@ def test_a_coco_folder_is_trained_on_evaluated_and_pictured(coco, tmp_path, caps
             last["test_box_AP"],
         ]
 
+    hub.main(["inspect", str(out / "checkpoint.pth")])
+    said = capsys.readouterr().out
+    assert "best box AP " in said and "of         det/train.py --model vim_two_blocks" in said and "fits" not in said
+
     assert det("--data-path", coco, "--eval", "--resume", out / "checkpoint.pth", "--output_dir", out / "eval") == 0
     said = capsys.readouterr().out
     assert f"checkpoint.pth (SHA-256 {read_checkpoint(out / 'checkpoint.pth').sha256[:16]}...): 3 images; " in said
     assert f"raw weights: box AP {last['test_box_AP']:.2f} " in said
     assert "train2017" not in said and (out / "eval" / "detections.png").exists()
+
+
+def test_a_checkpoint_is_evaluated_on_images_of_another_size(coco, tmp_path, capsys):
+    """--resume takes those that it was trained on alone; at that size both say the same."""
+    flags = ("--data-path", coco, "--score-threshold", 0)
+    assert det(*flags, "--epochs", 1, "--output_dir", tmp_path) == 0
+    (row,) = rows(tmp_path)
+    weights = tmp_path / "checkpoint.pth"
+    assert det(*flags, "--eval", "--resume", weights, size=64) == 4
+    assert "(--finetune instead of --resume resamples the position embeddings)" in capsys.readouterr().err
+    for size in (48, 64):
+        assert det(*flags, "--eval", "--finetune", weights, size=size) == 0
+        said = capsys.readouterr().out
+        assert "3 images; raw weights: box AP" in said and "backbone from" not in said
+        assert size != 48 or f"box AP {row['test_box_AP']:.2f} " in said
 
 
 @pytest.mark.parametrize("detector", ["cascade", "mask"])
@@ -211,7 +231,7 @@ def test_the_defaults_are_the_published_recipe():
         ("--data-path nowhere", "nowhere/annotations/instances_train2017.json cannot be read"),
         ("--model resnet999", "--model resnet999 is not registered with timm"),
         ("--batch-size 9", "5 training images do not fill one batch of 9"),
-        ("--eval", "--eval needs --resume CKPT"),
+        ("--eval", "--eval needs --resume CKPT to evaluate, or --finetune CKPT at another --input-size"),
     ],
 )
 def test_what_cannot_work_is_one_line(flags, said, coco, capsys):
@@ -227,6 +247,16 @@ def test_a_folder_with_nothing_to_train_on_is_one_line(tmp_path, capsys):
     assert det("--data-path", tmp_path) == 4
     error = capsys.readouterr().err
     assert "has nothing to train on: " in error and "crowd regions, left out of training: 1" in error
+
+
+@pytest.mark.parametrize("crowds", [0, 1])
+def test_held_out_images_without_an_object_end_the_run_before_training(crowds, coco, capsys):
+    """Their average precision would be no number, and no epoch better than the first."""
+    crowd = det_sets.annotation(1, 3, (0, 0, 4, 4), iscrowd=1, segmentation=det_sets.run_length(np.ones((8, 8))))
+    det_sets.write_half(coco, "val", {1: (8, 8), 2: (8, 8)}, [crowd] * crowds)
+    assert det("--data-path", coco) == 4
+    error = capsys.readouterr().err
+    assert "instances_val2017.json has no object to evaluate with in 2 images" in error and error.count("\n") == 1
 
 
 def test_a_damaged_image_ends_the_run_with_its_name(coco, capsys):
