@@ -30,6 +30,8 @@ MOST_CLASSES = 255
 # Folders of the two splits, the first that is there.
 SPLITS = {"train": ("training", "train"), "val": ("validation", "val")}
 SCENE_CLASSES = ["background", *CLASS_NAMES]
+# What Pillow multiplies grey values of fewer than 8 bits by, to make them a picture.
+GREY_STEPS = {"L;2": 85, "L;4": 17}
 
 
 class Source(Protocol):
@@ -127,13 +129,14 @@ def read_label(path: Path) -> np.ndarray:
     """The values of a grey or palette PNG, (H, W)."""
     try:
         with Image.open(path) as image:
+            stored = image.tile[0][3] if image.tile else ""  # gone once it is loaded
             image.load()
     except Exception as error:  # decoders raise what they like
         raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}; write it again") from error
     values = np.asarray(image)
     if values.ndim != 2:
         raise DataError(f"{path} is a colour picture ({image.mode}): a label is a grey or palette PNG of class numbers")
-    return values.astype(np.int64)
+    return values.astype(np.int64) // GREY_STEPS.get(stored, 1)
 
 
 def files_below(folder: Path, endings: tuple[str, ...]) -> list[str]:
@@ -261,8 +264,8 @@ def ade20k(args) -> Layout:
 
 def ade20k_names(path: Path, count: int) -> list[str]:
     """The last column of the list that comes with the data set, where that is there."""
-    lines = path.read_text(encoding="utf-8").splitlines()[1:] if path.is_file() else []
-    names = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
+    lines = names_in(path)[1:] if path.is_file() else []
+    names = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
     return names if len(names) == count else [f"class {i + 1}" for i in range(count)]
 
 

@@ -14,7 +14,7 @@ from arguments import (
     natural_int,
     parse_args,
     positive_int,
-    require_resume,
+    require_weights,
     size_of,
     switch,
 )
@@ -95,7 +95,7 @@ def resolve(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    require_resume(args)
+    require_weights(args, "--crop-size")
     if args.data_set != "SCENES" and not args.data_path:
         raise ConfigError(f"--data-set {args.data_set} needs --data-path DIR; without one only SCENES can be had")
     if min(args.eval_scales) <= 0:

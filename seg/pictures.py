@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from datasets import DataBundle
+from report import literal
 from seg.evaluation import Segmented
 from seg.views import IGNORED
 
@@ -84,7 +85,8 @@ def draw_samples(result: Segmented, data: DataBundle, colours: np.ndarray, path:
             panel.imshow(picture, interpolation="nearest", cmap="gray", vmin=0, vmax=1)
         shown |= set(np.unique(sample.label)) | set(np.unique(sample.predicted))
     handles = [
-        Patch(color=colours[label] / 255, label=data.class_names[label]) for label in sorted(shown - {IGNORED, *bare})
+        Patch(color=colours[label] / 255, label=literal(data.class_names[label]))
+        for label in sorted(shown - {IGNORED, *bare})
     ]
     if handles:
         figure.legend(handles=handles[:MOST_BARS], loc="outside lower center", ncols=8, fontsize=8)
@@ -98,7 +100,7 @@ def draw_classes(result: Segmented, names: list[str], path: Path) -> None:
     order = sorted(order) if len(names) <= MOST_BARS else order
     figure = Figure(figsize=(7, 1.2 + 0.24 * len(order)), layout="constrained")
     axes = figure.subplots()
-    axes.barh([names[label] for label in order], [iou[label].item() for label in order], color="#4477aa")
+    axes.barh([literal(names[label]) for label in order], [iou[label].item() for label in order], color="#4477aa")
     axes.axvline(result.score, color="black", linewidth=1, label=f"mean {result.score:.1f} %")
     axes.set(xlabel="intersection over union, %", xlim=(0, 100))
     axes.invert_yaxis()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import distributed
 from arguments import ConfigError
 from build import as_config_error, assemble
-from dense import build_backbone, load_backbone
+from dense import Backbone, build_backbone, load_backbone, load_dense
 from distributed import World, together
 from main import evaluate_saved, run_program, say_own_data, train
 from report import RunLog
@@ -14,7 +14,7 @@ from seg.flags import parse
 from seg.task import Segmentation
 from seg.upernet import UPerNet, synchronised
 
-NUM_MAPS = 4
+NUM_MAPS = 4  # fewer where the backbone has fewer stages
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,12 +32,12 @@ def execute(args, world: World) -> int:
         log.say(data.description)
         check_batch(args, world)
         model = build_model(args, data.num_classes, log.say)
-        if args.finetune:
+        if args.finetune and not args.eval:
             load_backbone(args, model.backbone, log.say)
     model = synchronised(model, world).to(world.device)
     task = Segmentation(data.num_classes, args.aux_weight)
     if args.eval:
-        return evaluate_saved(args, world, model, task, data, log)
+        return evaluate_saved(args, world, model, task, data, log, load=load_dense)
     args.num_classes = data.num_classes
     return train(assemble(args, world, model, data, task), data, log)
 
@@ -46,8 +46,19 @@ def build_model(args, num_classes: int, say=print) -> UPerNet:
     """UPerNet on `--model`. Raises ConfigError, one line each, for what cannot be."""
     size = args.scene_size if args.data_set == "SCENES" else args.crop_size
     backbone = build_backbone(args, size, NUM_MAPS, say)
+    check_views(args, backbone)
     with as_config_error("--pyramid-scales: "):
         return UPerNet(backbone, num_classes, args.head_channels, args.aux_channels, tuple(args.pyramid_scales))
+
+
+def check_views(args, backbone: Backbone) -> None:
+    """A backbone that takes images of one size alone is shown nothing larger."""
+    scenes = args.data_set == "SCENES"  # which are shown whole
+    larger = max(args.eval_scales) > 1 if scenes else args.eval_mode == "whole"
+    if backbone.only_size and larger:
+        flag = f"--eval-scales {max(args.eval_scales):g}" if scenes else "--eval-mode whole"
+        height, width = backbone.only_size
+        raise ConfigError(f"{flag}: --model {args.model} takes images of {height}x{width} alone; leave it out")
 
 
 def check_batch(args, world: World) -> None:

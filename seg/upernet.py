@@ -7,6 +7,7 @@ names), so that `decode_head` and `auxiliary_head` read them. B images, K classe
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dense import Backbone, DenseModel, resize_maps
@@ -137,8 +138,10 @@ class UPerNet(DenseModel):
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         size = images.shape[-2:]
+        if self.backbone.only_size:
+            images = filled(images, self.backbone.only_size)
+        padded = tuple(side + -side % self.backbone.cell for side in images.shape[-2:])
         levels = self.backbone(images)
-        padded = tuple(side * self.backbone.strides[0] for side in levels[0].shape[-2:])
         if self.neck is not None:
             levels = [rescale(level) for rescale, level in zip(self.neck, levels)]
         logits = uncrop(self.decode_head(levels), padded, size)
@@ -146,6 +149,12 @@ class UPerNet(DenseModel):
             return logits
         auxiliary = None if self.auxiliary_head is None else self.auxiliary_head(levels[-2])
         return logits, None if auxiliary is None else uncrop(auxiliary, padded, size)
+
+
+def filled(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images (B, 3, height, width) with zeros to the right and below, as a training crop has them, up to `size`."""
+    bottom, right = (max(0, full - side) for full, side in zip(size, images.shape[-2:]))
+    return F.pad(images, (0, right, 0, bottom))
 
 
 def uncrop(logits: Tensor, padded: tuple[int, int], size: tuple[int, int]) -> Tensor:

@@ -1,5 +1,7 @@
 """Tiny labelled data sets in the formats of the real ones."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,18 @@ def picture(seed: int, width: int, height: int) -> tuple[Image.Image, np.ndarray
         classes[top : top + height // 3, left : left + width // 3] = label
     colours = np.array([[40, 40, 40], [200, 60, 60], [60, 200, 60], [60, 60, 200]], np.uint8)
     return Image.fromarray(colours[classes]), classes
+
+
+def write_grey(path: Path, values: np.ndarray, bits: int) -> None:
+    """A grey PNG of 1, 2, 4 or 8 bits a pixel, as labelling tools write them and Pillow does not."""
+    height, width = values.shape
+    digits = np.unpackbits(values[:, :, None], axis=2)[:, :, 8 - bits :].reshape(height, -1)
+    lines = b"".join(b"\0" + line.tobytes() for line in np.packbits(digits, axis=1))
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)),
+              (b"IDAT", zlib.compress(lines)), (b"IEND", b""))  # fmt: skip
+    packed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+              for kind, data in chunks)  # fmt: skip
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
 
 
 def write_ade20k(root: Path, train: int = 6, val: int = 3, width: int = 40, height: int = 32) -> Path:

@@ -10,8 +10,8 @@ from torch import nn
 
 import tiny  # noqa: F401  (registers the tests' model)
 from arguments import COMMON_FLAGS, ConfigError, Program, parse_args
-from checkpoint import CheckpointError
-from dense import Backbone, DenseModel, build_backbone, choose_taps, load_backbone, moved_slots
+from checkpoint import CheckpointError, read_checkpoint
+from dense import Backbone, DenseModel, build_backbone, choose_taps, load_backbone, load_dense, moved_slots
 from models_mamba import VisionMamba, resample_pos_embed, split_cls_tokens
 from optim import build_optimizer
 
@@ -41,6 +41,12 @@ def test_four_taps_of_twenty_four_blocks_are_the_papers():
     assert choose_taps([16] * 12, 4) == [2, 5, 8, 11]
     assert choose_taps([2, 4, 8, 16, 32], 4) == [1, 2, 3, 4]
     assert choose_taps([16] * 6, [1, 5]) == [1, 5]
+
+
+def test_of_fewer_stages_than_taps_all_are_taken():
+    assert choose_taps([8, 16, 32], 4) == [0, 1, 2]
+    with pytest.raises(ValueError, match="taps=0: the backbone has 3 blocks or stages"):
+        choose_taps([8, 16, 32], 0)
 
 
 @pytest.mark.parametrize("taps", [0, 7, [3, 6]])
@@ -93,7 +99,7 @@ def test_every_parameter_of_a_backbone_learns():
 # --- any timm model, any size
 
 
-@pytest.mark.parametrize("name", ["deit_nano_patch4_32", "resnet10t", "convnext_atto"])
+@pytest.mark.parametrize("name", ["deit_nano_patch4_32", "resnet10t", "convnext_atto", "poolformer_s12"])
 def test_other_models_are_backbones_too(name, capsys):
     backbone = build_backbone(arguments("--model", name, "--drop-path", "0"), 32, 4).eval()
     levels = backbone(images(64, 96))
@@ -136,11 +142,35 @@ def test_recomputed_activations_give_the_same_gradients():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize(("name", "expected"), [
+    ("test_vit_relpos", (64, 96)),
+    ("pit_ti_224", (64, 96)),
+    ("xcit_nano_12_p16_224", None),  # of which timm says so too
+    ("deit_nano_patch4_32", None),
+    ("resnet10t", None),
+])  # fmt: skip
+def test_a_backbone_of_one_image_size_is_known(name, expected):
+    backbone = build_backbone(arguments("--model", name), (64, 96), 4)
+    assert backbone.only_size == expected and backbone.training
+    for height, width in [(64, 96), *([] if expected else [(64, 64), (128, 96)])]:
+        assert len(backbone(images(height, width))) == len(backbone.strides)
+
+
+def test_an_image_size_that_a_backbone_cannot_have_is_refused():
+    """Three stages, the last of stride 64: its attention has a bias for each pair of places, and no others."""
+    assert build_backbone(arguments("--model", "levit_128s"), 64, 4).strides == [16, 32, 64]
+    line = "--model levit_128s takes no images of 96x64: take another size, in multiples of 64, or another backbone"
+    with pytest.raises(ConfigError, match=line):
+        build_backbone(arguments("--model", "levit_128s"), (96, 64), 4)
+
+
 def test_a_model_that_is_none_is_refused():
     with pytest.raises(ConfigError, match="--model vim_mini is not registered"):
         build_backbone(arguments("--model", "vim_mini"), 32, 4)
     with pytest.raises(ConfigError, match="--model vim_two_blocks: taps=4: the backbone has 2 blocks"):
         build_backbone(arguments("--model", "vim_two_blocks"), 32, 4)
+    with pytest.raises(ConfigError, match="--model efficientvit_m0: it cannot tell its head from the rest"):
+        build_backbone(arguments("--model", "efficientvit_m0"), 64, 4)
     with pytest.raises(ConfigError, match="--dt-init-backward is for a Vim; deit_nano_patch4_32 is none"):
         build_backbone(arguments("--model", "deit_nano_patch4_32", "--dt-init-backward", "same"), 32, 4)
 
@@ -233,6 +263,50 @@ def test_another_models_weights_are_refused(tmp_path):
         load(tmp_path / "deit.pth", 16)
 
 
+# --- all weights of a dense model
+
+
+def saved_segmenter(folder, **entries):
+    torch.manual_seed(1)
+    model = Segmenter(Backbone(vim(), 4))
+    torch.save({"model": model.state_dict()} | entries, folder / "dense.pth")
+    return model, read_checkpoint(folder / "dense.pth")
+
+
+def load_all(checkpoint, model):
+    args = arguments("--finetune", str(checkpoint.path), "--eval")
+    load_dense(args, model, checkpoint, checkpoint.weights())
+    return model
+
+
+@pytest.mark.parametrize("size", [32, (48, 24)])
+def test_a_dense_model_has_its_weights_at_another_image_size(size, tmp_path):
+    saved, checkpoint = saved_segmenter(tmp_path)
+    model = load_all(checkpoint, Segmenter(Backbone(vim(img_size=size), 4)))
+    grid = model.backbone.model.patch_embed.grid_size
+    assert torch.equal(model.backbone.model.pos_embed, resample_pos_embed(saved.backbone.model.pos_embed, grid))
+    for name, value in model.state_dict().items():
+        assert name == "backbone.model.pos_embed" or torch.equal(value, saved.state_dict()[name]), name
+
+
+def test_a_dense_models_rectangle_is_known_from_its_run(tmp_path):
+    saved, checkpoint = saved_segmenter(tmp_path, args=Namespace(crop_size=(16, 64)))  # 2 x 8 patches, not 4 x 4
+    model = load_all(checkpoint, Segmenter(Backbone(vim(img_size=48), 4)))
+    expected = resample_pos_embed(saved.backbone.model.pos_embed, (6, 6), "middle", (2, 8))
+    assert torch.equal(model.backbone.model.pos_embed, expected)
+
+
+def test_weights_that_are_not_all_of_a_dense_model_are_refused(tmp_path):
+    _, checkpoint = saved_segmenter(tmp_path)
+    model = Segmenter(Backbone(vim(), 4))
+    model.head = nn.Linear(8, 3)
+    with pytest.raises(CheckpointError, match=r"2 mismatched: head\.weight.*head\.bias \(file \(2,\), model \(3,\)\)$"):
+        load_all(checkpoint, model)
+    _, path = saved_classifier(tmp_path)
+    with pytest.raises(ConfigError, match=r"--eval --finetune .*weights\.pth is of a classifier"):
+        load_all(read_checkpoint(path), model)
+
+
 # --- what optimisers ask
 
 
@@ -255,7 +329,7 @@ def test_layer_decay_matches_every_block_inside_a_dense_model(factor):
         assert scale == pytest.approx(float(factor) ** (5 - place)), name
 
 
-@pytest.mark.parametrize("name", ["deit_nano_patch4_32", "resnet10t"])
+@pytest.mark.parametrize("name", ["deit_nano_patch4_32", "resnet10t", "cait_xxs24_224"])
 def test_layer_decay_matches_other_backbones(name):
     model = Segmenter(build_backbone(arguments("--model", name, "--drop-path", "0"), 32, 4))
     optimizer = build_optimizer(arguments("--layer-decay", "0.5"), model, 1.0)

@@ -12,10 +12,10 @@ from arguments import ConfigError
 from augment import counter_randomness
 from datasets import DataError
 from samplers import SampleKey
-from seg.data import SCENE_CLASSES, build_data, collate
+from seg.data import SCENE_CLASSES, build_data, collate, read_label
 from seg.flags import parse
 from seg.views import IGNORED, ViewSettings, crop_corner, distorted, fitting, normalised, training_view
-from seg_sets import picture, write_ade20k, write_folder
+from seg_sets import picture, write_ade20k, write_folder, write_grey
 
 
 def arguments(*flags):
@@ -86,6 +86,21 @@ def test_a_folder_may_ignore_255_and_reduce_zero(folder):
     assert set(label.unique().tolist()) == set(np.unique(values).tolist())
     _, label = build(folder, "--reduce-zero-label").val[0]
     assert (label.numpy() == np.array([255, 0, 255, 2])[picture(101, 36, 30)[1]]).all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_grey_label_of_few_bits_has_the_values_in_the_file(bits, tmp_path):
+    """Pillow brightens them, so that the largest is 255: all would be classes of other numbers, or ignored."""
+    values = (np.arange(3 * 7).reshape(3, 7) % 2**bits).astype(np.uint8)
+    write_grey(tmp_path / "label.png", values, bits)
+    assert (read_label(tmp_path / "label.png") == values).all()
+
+
+def test_ade20k_counts_from_one_in_labels_of_four_bits_too(ade20k):
+    classes = picture(100, 40, 32)[1]
+    write_grey(ade20k / "annotations" / "validation" / "ADE_val_00000001.png", classes, 4)
+    _, label = build(ade20k, kind="ADE20K").val[0]
+    assert (label.numpy() == np.array([IGNORED, 0, 1, 2])[classes]).all()
 
 
 def test_evaluation_needs_no_training_images(folder):
@@ -192,6 +207,12 @@ def test_a_list_of_classes_in_another_encoding_or_empty_is_named(folder):
     assert "classes.txt is no UTF-8 text" in refused(folder)
     (folder / "classes.txt").write_text("\n")
     assert "classes.txt names no class" in refused(folder)
+
+
+def test_ade20ks_list_in_another_encoding_is_named(ade20k):
+    path = ade20k / "objectInfo150.txt"
+    path.write_bytes(path.read_bytes().replace(b"thing 5,", b"caf\xe9,"))
+    assert f"{path} is no UTF-8 text" in refused(ade20k, kind="ADE20K")
 
 
 def test_windows_must_not_leave_gaps(folder):

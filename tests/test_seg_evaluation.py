@@ -239,6 +239,15 @@ def test_images_called_alike_have_overlays_of_their_own(tmp_path):
     assert sizes == {"1-0.png": (16, 12), "1-1.png": (7, 9), "2-b.png": (8, 8)}
 
 
+def test_names_with_dollars_are_no_formulas(tmp_path):
+    """matplotlib would read one between two dollars, and end the run at one that is none."""
+    data, _ = a_set([(12, 16)])
+    label = data[0][1].byte().numpy()
+    result = Segmented(torch.eye(4, dtype=torch.int64), 1, [Sample(0, label, label)])
+    pictures.write(tmp_path, result, DataBundle(None, data, 4, ["$x^$", "cost $5_$", "$", "a\\$b"], ""))
+    assert Image.open(tmp_path / "samples.png").height > 100 and Image.open(tmp_path / "classes.png").height > 100
+
+
 def test_a_background_is_not_painted():
     image = np.full((2, 2, 3), 9, np.uint8)
     mixed = pictures.overlay(image, np.array([[0, 1], [1, 0]], np.uint8), pictures.palette(2), bare=[0])

@@ -23,7 +23,7 @@ def vim(**changes):
 
 
 def upernet(**changes):
-    return UPerNet(Backbone(vim(), 4), **{"num_classes": 5, "auxiliary_channels": 8} | changes)
+    return UPerNet(**{"backbone": Backbone(vim(), 4), "num_classes": 5, "auxiliary_channels": 8} | changes)
 
 
 def levels(sides, seed=0):
@@ -141,6 +141,25 @@ def test_a_staged_backbone_needs_no_rescaling():
     model = UPerNet(backbone, 5, channels=16, auxiliary_channels=8)
     assert model.neck is None and model.decode_head.lateral_convs[0].conv.in_channels == backbone.channels[0]
     assert model.eval()(torch.randn(1, 3, 70, 64)).shape == (1, 5, 70, 64)
+
+
+def test_three_stages_are_three_levels():
+    """PiT's maps are a row short of the image's whole cells: 7 x 11 of 64 x 96 pixels at stride 8."""
+    model = UPerNet(Backbone(timm.create_model("pit_ti_224", img_size=(64, 96)), 4), 5, 16, 8).train()
+    assert model.backbone.strides == [8, 16, 32] and len(model.decode_head.lateral_convs) == 2
+    for logits in model(torch.randn(2, 3, 64, 96)):
+        assert logits.shape == (2, 5, 64, 96)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (40, 96), (33, 61)])
+def test_a_backbone_of_one_image_size_is_shown_that(size):
+    """As a training crop is filled up: with zeros to the right and below, where no logits are wanted."""
+    model = upernet(backbone=Backbone(timm.create_model("test_vit_relpos", img_size=(64, 96)), 4)).eval()
+    model.backbone.only_size = (64, 96)
+    images = torch.randn(2, 3, *size)
+    full = torch.zeros(2, 3, 64, 96)
+    full[..., : size[0], : size[1]] = images
+    assert torch.equal(model(images), model(full)[..., : size[0], : size[1]])
 
 
 def test_every_parameter_learns():

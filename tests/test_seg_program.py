@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import hub
 import tiny  # noqa: F401  (registers the tests' model)
 from arguments import build_parser
 from checkpoint import read_checkpoint
@@ -56,6 +57,13 @@ def test_ade20k_is_trained_on_evaluated_and_pictured(tmp_path, capsys):
     with Image.open(out / "overlays" / "ADE_val_00000003.png") as picture:
         assert picture.size == (44, 32)
 
+    hub.main(["inspect", str(out / "best_checkpoint.pth")])
+    said = capsys.readouterr().out
+    assert "best mIoU " in said and "of         seg/train.py --model vim_nano_patch4_32" in said
+    assert "top-1" not in said and "fits" not in said
+    assert hub.main(["export", str(out / "checkpoint.pth"), str(tmp_path / "folder")]) == 4
+    assert "is of seg/train.py, no classifier; evaluate it there" in capsys.readouterr().err
+
     last_weights = ("--eval", "--resume", out / "checkpoint.pth")
     assert seg(*flags, *last_weights, "--output_dir", out / "eval") == 0
     said = capsys.readouterr().out
@@ -96,8 +104,10 @@ def test_scenes_train_where_there_is_no_folder(tmp_path, capsys):
         ("--aux-channels", "0", "--no-train-mode"),
         ("--model", "resnet10t", "--drop-path", "0", "--crop-size", "64", "--num-classes", "4"),
         ("--model", "deit_nano_patch4_32", "--pyramid-scales", "2", "1", "0.5", "0.25"),
+        ("--crop-size", "64", "--model", "test_vit_relpos"),  # images of one size, and windows of 24 x 29
+        ("--crop-size", "64", "--model", "pit_ti_224"),  # and of three stages
     ],
-    ids=lambda flags: flags[0],
+    ids=lambda flags: " ".join(flags[:4]),
 )
 def test_every_recipe_trains(flags, folder, tmp_path):
     assert seg("--data-path", folder, "--epochs", 1, "--output_dir", tmp_path, "--report-to", "", *flags) == 0
@@ -125,6 +135,21 @@ def test_a_classifiers_weights_become_the_backbones(tmp_path, folder, capsys):
     said = capsys.readouterr().out
     assert "pos_embed resampled from 2 x 2 to 6 x 6 (grid); class token's slot 2 of 5 taken out, now 18 of 37; " in said
     assert "; left out: head, norm_f" in said
+
+
+def test_a_checkpoint_is_evaluated_in_windows_of_another_size(tmp_path, folder, capsys):
+    """--resume takes the windows that it was trained on alone; at that size both say the same."""
+    flags = ("--data-path", folder, "--epochs", 1)
+    assert seg(*flags, "--output_dir", tmp_path) == 0
+    (row,) = rows(tmp_path)
+    weights = tmp_path / "checkpoint.pth"
+    assert seg(*flags, "--eval", "--resume", weights, "--crop-size", 32) == 4
+    assert "(--finetune instead of --resume resamples the position embeddings)" in capsys.readouterr().err
+    for size in (24, 32, "20x28"):
+        assert seg(*flags, "--eval", "--finetune", weights, "--crop-size", size) == 0
+        said = capsys.readouterr().out
+        assert "3 images; raw weights: mIoU" in said and "backbone from" not in said
+        assert size != 24 or f"mIoU {row['test_miou']:.2f} %" in said
 
 
 def test_layer_decay_matches_every_block():
@@ -155,7 +180,9 @@ def test_layer_decay_matches_every_block():
         (("--model", "vim_two_blocks"), "--model vim_two_blocks: taps=4: the backbone has 2 blocks"),
         (("--pyramid-scales", "3", "2", "1", "1"), "--pyramid-scales: scale=3: expected one of 4, 2, 1, 0.5, 0.25"),
         (("--pyramid-scales", "2", "1"), "--pyramid-scales: 2 scales for 4 maps"),
+        (("--model", "test_vit_relpos", "--eval-scales", "1.5"), "--model test_vit_relpos takes images of 48x48 alone"),
         (("--train-scenes", "1"), "1 training images do not fill one batch of 2"),
+        (("--eval",), "--eval needs --resume CKPT to evaluate, or --finetune CKPT at another --crop-size"),
         (("--eval", "--resume", "auto", "--output_dir", "EMPTY"), "there is no checkpoint in --output_dir"),
     ],
 )
@@ -164,6 +191,12 @@ def test_what_cannot_be_is_one_line(flags, words, capsys, tmp_path):
     assert seg("--scene-size", 48, "--train-scenes", 4, "--val-scenes", 2, *flags) == 4
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+
+
+def test_a_whole_image_of_another_size_than_the_backbone_takes_is_refused_before_training(folder, capsys):
+    assert seg("--data-path", folder, "--model", "test_vit_relpos", "--crop-size", 64, "--eval-mode", "whole") == 4
+    error = capsys.readouterr().err
+    assert error.startswith("error: --eval-mode whole: --model test_vit_relpos takes images of 64x64 alone")
 
 
 def test_a_classifiers_flag_is_refused(capsys):

@@ -77,6 +77,14 @@ def test_a_picture_for_every_image(tmp_path, capsys):
             assert picture.width > 600 and len(picture.convert("L").getcolors(1 << 20)) > 50, "not blank"
 
 
+def test_a_name_with_dollars_is_no_formula(tmp_path):
+    """matplotlib would read one between two dollars, and fail at one that is none."""
+    random_image(0).save(tmp_path / "$x^$.png")
+    flags = ["--checkpoint", str(write_checkpoint(tmp_path)), "--output_dir", str(tmp_path / "pictures")]
+    assert visualize.main([str(tmp_path / "$x^$.png"), *flags, "--device", "cpu"]) == 0
+    assert (tmp_path / "pictures" / "000-$x^$.png").exists()
+
+
 def explain(**arguments):
     model = fill(VisionMamba(**SIZES | arguments)).eval()
     classifier = inference.Classifier(model, None, ["ant", "bee", "cow"], "a test's")

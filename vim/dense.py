@@ -6,15 +6,18 @@ places. Weights of a trained classifier fit in; what of them a backbone has no u
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from arguments import ConfigError
+from arguments import ConfigError, size_of
 from build import as_config_error, check_model_name, create_model, vim_arguments
 from checkpoint import Checkpoint, CheckpointError, load_weights, read_checkpoint
-from hub import grid_of
+from failures import main_memory_is_full
+from hub import DENSE_BACKBONE, grid_of
 from models_mamba import cls_token_positions
 
 PREFIX = "backbone."
@@ -28,12 +31,15 @@ class Backbone(nn.Module):
 
     Attributes:
         channels, strides: of every map; a plain backbone, such as a Vim, has the same stride everywhere.
+        only_size: (height, width) of the images, where the model takes no others (`build_backbone` finds out).
 
     Args:
         model: a timm model that has `forward_intermediates`; it loses what comes after the last map.
-        taps: how many maps, spread evenly over a plain model's blocks or the last stages of a staged one; or the
-            numbers of the blocks or stages.
+        taps: how many maps, spread evenly over a plain model's blocks or the last stages of a staged one, all of
+            them where it has fewer; or the numbers of the blocks or stages.
     """
+
+    only_size: tuple[int, int] | None = None
 
     def __init__(self, model: nn.Module, taps: int | list[int]):
         super().__init__()
@@ -73,15 +79,20 @@ class Backbone(nn.Module):
         names = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
         return {f"{prefix}model.{name}" for name in names}
 
-    def group_matcher(self, coarse: bool = False, prefix: str = "") -> dict:
+    def group_matcher(self, coarse: bool = False, prefix: str = "") -> dict | Callable[[str], float]:
         """Groups for layer-wise learning rates, in a model that holds this one as `prefix`; the rest is the head."""
-        groups = self.model.group_matcher(coarse=coarse)
-        return {name: _moved(group, f"{prefix}model.") for name, group in groups.items()}
+        groups, prefix = self.model.group_matcher(coarse=coarse), f"{prefix}model."
+        if callable(groups):  # from a parameter's name to its group, as CaiT's
+            return lambda name: groups(name.removeprefix(prefix)) if name.startswith(prefix) else float("inf")
+        return {name: _moved(group, prefix) for name, group in groups.items()}
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
     """What the names of a classifier's parameters begin with, there or not."""
-    heads = model.get_classifier()
+    try:
+        heads = model.get_classifier()
+    except AttributeError:  # some look for it inside the head that a model without classes has not
+        raise ValueError("it cannot tell its head from the rest; take another backbone") from None
     heads = heads if isinstance(heads, tuple | list) else (heads,)
     return tuple(f"{name}." for name, module in model.named_modules() if any(module is head for head in heads))
 
@@ -96,15 +107,17 @@ def _moved(group, prefix: str):
 def choose_taps(strides: list[int], taps: int | list[int]) -> list[int]:
     """Numbers of the blocks or stages to take maps from: 4 of 24 blocks are 5, 11, 17, 23.
 
-    Raises ValueError for more than there are.
+    Raises ValueError for more blocks than there are; of fewer stages all are taken.
     """
-    count = len(strides)
+    count, plain = len(strides), len(set(strides)) == 1
+    if isinstance(taps, int) and not plain:
+        taps = min(taps, count)
     wanted = taps if isinstance(taps, int) else max(taps) + 1
     if not 0 < wanted <= count:
         raise ValueError(f"taps={taps}: the backbone has {count} blocks or stages, numbered from 0")
     if not isinstance(taps, int):
         return list(taps)
-    if len(set(strides)) == 1:
+    if plain:
         return [count * (i + 1) // taps - 1 for i in range(taps)]
     return list(range(count - taps, count))
 
@@ -120,7 +133,7 @@ class DenseModel(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return self.backbone.no_weight_decay(PREFIX)
 
-    def group_matcher(self, coarse: bool = False) -> dict:
+    def group_matcher(self, coarse: bool = False) -> dict | Callable[[str], float]:
         return self.backbone.group_matcher(coarse, PREFIX)
 
 
@@ -131,7 +144,7 @@ def build_backbone(args, img_size: int | tuple[int, int], taps: int | list[int],
         img_size: of the training images: the position embeddings get its grid; other sizes resample them.
         taps: see `Backbone`.
 
-    Raises ConfigError for a model that is unknown or has no such features.
+    Raises ConfigError for a model that is unknown, has no such features or takes no images of `img_size`.
     """
     check_model_name("--model", args.model)
     arguments = {"num_classes": 0, "img_size": img_size, "drop_path_rate": args.drop_path, "dynamic_img_size": True}
@@ -140,13 +153,36 @@ def build_backbone(args, img_size: int | tuple[int, int], taps: int | list[int],
         raise ConfigError(f"--model {args.model} gives no intermediate features; take a Vim, a ViT, a ResNet, ...")
     with as_config_error(f"--model {args.model}: "):
         backbone = Backbone(model, taps)
+    height, width = size_of(img_size)
     if backbone.overlap:
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         left, right, top, bottom = backbone.padding(height, width)
         model.set_input_size((top + height + bottom, left + width + right))
+    fixed = model.pretrained_cfg.get("fixed_input_size") and not getattr(model, "dynamic_img_size", False)
+    if fixed and not takes(backbone, height + backbone.cell, width):
+        backbone.only_size = height, width
+        if not takes(backbone, height, width):
+            raise ConfigError(
+                f"--model {args.model} takes no images of {height}x{width}: take another size, in multiples of "
+                f"{backbone.cell}, or another backbone"
+            )
     if args.grad_checkpointing:
         backbone.set_grad_checkpointing(True)
     return backbone
+
+
+@torch.no_grad()
+def takes(backbone: Backbone, height: int, width: int) -> bool:
+    """Whether it gives maps of such an image: what timm says of its models is true of only some."""
+    backbone.eval()
+    try:
+        backbone(torch.zeros(1, 3, height, width))
+    except Exception as error:  # models raise what they like
+        if main_memory_is_full(error):
+            raise
+        return False
+    finally:
+        backbone.train()
+    return True
 
 
 def load_backbone(args, backbone: Backbone, say=print) -> None:
@@ -157,7 +193,7 @@ def load_backbone(args, backbone: Backbone, say=print) -> None:
     """
     checkpoint = read_checkpoint(args.finetune, args.trust_checkpoint)
     weights = checkpoint.weights("model")
-    inner = f"{PREFIX}model."
+    inner = DENSE_BACKBONE
     dense = any(name.startswith(inner) for name in weights)
     if dense:
         useless = [name for name in weights if not name.startswith(inner)]
@@ -175,6 +211,17 @@ def load_backbone(args, backbone: Backbone, say=print) -> None:
     slots = moved_slots(backbone.model, before) if report.pos_embed and args.pos_embed_resize == "grid" else ""
     said = [str(report), slots, f"left out: {left_out}" if left_out else ""]
     say(f"backbone from {checkpoint.path} (SHA-256 {checkpoint.sha256[:16]}...): {'; '.join(filter(None, said))}")
+
+
+def load_dense(args, model: DenseModel, checkpoint: Checkpoint, weights: dict[str, Tensor]) -> None:
+    """Give `model` all `weights` of a dense model's checkpoint, its position embeddings resampled where need be."""
+    inner = DENSE_BACKBONE
+    own = {name.removeprefix(inner): value for name, value in weights.items() if name.startswith(inner)}
+    if not own:
+        raise ConfigError(f"--eval --finetune {args.finetune} is of a classifier; give a checkpoint of this program")
+    load_weights(model.backbone.model, own, "finetune", args.pos_embed_resize, dense_grid(checkpoint, own))
+    loaded = {name: value for name, value in model.state_dict().items() if name.startswith(inner)}
+    load_weights(model, weights | loaded)
 
 
 def dense_grid(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> tuple[int, int] | None:

@@ -25,6 +25,7 @@ from datasets import DataError
 from failures import run_cli
 from inference import Classifier, add_model_flags, find_images, load_classifier
 from models_mamba import VisionMamba, split_cls_tokens
+from report import literal
 
 # Beyond this length the whole matrix takes minutes and shows nothing; the class token's row is always drawn.
 LONGEST_MATRIX = 800
@@ -237,7 +238,7 @@ def explanation_figure(explanation: Explanation, title: str, layer: int) -> Figu
     """The panels of one image."""
     picture = displayable(explanation.image)
     figure = Figure(figsize=(14, 7.4), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(literal(title), fontsize=11)
     axes = figure.subplots(2, 4)
     axes[0, 0].imshow(picture)
     axes[0, 0].set_title("the image as the model gets it", fontsize=9)
