@@ -9,10 +9,12 @@ import torch
 from PIL import Image, ImageOps
 from torchvision import transforms
 
+import augment
 from arguments import ConfigError
 from augment import (
     MIXUP_STREAM,
     SAMPLE_STREAM,
+    ResizeToCover,
     _operations,
     build_mixup,
     build_transform,
@@ -76,7 +78,7 @@ def test_neighbouring_counters_and_the_two_streams_share_no_number():
     assert len(set(seen)) == len(seen) == 16 * 2 * 3
 
 
-@pytest.mark.parametrize("size", [(40, 32), (300, 200), (200, 301), (31, 97)], ids=str)
+@pytest.mark.parametrize("size", [(40, 32), (300, 200), (200, 301), (31, 97), (930, 30)], ids=str)
 @pytest.mark.parametrize("side", [48, 224])
 def test_evaluation_is_resize_by_the_crop_ratio_and_centre_crop(size, side):
     image = random_image(0, *size)
@@ -89,6 +91,29 @@ def test_evaluation_is_resize_by_the_crop_ratio_and_centre_crop(size, side):
         ]
     )(image)
     assert torch.equal(build_transform(arguments(input_size=side), train=False)(image), expected)
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_001, 1)], ids=str)
+@pytest.mark.parametrize("flags", [(), ("--ThreeAugment", "--src")], ids=["evaluation", "training's simple crop"])
+def test_an_image_of_one_row_or_column_costs_no_more_than_others(size, flags, monkeypatch):
+    """A file of 163 bytes, which whole and enlarged would be 256 x 5,120,000 pixels."""
+    resize = transforms.functional.resize
+
+    def bounded(image, target, *options):
+        assert target[0] * target[1] <= 33 * 256 * 256
+        return resize(image, target, *options)
+
+    monkeypatch.setattr(transforms.functional, "resize", bounded)
+    transform = build_transform(arguments(*flags, input_size=224), train=bool(flags))
+    assert transform(Image.new("RGB", size)).shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize("size", [(128, 4), (129, 4), (1000, 4), (4, 1001)], ids=str)
+def test_the_centre_of_a_long_image_is_as_if_all_of_it_were_enlarged(size, monkeypatch):
+    image, centre = random_image(0, *size), transforms.CenterCrop(32)
+    found = centre(ResizeToCover((32, 32))(image))
+    monkeypatch.setattr(augment, "LONGEST", 10**6)
+    assert found.tobytes() == centre(ResizeToCover((32, 32))(image)).tobytes()
 
 
 @pytest.mark.parametrize("data_set", ["IMNET", "CIFAR", "DIGITS"])

@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2
 from torch.utils.flop_counter import FlopCounterMode
 
 import main
-import models_mamba  # noqa: F401  (registers its models with timm)
+import models_mamba
 from mamba_ssm import BiMamba, Mamba
 from mamba_ssm.modules.mamba_simple import Mamba as MambaModule
 from models_mamba import VARIANTS
@@ -136,6 +136,28 @@ def test_intermediate_features_by_option(name, options):
     everything = model.forward_intermediates(images, norm=options.get("norm", False), intermediates_only=True)
     expected = everything[-2].flatten(2).transpose(1, 2) if "output_fmt" in options else everything[-2]
     torch.testing.assert_close(feature, expected)
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_stopping_early_runs_no_block_after_the_last_one_asked_for(name, only):
+    """The tokens that come with the features are then those after it, as timm's vision transformer gives them."""
+    model = create(name).eval()
+    images, ran = images_for(model), []
+    for number, block in enumerate(model.layers):
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+    found = model.forward_intermediates(images, indices=[1], norm=True, stop_early=True, intermediates_only=only)
+    assert ran == [0, 1]
+    if not only:
+        tokens, (feature,) = found
+        patches, _ = models_mamba.split_cls_tokens(tokens, "middle")
+        torch.testing.assert_close(patches.transpose(1, 2).unflatten(2, feature.shape[2:]), feature)
+
+
+def test_features_by_hooks_are_refused():
+    """They would be what the mixers gave, without the residual stream and with the class token inside."""
+    assert timm.create_model("vim_nano_patch4_32", features_only=True, feature_cls="getter")
+    with pytest.raises(ValueError, match=r"feature_cls='hook' .*; use 'getter', the default"):
+        timm.create_model("vim_nano_patch4_32", features_only=True, feature_cls="hook")
 
 
 def test_feature_extractor(name):

@@ -1,9 +1,12 @@
 """Models for programs without this repository: torch.export and ONNX give torch's logits."""
 
+import argparse
+
 import pytest
 import timm
 import torch
 
+import build
 import export
 import models_mamba  # noqa: F401  (registers its models with timm)
 from inference import load_classifier
@@ -83,6 +86,35 @@ def test_a_file_that_cannot_be_written_is_one_line(checkpoint, tmp_path, capsys)
     (tmp_path / "model.pt2").mkdir()
     assert export.main([str(tmp_path / "model.pt2"), "--checkpoint", str(checkpoint)]) == 4
     assert capsys.readouterr().err == f"error: [Errno 21] Is a directory: '{tmp_path / 'model.pt2'}'\n"
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "deit_nano_patch4_32"])
+def test_another_model_is_exported_at_the_size_of_its_run(name, tmp_path, capsys):
+    args = argparse.Namespace(model=name, input_size=64, num_classes=3)
+    model = build.create_model(name, img_size=64, num_classes=3)
+    path = write_checkpoint(tmp_path, model=model.state_dict(), args=args)
+    assert export.main([str(tmp_path / "model.pt2"), "--checkpoint", str(path)]) == 0
+    assert "images (any, 3, 64, 64)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bidirectional", ["v1", "none"])
+def test_a_batch_may_be_as_large_as_the_model_is_wide(bidirectional):
+    model = small_model(depth=1, bidirectional=bidirectional)
+    program = export.export_program(model, images(2))
+    assert program.module()(images(32)).shape == (32, 3), "2 * 16 channels"
+
+
+def test_logits_that_are_not_finite_are_no_copy(tmp_path, capsys):
+    weights = small_model(depth=1).state_dict()
+    weights["head.bias"][1] = float("nan")
+    path = write_checkpoint(tmp_path, model=weights)
+    assert export.main([str(tmp_path / "model.pt2"), "--checkpoint", str(path), "--batch-size", "2"]) == 4
+    assert "computes other logits (relative error nan)" in capsys.readouterr().err
+
+
+def test_logits_of_zero_have_no_error():
+    zeros = torch.zeros(2, 3)
+    assert export.relative_error(zeros, zeros) == 0 and export.relative_error(zeros + 1, zeros) > export.TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The model against the published implementation's numbers, its contracts, and the interface timm's tools expect."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -172,6 +174,33 @@ def test_autocast_bfloat16_on_the_cuda_kernels(name, cuda_backend):
 def test_bad_option_values(wrong):
     with pytest.raises(ValueError, match="use"):
         VisionMamba(**NANO | wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"),
+    [
+        ("img_size", "a", "a whole number of at least 1, or (height, width)"),
+        ("img_size", (32,), "a whole number of at least 1, or (height, width)"),
+        ("patch_size", 0, "a whole number of at least 1, or (height, width)"),
+        ("stride", 0, "None, a whole number of at least 1, or (height, width)"),
+        ("in_chans", 0, "a whole number of at least 1"),
+        ("num_classes", -1, "a whole number of at least 1, or 0 for no head"),
+        ("embed_dim", 32.0, "a whole number of at least 1"),
+        ("depth", 0, "a whole number of at least 1"),
+        ("norm_eps", -1, "0 or a positive number"),
+        ("drop_rate", -0.5, "a number between 0 and 1"),
+        ("drop_path_rate", 1.5, "a number between 0 and 1"),
+        ("d_state", 0, "a whole number of at least 1"),
+        ("d_conv", 0, "a whole number of at least 1"),
+        ("expand", 0, "a positive number"),
+        ("expand", "a", "a positive number"),
+        ("dt_rank", 0, "'auto' or a whole number of at least 1"),
+        ("dt_rank", "foo", "'auto' or a whole number of at least 1"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_with_the_accepted_ones(name, value, accepted):
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} cannot be: use {accepted}") + "$"):
+        VisionMamba(**NANO | {name: value})
 
 
 def test_a_misspelt_option_raises():

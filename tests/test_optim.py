@@ -8,10 +8,11 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.optim import list_optimizers
 
 from arguments import ConfigError
 from helpers import run_args
-from optim import SCHEDULES, Schedule, build_optimizer, scaled_lr
+from optim import COMMON_OPTIMIZERS, SCHEDULES, Schedule, build_optimizer, scaled_lr
 
 PURE = tuple(name for name in SCHEDULES if name not in ("plateau", "none"))
 
@@ -139,6 +140,9 @@ def test_unknown_names_are_refused_with_near_ones():
         schedule("--sched", "wsd", "--epochs", "8", "--decay-epochs", "9")
     with pytest.raises(ConfigError, match="--opt adamww is no optimiser of timm; did you mean"):
         build_optimizer(run_args("--opt", "adamww"), torch.nn.Linear(1, 1), 1e-3)
+    assert set(COMMON_OPTIMIZERS) <= set(list_optimizers())
+    with pytest.raises(ConfigError, match="--opt nope is no optimiser of timm; common ones are adamw, sgd"):
+        build_optimizer(run_args("--opt", "nope"), torch.nn.Linear(1, 1), 1e-3)
 
 
 # --- which parameters decay

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+import sys
 
 import pytest
 import torch
@@ -50,6 +52,27 @@ def test_probabilities_are_the_models_whatever_the_batch(photos, capsys):
     expected = small_model()(image[None]).softmax(1).max().item()
     for results in outputs:
         assert results[1]["predictions"][0]["probability"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_linked_folders_are_looked_into_as_in_training(photos, tmp_path):
+    (photos / "elsewhere").mkdir()
+    random_image(9).save(photos / "elsewhere" / "e.png")
+    (photos / "photos" / "link").symlink_to(photos / "elsewhere")
+    found = [path.name for path in inference.find_images([str(photos / "photos")])]
+    assert found == ["a.jpg", "b.png", "d.webp", "e.png", "c.JPEG"], "link/e.png stands before more/c.JPEG"
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "json"])
+def test_a_name_that_is_no_utf_8_is_written_as_it_is(photos, form, monkeypatch):
+    name = os.fsdecode(b"caf\xe9.png")
+    random_image(9).save(photos / "photos" / name)
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # as strict as a terminal in most languages
+    monkeypatch.setattr(sys, "stdout", screen)
+    assert run(photos, "--format", form) == 0
+    assert run(photos, "--format", form, "--output", str(photos / "out")) == 0
+    screen.flush()
+    written = b"caf\\udce9.png" if form == "json" else b"caf\xe9.png"
+    assert written in (photos / "out").read_bytes() and written in screen.buffer.getvalue()
 
 
 def arguments(checkpoint, *flags):

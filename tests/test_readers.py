@@ -14,12 +14,14 @@ import torch
 
 import readers
 import subsets
+from classification import Classification
 from datasets import DataError, build_datasets
 from helpers import random_image, run_args
 from main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN, VAL = 9, 5
+NAMES = ["ant", "bee", "cow"]
 
 
 def png(seed: int) -> bytes:
@@ -28,7 +30,11 @@ def png(seed: int) -> bytes:
     return file.getvalue()
 
 
-def write_shards(root: Path, in_json: bool = False) -> Path:
+def thirds(seed: int) -> int:
+    return seed % 3
+
+
+def write_shards(root: Path, in_json: bool = False, label_of=thirds, class_names=NAMES) -> Path:
     """Two shards of training images and one of validation images, with the _info.json that timm reads."""
     root.mkdir(parents=True, exist_ok=True)
     splits = {}
@@ -38,9 +44,8 @@ def write_shards(root: Path, in_json: bool = False) -> Path:
             names.append(f"set-{split}-{i:02d}.tar")
             with tarfile.open(root / names[-1], "w") as tar:
                 for seed in range(first, last):
-                    label = (
-                        ("json", json.dumps({"kind": seed % 3}).encode()) if in_json else ("cls", b"%d" % (seed % 3))
-                    )
+                    number = label_of(seed)
+                    label = ("json", json.dumps({"kind": number}).encode()) if in_json else ("cls", b"%d" % number)
                     for ending, content in (("png", png(seed)), label):
                         member = tarfile.TarInfo(f"{seed:05d}.{ending}")
                         member.size = len(content)
@@ -49,21 +54,21 @@ def write_shards(root: Path, in_json: bool = False) -> Path:
         splits[split] = {
             "name": split, "filenames": names, "shard_lengths": lengths, "num_samples": sum(lengths)
         }  # fmt: skip
-    info = {"splits": splits, "class_names": ["ant", "bee", "cow"]}
+    info = {"splits": splits} | ({"class_names": class_names} if class_names else {})
     (root / "_info.json").write_text(json.dumps(info))
     return root
 
 
-def write_huggingface(root: Path) -> Path:
+def write_huggingface(root: Path, label_of=thirds, class_names=NAMES) -> Path:
     """A folder of Parquet files as the Hub keeps them, with named classes."""
     with readers.huggingface_datasets():
         import datasets as huggingface
 
-        features = huggingface.Features(
-            image=huggingface.Image(), label=huggingface.ClassLabel(names=["ant", "bee", "cow"])
-        )
+        label = huggingface.ClassLabel(names=class_names) if class_names else huggingface.Value("int64")
+        features = huggingface.Features(image=huggingface.Image(), label=label)
         for split, seeds in (("train", range(TRAIN)), ("validation", range(100, 100 + VAL))):
-            rows = {"image": [random_image(seed, 20, 20) for seed in seeds], "label": [seed % 3 for seed in seeds]}
+            images, labels = [random_image(seed, 20, 20) for seed in seeds], [label_of(seed) for seed in seeds]
+            rows = {"image": images, "label": labels}
             (root / "data").mkdir(parents=True, exist_ok=True)
             table = huggingface.Dataset.from_dict(rows, features=features)
             table.to_parquet(root / "data" / f"{split}-00000-of-00001.parquet")
@@ -80,15 +85,25 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture(params=["wds", "wds json", "hfds", "hfids"])
-def flags(request, tmp_path, monkeypatch):
+def write(request, tmp_path):
+    """Writes images in each kind of place; returns the flags that read them."""
+
+    def written(**what) -> list[str]:
+        if request.param.startswith("wds"):
+            in_json = request.param == "wds json"
+            root = write_shards(tmp_path / "shards", in_json, **what)
+            return ["--data-set", "wds/", "--data-path", str(root), *(["--label-key", "kind"] if in_json else [])]
+        pytest.importorskip("pyarrow")
+        root = write_huggingface(tmp_path / "set", **what)
+        return ["--data-set", f"{request.param}/{root}", "--data-path", str(tmp_path / "cache")]
+
+    return written
+
+
+@pytest.fixture
+def flags(write):
     """Flags that read the same images from each kind of place."""
-    if request.param.startswith("wds"):
-        in_json = request.param == "wds json"
-        root = write_shards(tmp_path / "shards", in_json)
-        return ["--data-set", "wds/", "--data-path", str(root), *(["--label-key", "kind"] if in_json else [])]
-    pytest.importorskip("pyarrow")
-    root = write_huggingface(tmp_path / "set")
-    return ["--data-set", f"{request.param}/{root}", "--data-path", str(tmp_path / "cache")]
+    return write()
 
 
 def test_readers_find_images_labels_and_names(flags):
@@ -115,6 +130,36 @@ def test_the_program_trains_on_them(flags, tmp_path, capsys):
     small = "--model vim_nano_patch4_32 --input-size 8 --device cpu --epochs 1 --batch-size 4 --mixup 0 --cutmix 0"
     assert main([*small.split(), "--no-repeated-aug", "--num_workers", "0", *flags]) == 0
     assert "9 train images" in capsys.readouterr().out
+
+
+# ---- classes without images
+
+
+def test_classes_that_nothing_names_and_no_image_has_are_refused(write):
+    """Labels 0, 1 and a stray 1000 are no thousand and one classes; evaluation takes val's labels as they are."""
+    flags = write(label_of=lambda seed: (0, 1, 1000)[seed % 3], class_names=None)
+    with pytest.raises(DataError, match=r"label is 1000, and 998 lower .* such as 2, 3, 4; number") as raised:
+        build_datasets(run_args(*flags))
+    assert "split 'train'" in str(raised.value) and "\n" not in str(raised.value)
+    assert build_datasets(run_args(*flags, "--eval")).num_classes == 1001
+
+
+@pytest.mark.parametrize("names", [None, NAMES])
+def test_labels_that_only_val_has_are_refused(write, names):
+    flags = write(label_of=lambda seed: seed % 3 if seed >= 100 else seed % 2, class_names=names)
+    with pytest.raises(DataError, match=r"split 'validation' has .* that split 'train' lacks: 2; remove") as raised:
+        build_datasets(run_args(*flags))
+    assert "\n" not in str(raised.value)
+    assert len(build_datasets(run_args(*flags, "--eval")).val) == VAL
+
+
+def test_named_classes_may_be_empty_and_are_said(write):
+    flags = write(label_of=lambda seed: 2 * (seed % 2) if seed < 100 else 0, class_names=[*NAMES, "dog"])
+    data = build_datasets(run_args(*flags))
+    absent = "val has no images of 3 classes: bee, cow, dog"
+    assert data.num_classes == 4
+    assert data.description.endswith(f"in 4 classes; train has no images of 2 classes: bee, dog; {absent}")
+    assert build_datasets(run_args(*flags, "--eval")).description.endswith(f"in 4 classes; {absent}")
 
 
 @pytest.mark.parametrize("folder", ["vim", "."])
@@ -166,6 +211,45 @@ def test_a_broken_image_in_a_shard_is_named(tmp_path):
     data.source.places[1, 2] = 30  # cut short
     with pytest.raises(DataError, match=r"validation-00\.tar:00101\.png"):
         data[1]
+
+
+@pytest.mark.parametrize("reader", ["hfds", "hfids"])
+@pytest.mark.parametrize(
+    ("columns", "flags", "words"),
+    [
+        ({"kind": [0, 1]}, [], "split 'train' has no such column as --label-key label, but: image, kind"),
+        ({"label": [0, 1]}, ["--image-key", "img"], "no such column as --image-key img, but: image"),
+        ({"label": [0, 1]}, ["--image-key", "label"], "as --image-key label, but: image|Unsupported cast from int64"),
+        ({"label": ["ant", "bee"]}, [], "label 'ant' of image 0 is no whole number; name another column"),
+        ({"label": [0.0, 1.2]}, [], "label 0.0 of image 0 is no whole number"),
+        ({"label": [0, None]}, [], "label None of image 1 is no whole number"),
+    ],
+)
+def test_faults_of_tables_are_one_line(reader, columns, flags, words, tmp_path):
+    pytest.importorskip("pyarrow")
+    with readers.huggingface_datasets():
+        import datasets as huggingface
+
+        (tmp_path / "data").mkdir()
+        table = huggingface.Dataset.from_dict({"image": [random_image(0), random_image(1)], **columns})
+        table = table.cast_column("image", huggingface.Image())
+        for split in ("train", "validation"):
+            table.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    flags = [*flags, "--data-set", f"{reader}/{tmp_path}", "--data-path", str(tmp_path / "cache")]
+    with pytest.raises(DataError, match=words) as raised:
+        build_datasets(run_args(*flags))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_sample_without_an_image_is_refused(tmp_path):
+    root = write_shards(tmp_path)
+    with tarfile.open(root / "set-train-01.tar", "a") as tar:
+        for ending, content in (("txt", b"an ant"), ("cls", b"0")):
+            member = tarfile.TarInfo(f"00099.{ending}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    with pytest.raises(DataError, match=r"set-train-01\.tar: sample 00099\. has no image: expected one of \.jpg"):
+        build_datasets(run_args("--data-set", "wds/", "--data-path", str(root)))
 
 
 def test_a_hugging_face_name_that_is_not_there(tmp_path, capsys):
@@ -247,7 +331,8 @@ def test_the_built_in_real_labels_are_those_of_imagenets_validation_images():
         (["--real-labels", "absent.json"], "", "--real-labels absent.json"),
     ],
 )
-def test_mistakes_are_one_line(relatives, capsys, flags, content, expected):
+def test_mistakes_are_one_line_before_any_image_is_seen(relatives, capsys, monkeypatch, flags, content, expected):
+    monkeypatch.setattr(Classification, "evaluate", lambda *_: pytest.fail("an image was seen"))
     (relatives / "file").write_text(content)
     flags = [str(relatives / "file") if flag == "FILE" else flag for flag in flags]
     assert evaluate(relatives, *flags) == 4

@@ -1,6 +1,7 @@
 """Training order and evaluation shards: coverage, ranks, resuming, repeated augmentation."""
 
 from collections import Counter
+from itertools import chain
 
 import pytest
 from hypothesis import assume, given
@@ -11,6 +12,7 @@ from samplers import EvalSampler, SampleKey, TrainSampler
 SIZES = st.integers(1, 300)
 BATCHES = st.integers(1, 16)
 RANKS = st.integers(1, 5)
+ACCUMULATED = st.integers(1, 4)
 
 
 def batches_of(sampler) -> list[list[SampleKey]]:
@@ -18,21 +20,29 @@ def batches_of(sampler) -> list[list[SampleKey]]:
     return [keys[i : i + sampler.batch_size] for i in range(0, len(keys), sampler.batch_size)]
 
 
-def all_ranks(size, batch_size, num_ranks, **options) -> list[TrainSampler]:
-    assume(size >= batch_size * num_ranks)
+def all_ranks(size, batch_size, num_ranks, accum_steps=1, **options) -> list[TrainSampler]:
+    assume(size >= batch_size * num_ranks * accum_steps)
+    options["accum_steps"] = accum_steps
     return [TrainSampler(size, batch_size, num_ranks, rank, **options) for rank in range(num_ranks)]
 
 
-@given(SIZES, BATCHES, RANKS, st.integers(0, 3))
-def test_every_image_once_but_for_a_tail_shorter_than_a_batch(size, batch_size, num_ranks, epoch):
-    samplers = all_ranks(size, batch_size, num_ranks)
+def steps_of(samplers, accum_steps) -> list[list[SampleKey]]:
+    """What all ranks together see in each optimiser step, sorted; the last step may be short of batches."""
+    shares = [batches_of(sampler) for sampler in samplers]
+    batches = [list(chain(*of_all_ranks)) for of_all_ranks in zip(*shares, strict=True)]
+    return [sorted(chain(*batches[i : i + accum_steps])) for i in range(0, len(batches), accum_steps)]
+
+
+@given(SIZES, BATCHES, RANKS, ACCUMULATED, st.integers(0, 3))
+def test_every_image_once_but_for_a_tail_shorter_than_a_step(size, batch_size, num_ranks, accum_steps, epoch):
+    samplers = all_ranks(size, batch_size, num_ranks, accum_steps)
     for sampler in samplers:
         sampler.set_epoch(epoch)
     keys = [key for sampler in samplers for key in sampler]
     indices = {key.index for key in keys}
     assert len(indices) == len(keys)
     assert indices <= set(range(size))
-    assert size - len(keys) < batch_size * num_ranks
+    assert size - len(keys) < batch_size * num_ranks * accum_steps
     assert {(key.epoch, key.repeat) for key in keys} == {(epoch, 0)}
 
 
@@ -43,13 +53,15 @@ def test_every_rank_runs_the_same_whole_batches(size, batch_size, num_ranks, rep
     assert lengths == {samplers[0].num_batches * batch_size} == {len(samplers[0])}
 
 
-@given(SIZES, BATCHES, RANKS, st.sampled_from([1, 3]))
-def test_step_sees_the_same_images_whatever_the_number_of_ranks(size, batch_size, num_ranks, repeats):
-    samplers = all_ranks(size, batch_size, num_ranks, repeats=repeats)
-    alone = TrainSampler(size, batch_size * num_ranks, repeats=repeats)
-    shares = [batches_of(sampler) for sampler in samplers]
-    for step, batch in enumerate(batches_of(alone)):
-        assert sorted(key for share in shares for key in share[step]) == sorted(batch)
+@given(SIZES, BATCHES, RANKS, ACCUMULATED, st.sampled_from([1, 3]))
+def test_step_sees_the_same_images_whatever_the_number_of_ranks(size, batch_size, num_ranks, accum_steps, repeats):
+    """R15: ranks, batches a step and images a batch can be traded for each other, also where they divide no size."""
+    together = steps_of(all_ranks(size, batch_size, num_ranks, accum_steps, repeats=repeats), accum_steps)
+    parts = num_ranks * accum_steps
+    whole = batch_size * parts
+    assert together == steps_of(all_ranks(size, batch_size, 1, parts, repeats=repeats), parts)
+    assert together == steps_of(all_ranks(size, whole, 1, repeats=repeats), 1)
+    assert {len(step) for step in together} == {whole}, "none is shorter"
 
 
 @given(SIZES, BATCHES, RANKS, st.sampled_from([1, 3]), st.data())
@@ -110,6 +122,9 @@ def test_evaluation_shards_hold_every_image_once(size, num_ranks):
         ({"repeats": 2}, "repeats=2"),
         ({"rank": 1}, "rank=1"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"accum_steps": 0}, "accum_steps=0"),
+        ({"accum_steps": 5}, r"8 .* images do not fill 5 batches \(--accum-steps\) .* --accum-steps to at most 4"),
+        ({"batch_size": 9, "accum_steps": 3}, "lower --batch-size to at most 2"),
     ],
 )
 def test_arguments_that_make_no_sense_are_named(arguments, said):

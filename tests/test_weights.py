@@ -9,6 +9,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+import build
 import hub
 import main
 import models_mamba
@@ -107,6 +108,18 @@ def test_a_copied_file_serves_as_pretrained_weights(tmp_path, name):
         extractor = timm.create_model(name, features_only=True, out_indices=(0,), **arguments).model
         assert torch.equal(extractor.cls_token, state[entry]["cls_token"])
         assert not model.pretrained_cfg.get("state_dict") and not extractor.pretrained_cfg.get("state_dict")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_a_copied_file_of_a_wrapped_model_serves_too(tmp_path, prefix):
+    """Otherwise timm would leave every weight random where the head is another, and only warn."""
+    state = published_state("vim_tiny_patch16_224")["model"]
+    torch.save({"model": {f"{prefix}{key}": value for key, value in state.items()}}, tmp_path / "wrapped.pth")
+    copied = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "wrapped.pth")}}
+    for classes in (7, 1000):
+        model = timm.create_model("vim_tiny_patch16_224", num_classes=classes, **SMALL, **copied)
+        assert torch.equal(model.norm_f.weight, state["norm_f.weight"])
+    assert torch.equal(model.head.weight, state["head.weight"])
 
 
 @pytest.mark.parametrize("address", ["hf-hub:hustvl/Vim-small-midclstok", "hf-hub:someone/else/weights.pth"])
@@ -210,6 +223,41 @@ def test_an_exported_folder_has_the_preprocessing_of_its_run(settings, tmp_path)
     assert len(data["mean"]) == 1
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit_relpos", "test_maxvit"])
+def test_another_models_images_have_the_size_of_its_run(name, tmp_path):
+    """Whether it takes any size, or is built for one with position embeddings or without."""
+    model = build.create_model(name, num_classes=3, img_size=64)
+    args = argparse.Namespace(model=name, data_set="IMNET", input_size=64, num_classes=3)
+    path = write_checkpoint(tmp_path, model=model.state_dict(), args=args)
+    assert hub.main(["export", str(path), "--raw", str(tmp_path / "folder")]) == 0
+    random_image(0, 70, 50).save(tmp_path / "photo.png")
+    logits = []
+    for checkpoint in (path, tmp_path / "folder"):
+        flags = ["x", "--checkpoint", str(checkpoint), "--device", "cpu"]
+        classifier = load_classifier(predict.build_parser().parse_args(flags))
+        image = classifier.load_image(tmp_path / "photo.png")
+        assert image.shape == (3, 64, 64) and classifier.model.pretrained_cfg["input_size"] == (3, 64, 64)
+        logits.append(classifier.model(image[None]))
+    assert torch.equal(logits[0], model.eval()(image[None])) and torch.equal(*logits)
+
+
+def test_the_baseline_exports_as_a_vim_does(tmp_path):
+    model = timm.create_model("deit_nano_patch4_32", img_size=16, num_classes=3).eval()
+    args = argparse.Namespace(model="deit_nano_patch4_32", input_size=16, num_classes=3)
+    path = write_checkpoint(tmp_path, model=model.state_dict(), args=args)
+    assert hub.main(["export", str(path), "--raw", str(tmp_path / "folder")]) == 0
+    again = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(again(images), model(images))
+
+
+def test_a_size_without_a_grid_needs_no_telling(tmp_path):
+    """Hiera has position embeddings, and patches that overlap and tell no grid."""
+    args = argparse.Namespace(model="hiera_tiny_224", input_size=(64, 96))
+    path = write_checkpoint(tmp_path, model={"pos_embed": torch.zeros(1, 384, 96)}, args=args)
+    assert hub.grid_of(read_checkpoint(path)) is None
+
+
 def test_an_export_into_a_file_is_one_line(tmp_path, capsys):
     path = write_checkpoint(tmp_path)
     assert hub.main(["export", str(path), str(path)]) == 4
@@ -273,7 +321,7 @@ def test_push_without_a_network_is_one_line(tmp_path, hub_cache, capsys):
 @pytest.mark.parametrize(
     "name, expected",
     [
-        ("resnet18", "unexpected keyword argument 'img_size'"),
+        ("resnet18", "the weights do not fit the model"),
         ("vim_nano_patch4_32", "the weights do not fit the model"),
         ("vim_small_patch16_224", "its embed_dim is 64, not 384; without --model it is taken for vim_nano_patch4_32"),
     ],
@@ -303,3 +351,29 @@ def test_a_file_of_something_else_is_one_line(tmp_path, capsys, content, expecte
     assert capsys.readouterr().err.count("\n") == 1
     assert hub.main(["inspect", str(tmp_path / "other.pth"), "--model", "vim_tny_patch16_224"]) == 4
     assert "not registered with timm; did you mean vim_tiny_patch16_224" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["vim_tiny", "VIM_TINY_PATCH16_224", "Vim-tiny-midclstok", "vim_tiny_patch-16"])
+def test_near_names_are_first_those_that_begin_so(given):
+    assert hub.near_names(given)[0] == "vim_tiny_patch16_224"
+
+
+@pytest.mark.parametrize(
+    ("name", "tags"), [("vim_tiny_patch16_224", "hustvl_in1k"), ("vim_nano_patch4_32", "none, leave it out")]
+)
+def test_an_unknown_tag_is_one_line_with_the_known_ones(name, tags, tmp_path, capsys):
+    path = write_checkpoint(tmp_path)
+    command = ["--device", "cpu", "--checkpoint", str(path), "--model", f"{name}.foo", str(tmp_path)]
+    random_image(0).save(tmp_path / "photo.png")
+    assert predict.main(command) == 4
+    words = f"{path}: the model '{name}.foo' has the unknown tag 'foo'; {name} has {tags}\n"
+    assert capsys.readouterr().err == f"error: {words}"
+    for known in (name, "vim_tiny_patch16_224.hustvl_in1k", "resnet18", "resnet18.a1_in1k"):
+        assert hub.name_problem(known) == ""
+
+
+def test_the_grid_of_a_square_is_known_from_the_runs_arguments(tmp_path):
+    for size, grid in ((16, (4, 4)), ((8, 32), (2, 8)), (None, None)):
+        model = small_model(img_size=size or 16).state_dict()
+        path = write_checkpoint(tmp_path, model=model, args=argparse.Namespace(input_size=size))
+        assert hub.grid_of(read_checkpoint(path)) == grid

@@ -5,6 +5,7 @@ The training recipe is DeiT's (arXiv 2012.12877, table 9) through timm's transfo
 augmentation depends on the counters it is called for and on nothing else.
 """
 
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from arguments import ConfigError, size_of
 
 # At or below this many pixels a side, images are taken whole (CIFAR, digits): no zooming crop.
 SMALL_SIDE = 32
+
+# An image of more than so many times the length that a crop sees of it loses its ends before it is enlarged.
+LONGEST = 32
 
 # First words of timm's augmentation policies, such as rand-m9-mstd0.5-inc1.
 AUTO_AUGMENT = ("rand", "augmix", "original", "v0", "3a")
@@ -60,7 +64,8 @@ def channel_statistics(num_channels: int) -> tuple[tuple[float, ...], tuple[floa
 class ResizeToCover:
     """Scale an image (bicubic), keeping its proportions, to the smallest size that covers (height, width).
 
-    For squares this is torchvision's Resize(side), which has no rectangular counterpart.
+    For squares this is torchvision's Resize(side), which has no rectangular counterpart. Of an image more
+    than LONGEST times as long as that the middle is taken: one of 1 x 20000 pixels would fill gigabytes.
     """
 
     def __init__(self, size: tuple[int, int]):
@@ -68,11 +73,21 @@ class ResizeToCover:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         height, width = self.size
+        image = self._without_far_ends(image)
         if image.width * height >= image.height * width:
             target = height, image.width * height // image.height
         else:
             target = image.height * width // image.width, width
         return transforms.functional.resize(image, target, InterpolationMode.BICUBIC)
+
+    def _without_far_ends(self, image: Image.Image) -> Image.Image:
+        """As much off one as off the other, so that the centre stays; ordinary images as they are."""
+        height, width = self.size
+        seen = math.ceil(image.height * width / height), math.ceil(image.width * height / width)
+        left, top = (max(0, side - LONGEST * part) // 2 for side, part in zip(image.size, seen))
+        if left or top:
+            image = image.crop((left, top, image.width - left, image.height - top))
+        return image
 
 
 class ToChannels:

@@ -15,19 +15,33 @@ import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from timm.layers import to_2tuple
-from timm.models import push_to_hf_hub, save_for_hf
+from timm.models import get_arch_pretrained_cfgs, is_model_in_modules, push_to_hf_hub, save_for_hf
 from timm.models._hub import generate_readme
 from torch import Tensor, nn
 
 import models_baseline  # noqa: F401  (registers its models with timm)
-from arguments import OneLineParser
+from arguments import OneLineParser, nearby, size_of
 from augment import channel_statistics, crop_ratio
-from checkpoint import STRICT_ADVICE, Checkpoint, CheckpointError, load_weights, read_checkpoint
+from checkpoint import Checkpoint, CheckpointError, load_weights, read_checkpoint
 from failures import run_cli
 from models_mamba import CLS_TOKENS, VARIANTS
 from pretrained import published_weights
 
 SHORT_NAMES = [name for name in VARIANTS if "_bimambav2" not in name]
+
+# What dense models call the weights of their backbone; by their heads: their program, and what its score is called.
+DENSE_BACKBONE = "backbone.model."
+DENSE_PROGRAMS = {"decode_head": ("seg/train.py", "mIoU"), "roi_heads": ("det/train.py", "box AP")}
+
+# Modules that register names with timm, which has none of them.
+OWN_MODELS = ("models_mamba", "models_baseline")
+
+CITATION = (
+    "@article{zhu2024vision,\n  title={Vision Mamba: Efficient Visual Representation Learning "
+    "with Bidirectional State Space Model},\n  author={Zhu, Lianghui and Liao, Bencheng and Zhang, Qian and "
+    "Wang, Xinlong and Liu, Wenyu and Wang, Xinggang},\n  journal={arXiv preprint arXiv:2401.09417},\n"
+    "  year={2024}\n}"
+)
 
 
 @dataclass
@@ -49,13 +63,14 @@ def identify(checkpoint: Checkpoint, name: str | None = None) -> Identity:
     """
     named = name is not None
     state_dict = checkpoint.model if checkpoint.model is not None else checkpoint.model_ema
+    if dense := dense_program(state_dict):
+        raise CheckpointError(f"{checkpoint.path} is of {dense[0]}, no classifier; evaluate it there, --eval --resume")
     name = name or getattr(checkpoint.args, "model", None)
-    if name is not None and name not in VARIANTS and timm.is_model(name):
-        return Identity(name, _arguments_of_any(checkpoint, state_dict))
+    if name is not None and (problem := name_problem(name)):
+        whose = "the model" if named else "give --model NAME, its own"
+        raise CheckpointError(f"{checkpoint.path}: {whose} {name!r} {problem}")
     if name is not None and name not in VARIANTS:
-        near = difflib.get_close_matches(name, [*SHORT_NAMES, *timm.list_models()], n=3)
-        advice = f"; did you mean {' or '.join(near)}?" if near else "; give --model NAME"
-        raise CheckpointError(f"{checkpoint.path}: the model {name!r} is not registered with timm{advice}")
+        return Identity(name, _arguments_of_any(name, checkpoint, state_dict))
     if "patch_embed.proj.weight" not in state_dict or "layers.0.mixer.in_proj.weight" not in state_dict:
         raise CheckpointError(f"{checkpoint.path} holds no Vim ({len(state_dict)} tensors); give --model NAME")
     facts = _shape_facts(state_dict)
@@ -73,10 +88,35 @@ def identify(checkpoint: Checkpoint, name: str | None = None) -> Identity:
     return Identity(name, _differing(facts, defaults, side))
 
 
+def name_problem(name: str) -> str:
+    """Why timm has no model of this name, in words that follow it, with near names or known tags; "" if it has one."""
+    if not timm.is_model(name):
+        return f"is not registered with timm{nearby(near_names(name))}"
+    known = get_arch_pretrained_cfgs(name)
+    if "." not in name or not known or name in known:
+        return ""
+    base, _, tag = name.partition(".")
+    tags = [each.partition(".")[2] for each in known if "." in each]
+    return f"has the unknown tag {tag!r}; {base} has {', '.join(tags) or 'none, leave it out'}"
+
+
+def near_names(name: str) -> list[str]:
+    """At most three registered names: that begin with `name`, else that are like it, else of its family and size."""
+    name, known = name.lower().replace("-", "_").partition(".")[0], timm.list_models()
+
+    def beginning(text: str) -> list[str]:
+        return sorted((each for each in known if each.startswith(text) and "_bimambav2" not in each), key=len)
+
+    found = beginning(name) or difflib.get_close_matches(name, known) or beginning("_".join(name.split("_")[:2]))
+    return found[:3]
+
+
 def open_model(
     checkpoint: Checkpoint, name: str | None = None, weights: str = "auto"
 ) -> tuple[nn.Module, Identity, str]:
     """The model that a file fits, in evaluation mode with the file's weights; its identity; their entry in the file.
+
+    The model's `pretrained_cfg` tells how the file's run evaluated it.
 
     Args:
         name: the model, where the file does not tell. weights: see `choose_entry`.
@@ -90,34 +130,58 @@ def open_model(
         model = identity.create()
         load_weights(model, state_dict)
     except (CheckpointError, TypeError) as error:  # a TypeError where another model does not take the arguments
-        reason = " ".join(str(error).removesuffix(STRICT_ADVICE).split())
+        reason = " ".join(str(error).split())
         raise CheckpointError(f"{checkpoint.path} is no {identity.name}: {reason}") from error
+    model.pretrained_cfg = model.pretrained_cfg | preprocessing(model, checkpoint)
     return model.eval(), identity, entry
 
 
 def grid_of(checkpoint: Checkpoint) -> tuple[int, int] | None:
-    """(H, W) in patches of the images that a file's model was built for; None for squares, which need no telling.
+    """(H, W) in patches of the images that a file's model was built for; None where the file does not tell.
 
-    None as well for a model without position embeddings, which has no use for it.
+    None as well for a model without position embeddings, which has no use for it, and for one that the Hub describes.
     """
     size = getattr(checkpoint.args, "input_size", None)
     state_dict = checkpoint.model if checkpoint.model is not None else checkpoint.model_ema
-    if size is None or isinstance(size, int) or "pos_embed" not in state_dict:
+    of_hub = str(getattr(checkpoint.args, "model", "")).startswith("hf-hub:")
+    if size is None or of_hub or "pos_embed" not in state_dict:
         return None
+    if isinstance(size, int):  # a square, which the number of slots tells
+        patches = state_dict["pos_embed"].shape[1] - sum(name.startswith("cls_token") for name in state_dict)
+        side = math.isqrt(patches)
+        return (side, side) if side * side == patches else None
     with torch.device("meta"):
-        return tuple(identify(checkpoint).create().patch_embed.grid_size)
+        grid = getattr(getattr(identify(checkpoint).create(), "patch_embed", None), "grid_size", None)
+    return None if grid is None else tuple(grid)
 
 
-def _arguments_of_any(checkpoint: Checkpoint, state_dict: dict[str, Tensor]) -> dict:
+def dense_program(state_dict: dict[str, Tensor]) -> tuple[str, str] | None:
+    """The program whose model these weights are, and its score; None where they are of no dense model."""
+    dense = any(name.startswith(DENSE_BACKBONE) for name in state_dict)
+    parts = {name.partition(".")[0] for name in state_dict}
+    return next((program for head, program in DENSE_PROGRAMS.items() if dense and head in parts), None)
+
+
+def _arguments_of_any(name: str, checkpoint: Checkpoint, state_dict: dict[str, Tensor]) -> dict:
     """Constructor arguments of a model that is no Vim, as far as its run's arguments tell."""
     arguments = {"in_chans": getattr(checkpoint.args, "in_chans", 3)}
     if getattr(checkpoint.args, "num_classes", None):
         arguments["num_classes"] = checkpoint.args.num_classes
     elif "head.weight" in state_dict:
         arguments["num_classes"] = len(state_dict["head.weight"])
-    if "pos_embed" in state_dict and getattr(checkpoint.args, "input_size", None):
-        arguments["img_size"] = checkpoint.args.input_size
+    size = getattr(checkpoint.args, "input_size", None)
+    if size and _takes_size(name, size):
+        arguments["img_size"] = size
     return arguments
+
+
+def _takes_size(name: str, size) -> bool:
+    """Whether a model is built for one image size, as the run built it then."""
+    try:
+        timm.create_model(name, img_size=size)
+    except TypeError:
+        return False
+    return True
 
 
 def _shape_facts(state_dict: dict[str, Tensor]) -> dict:
@@ -243,7 +307,6 @@ def choose_entry(checkpoint: Checkpoint, identity: Identity, weights: str = "aut
 
 def inspect(checkpoint: Checkpoint, name: str | None = None) -> str:
     """What a file holds and which model it fits, for people; `name` is the model where the file does not tell."""
-    identity = identify(checkpoint, name)
     lines = [f"file       {checkpoint.path}", f"sha256     {checkpoint.sha256}"]
     lines.append(f"holds      {', '.join(checkpoint.keys) or 'a state dict alone'}")
     for entry in ("model", "model_ema"):
@@ -254,8 +317,14 @@ def inspect(checkpoint: Checkpoint, name: str | None = None) -> str:
             lines.append(f"{entry:<10} {len(state_dict)} tensors, {count / 1e6:.2f} M numbers, {', '.join(dtypes)}")
     if checkpoint.epoch is not None:
         lines.append(f"epoch      {checkpoint.epoch}")
+    dense = dense_program(checkpoint.model if checkpoint.model is not None else checkpoint.model_ema)
     if checkpoint.best_metric is not None:
-        lines.append(f"best top-1 {best_in_words(checkpoint)}")
+        score = f"best {dense[1] if dense else 'top-1'}"
+        lines.append(f"{score:<10} {best_in_words(checkpoint)}")
+    if dense:
+        backbone = getattr(checkpoint.args, "model", None)
+        return "\n".join([*lines, f"of         {dense[0]}{f' --model {backbone}' if backbone else ''}"])
+    identity = identify(checkpoint, name)
     lines.append(f"fits       {identity.name}")
     options = "".join(f", {name}={value!r}" for name, value in identity.arguments.items())
     lines.append(f'model      timm.create_model("{identity.name}"{options})')
@@ -271,9 +340,9 @@ def best_in_words(checkpoint: Checkpoint) -> str:
 def evaluation_settings(model: nn.Module, settings: argparse.Namespace) -> argparse.Namespace:
     """What `augment.build_transform` reads for the evaluation of `model`; `settings` are its run's arguments."""
     built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    height, width = built_for or model.pretrained_cfg["input_size"][1:]
+    size = built_for or getattr(settings, "input_size", None) or model.pretrained_cfg["input_size"][1:]
     return argparse.Namespace(
-        input_size=(height, width),
+        input_size=size_of(size),
         data_set=getattr(settings, "data_set", "IMNET"),
         eval_crop_ratio=getattr(settings, "eval_crop_ratio", 0.875),
     )
@@ -308,24 +377,23 @@ def _json_arguments(identity: Identity) -> dict:
 def model_card(identity: Identity, source: Checkpoint) -> dict:
     """What the model card says, in timm's form."""
     top1 = {} if source.best_metric is None else {"Best top-1": best_in_words(source)}
+    module = next((name for name in OWN_MODELS if is_model_in_modules(identity.name, [name])), None)
+    first = f" Import this project's `{module}` first: it registers the model's name." if module else ""
+    vim = module == "models_mamba"
     return {
-        "tags": ["image-classification", "timm", "vision-mamba"],
+        "tags": ["image-classification", "timm", *(["vision-mamba"] if vim else [])],
         "license": "apache-2.0",
-        "description": "A Vision Mamba (Vim) image model. Its names are registered by this project's "
-        "`models_mamba` module, which has to be imported first.",
+        "description": f"A{' Vision Mamba (Vim)' if vim else 'n'} image model.{first}",
         "details": {
             "Model": identity.name,
             "Arguments": identity.arguments or "the name's own",
             "Made from": f"{source.path.name}, SHA-256 {source.sha256}",
             **top1,
-            "Paper": "https://arxiv.org/abs/2401.09417",
+            **({"Paper": "https://arxiv.org/abs/2401.09417"} if vim else {}),
         },
-        "usage": "```python\nimport timm, models_mamba\n"
+        "usage": f"```python\nimport timm{f', {module}' if module else ''}\n"
         'model = timm.create_model("local-dir:FOLDER", pretrained=True)  # or "hf-hub:OWNER/REPO"\n```',
-        "citation": "@article{zhu2024vision,\n  title={Vision Mamba: Efficient Visual Representation Learning "
-        "with Bidirectional State Space Model},\n  author={Zhu, Lianghui and Liao, Bencheng and Zhang, Qian and "
-        "Wang, Xinlong and Liu, Wenyu and Wang, Xinggang},\n  journal={arXiv preprint arXiv:2401.09417},\n"
-        "  year={2024}\n}",
+        "citation": [CITATION] if vim else [],
     }
 
 
@@ -370,7 +438,6 @@ def build_parser() -> argparse.ArgumentParser:
 def export(args, checkpoint: Checkpoint) -> None:
     """`checkpoint.py export`."""
     model, identity, entry = open_model(checkpoint, args.model, args.weights)
-    model.pretrained_cfg = model.pretrained_cfg | preprocessing(model, checkpoint)
     names = list(checkpoint.extra.get("class_names", []))
     export_folder(model, Path(args.out), identity, checkpoint, names)
     print(f"{args.out}: {identity.name}, entry {entry!r} of {checkpoint.path} (SHA-256 {checkpoint.sha256})")

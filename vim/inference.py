@@ -16,7 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from arguments import ConfigError
 from augment import build_transform
 from checkpoint import CheckpointError, file_digest, read_checkpoint
-from datasets import IMAGENET_CLASSES, BrokenImage, DataError, read_image
+from datasets import IMAGENET_CLASSES, BrokenImage, DataError, read_image, walk
 from hub import evaluation_settings, open_model
 
 
@@ -141,13 +141,12 @@ def readable_names(names: list[str], num_classes: int) -> list[str]:
 
 
 def find_images(paths: list[str]) -> list[Path]:
-    """Image files: each path itself, or all images below a folder, sorted. Raises DataError."""
+    """Image files: each path itself, or all images below a folder, linked folders too, sorted. Raises DataError."""
     found = []
     for path in map(Path, paths):
         if path.is_dir():
-            images = sorted(
-                file for file in path.rglob("*") if file.name.lower().endswith(IMG_EXTENSIONS) and file.is_file()
-            )
+            files = (Path(place, name) for place, names in walk(path) for name in names)
+            images = sorted(file for file in files if file.name.lower().endswith(IMG_EXTENSIONS) and file.is_file())
             if not images:
                 raise DataError(f"{path} holds no images (their names end in {' '.join(IMG_EXTENSIONS)})")
             found += images

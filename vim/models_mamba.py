@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +29,10 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrained import TAG, opening_weights, published_weights, read_copy
+from pretrained import TAG, opening_weights, published_weights, read_copy, unwrap_state_dict
 
 try:
-    from mamba_ssm.modules.mamba_simple import BIMAMBA_TYPES, Mamba
+    from mamba_ssm.modules.mamba_simple import BIMAMBA_TYPES, Mamba, check_values, is_count
     from mamba_ssm.ops.triton.layer_norm import layer_norm_fn, layer_norm_ref, rms_norm_ref
 except ImportError as error:
     raise ImportError(
@@ -55,6 +56,15 @@ def _choose(name: str, value: str, accepted) -> str:
     if value not in accepted:
         raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, accepted))}")
     return value
+
+
+def _is_size(value) -> bool:
+    sides = value if isinstance(value, tuple | list) else (value, value)
+    return len(sides) == 2 and all(map(is_count, sides))
+
+
+def _is_share(value) -> bool:
+    return isinstance(value, Real) and 0 <= value <= 1
 
 
 def cls_token_positions(cls_token: str, num_patches: int) -> tuple[int, ...]:
@@ -265,6 +275,21 @@ class VisionMamba(nn.Module):
         self.bidirectional = _choose("bidirectional", bidirectional, BIDIRECTIONALS)
         self.cls_token_design = _choose("cls_token", cls_token, CLS_TOKENS)
         global_pool = self._checked_pool(global_pool)
+        size, count = "a whole number of at least 1, or (height, width)", "a whole number of at least 1"
+        check_values(
+            (
+                ("img_size", img_size, _is_size(img_size), size),
+                ("patch_size", patch_size, _is_size(patch_size), size),
+                ("stride", stride, stride is None or _is_size(stride), f"None, {size}"),
+                ("in_chans", in_chans, is_count(in_chans), count),
+                ("num_classes", num_classes, is_count(num_classes, 0), f"{count}, or 0 for no head"),
+                ("embed_dim", embed_dim, is_count(embed_dim), count),
+                ("depth", depth, is_count(depth), count),
+                ("norm_eps", norm_eps, isinstance(norm_eps, Real) and norm_eps >= 0, "0 or a positive number"),
+                ("drop_rate", drop_rate, _is_share(drop_rate), "a number between 0 and 1"),
+                ("drop_path_rate", drop_path_rate, _is_share(drop_path_rate), "a number between 0 and 1"),
+            )
+        )
         if bidirectional == "layer" and depth % 2:
             raise ValueError(f"depth={depth}: bidirectional='layer' pairs its blocks, so use an even depth")
         self.global_pool, self.num_classes, self.in_chans = global_pool, num_classes, in_chans
@@ -487,7 +512,7 @@ class VisionMamba(nn.Module):
                 if output_fmt == "NCHW":
                     patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
                 features.append((patches, cls) if return_prefix_tokens else patches)
-            if i == last and (stop_early and intermediates_only):
+            if i == last and stop_early:
                 break
         if intermediates_only:
             return features
@@ -558,7 +583,7 @@ def checkpoint_filter_fn(state_dict: dict, model: VisionMamba, entry: str = "mod
     Args:
         state_dict: a state dict, or a training checkpoint that holds one under `entry` ("model", "model_ema").
     """
-    state_dict = dict(state_dict.get(entry, state_dict.get("model", state_dict)))
+    state_dict = unwrap_state_dict(state_dict.get(entry, state_dict.get("model", state_dict)))
     if model.pos_embed is None or "pos_embed" not in state_dict:
         return state_dict
     pos_embed = state_dict["pos_embed"]
@@ -592,6 +617,10 @@ def _register(name: str, arguments: dict) -> None:
     take = partial(checkpoint_filter_fn, entry=weights.entry) if weights else checkpoint_filter_fn
 
     def entrypoint(pretrained: bool = False, pretrained_cfg_overlay: dict | None = None, **kwargs) -> VisionMamba:
+        if kwargs.get("feature_cls", "getter") != "getter":
+            raise ValueError(
+                f"feature_cls={kwargs['feature_cls']!r} would give tokens that are no maps; use 'getter', the default"
+            )
         with naming_arguments(name), opening_weights(name):
             copied = read_copy(pretrained_cfg_overlay) if pretrained else {}
             model = build_model_with_cfg(

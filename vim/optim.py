@@ -18,8 +18,9 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from torch import nn
 
-from arguments import ConfigError
+from arguments import ConfigError, nearby
 
+COMMON_OPTIMIZERS = ("adamw", "sgd", "lamb", "lion", "muon")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "constant", "plateau", "poly", "wsd", "rsqrt", "none")
 
 
@@ -42,7 +43,8 @@ def build_optimizer(args, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     name = args.opt.lower()
     if name not in list_optimizers():
         near = difflib.get_close_matches(name, list_optimizers(), n=3)
-        raise ConfigError(f"--opt {args.opt} is no optimiser of timm{nearby(near)}")
+        hint = nearby(near) or f"; common ones are {', '.join(COMMON_OPTIMIZERS)}"
+        raise ConfigError(f"--opt {args.opt} is no optimiser of timm{hint}")
     info = get_optimizer_info(name)
     wanted = info.num_betas if info.has_betas else 0
     if args.opt_betas is not None and len(args.opt_betas) != wanted:
@@ -59,10 +61,6 @@ def build_optimizer(args, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     if args.layer_decay is not None and groups is not None:
         raise ConfigError("--layer-decay and --no-decay-ssm each group the parameters in their own way; take one")
     return create_optimizer_v2(model, **{**optimizer_kwargs(args), "lr": lr}, param_group_fn=groups)
-
-
-def nearby(names: list[str]) -> str:
-    return f"; did you mean {' or '.join(names)}?" if names else ""
 
 
 class Schedule:

@@ -88,10 +88,11 @@ def command(args: argparse.Namespace) -> None:
     results = list(predict(classifier, files, args.topk, args.batch_size))
     text = {"table": as_table, "json": as_json, "csv": as_csv}[args.format](results)
     if not args.output:
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
         sys.stdout.write(text)
         return
     try:
-        Path(args.output).write_text(text, encoding="utf-8")
+        Path(args.output).write_text(text, encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise DataError(f"--output {args.output}: {error.strerror}") from error
 

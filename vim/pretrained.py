@@ -5,7 +5,7 @@ them with torch's safe loader, for which the one class they hold, `argparse.Name
 """
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, 
 from safetensors.torch import load_file
 
 TAG = "hustvl_in1k"
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
 class PublishedWeights(NamedTuple):
@@ -38,6 +39,18 @@ PUBLISHED = {
 def published_weights(name: str) -> PublishedWeights | None:
     """The weights of a registered name, long or short; None where none were published."""
     return PUBLISHED.get(name.split("_bimambav2")[0])
+
+
+def unwrap_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict without `module.` and `_orig_mod.` in front of every key."""
+    state_dict = dict(state_dict)
+    while prefix := next((p for p in WRAPPER_PREFIXES if _all_start_with(state_dict, p)), None):
+        state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
+    return state_dict
+
+
+def _all_start_with(state_dict: dict, prefix: str) -> bool:
+    return bool(state_dict) and all(key.startswith(prefix) for key in state_dict)
 
 
 def read_copy(overlay: dict | None) -> dict:

@@ -11,18 +11,21 @@ processes work as for folders.
 import importlib
 import io
 import json
+import os
 import sys
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from datasets import DataError, Sources, as_broken_image, decode_image
+from datasets import DataError, Sources, as_broken_image, decode_image, some_of
 
-WDS_IMAGES = ("jpg", "jpeg", "png", "webp")
+WDS_IMAGES = tuple(ending.removeprefix(".") for ending in IMG_EXTENSIONS)
 
 _foreign_modules: dict = {}
 
@@ -124,12 +127,39 @@ def reader_sources(args, need_train: bool) -> Sources:
     Reads `data_set, data_path, train_split, val_split, image_key, label_key`.
     """
     opened = {"wds": _open_wds, "hfds": _open_hfds, "hfids": _open_hfids}[args.data_set.partition("/")[0]]
-    splits = [args.train_split, args.val_split] if need_train else [args.val_split]
-    found = [opened(args, split) for split in splits]
-    names = next((names for _, names in found if names), [])
-    largest = max((int(source.labels.max(initial=0)) for source, _ in found), default=0)
-    names = names or [str(number) for number in range(largest + 1)]
-    return Sources(found[0][0] if need_train else None, found[-1][0], names)
+    splits = {"train": args.train_split, "val": args.val_split} if need_train else {"val": args.val_split}
+    found = {part: opened(args, split) for part, split in splits.items()}
+    labels = {part: set(np.unique(source.labels).tolist()) for part, (source, _) in found.items()}
+    names = next((names for _, names in found.values() if names), [])
+    if need_train:
+        _check_classes(args, labels["train"], labels["val"], named=bool(names or args.num_classes))
+    names = names or [str(number) for number in range(max({0}.union(*labels.values())) + 1)]
+    remark = "".join(_absent_classes(part, there, names) for part, there in labels.items())
+    return Sources(found["train"][0] if need_train else None, found["val"][0], names, remark)
+
+
+def _check_classes(args, train: set[int], val: set[int], named: bool) -> None:
+    """Raise DataError for labels that training cannot learn. Classes that the data or a flag names may be empty."""
+    largest = max(train, default=0)
+    absent = largest - sum(0 <= label < largest for label in train)
+    if absent and not named:
+        some = ", ".join(str(label) for label in islice((n for n in range(largest) if n not in train), 3))
+        raise DataError(
+            f"--data-set {args.data_set}, split {args.train_split!r}: the largest label is {largest}, and {absent} "
+            f"lower one(s) have no image, such as {some}; number the classes 0, 1, 2, ... or name them in the data set "
+            "(class_names in _info.json, a ClassLabel column), or give --num-classes"
+        )
+    unknown = [str(label) for label in sorted(val - train)]
+    if unknown:
+        raise DataError(
+            f"--data-set {args.data_set}, split {args.val_split!r} has label(s) that split {args.train_split!r} lacks: "
+            f"{some_of(unknown)}; remove their images, or add some for training"
+        )
+
+
+def _absent_classes(part: str, labels: set[int], names: list[str]) -> str:
+    absent = [name for number, name in enumerate(names) if number not in labels]
+    return f"; {part} has no images of {len(absent)} classes: {some_of(absent)}" if absent else ""
 
 
 def _reader(args, split: str, root: str | None, **options):
@@ -179,9 +209,10 @@ def _index_tar(tar: Path, label_key: str) -> Iterator[tuple[tuple[str, int, int]
                 samples.setdefault(key or stem, {})[ending.lower()] = member
             for key, parts in samples.items():
                 image = next((parts[ending] for ending in WDS_IMAGES if ending in parts), None)
-                if image is not None:
-                    label = _wds_label(file, tar, key, parts, label_key)
-                    yield (image.name, image.offset_data, image.size), label
+                if image is None:
+                    raise DataError(f"{tar}: sample {key} has no image: expected one of .{' .'.join(WDS_IMAGES)}")
+                label = _wds_label(file, tar, key, parts, label_key)
+                yield (image.name, image.offset_data, image.size), label
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{tar} is missing or no uncompressed tar file: {error}") from error
 
@@ -199,15 +230,39 @@ def _wds_label(file: tarfile.TarFile, tar: Path, key: str, parts: dict, label_ke
 # ---- Hugging Face datasets ---------------------------------------------------------------------------------
 
 
+def _check_column(args, split: str, flag: str, key: str, columns) -> None:
+    """Raise DataError unless the key is one of those columns."""
+    if key not in columns:
+        raise DataError(
+            f"--data-set {args.data_set}, split {split!r} has no such column as {flag} {key}, but: {', '.join(columns)}"
+        )
+
+
+def _whole_numbers(args, split: str, labels) -> np.ndarray:
+    labels = list(labels)
+    wrong = next((i for i, label in enumerate(labels) if not isinstance(label, int | np.integer)), None)
+    if wrong is not None:
+        raise DataError(
+            f"--data-set {args.data_set}, split {split!r}: label {labels[wrong]!r} of image {wrong} is no whole "
+            "number; name another column by --label-key, or number the classes"
+        )
+    return np.asarray(labels, dtype=np.int64)
+
+
 def _open_hfds(args, split: str) -> tuple[ArrowSource, list[str]]:
     with huggingface_datasets():
         keys = {"input_key": args.image_key, "target_key": args.label_key or "label"}
         reader = _reader(args, split, args.data_path or None, **keys)
-        labels = list(reader.iter_targets())
+        images = reader.dataset.data.table.column(args.image_key)
+        # timm has added what it was told to take for images
+        empty = {args.image_key} if images.null_count == len(images) else set()
+        there = [name for name in reader.dataset.data.column_names if name not in empty]
+        _check_column(args, split, "--image-key", args.image_key, there)
+        _check_column(args, split, "--label-key", keys["target_key"], there)
+        labels = _whole_numbers(args, split, reader.dataset.with_format(None)[keys["target_key"]])
         rows = reader.dataset._indices
         rows = None if rows is None else rows.column(0).to_numpy()
         # The table alone goes on: the package's own code would import `datasets` again while it reads.
-        images = reader.dataset.data.table.column(args.image_key)
         names = [name for name, _ in sorted(reader.class_to_idx.items(), key=lambda item: item[1])]
     return ArrowSource(f"{args.data_set} {split}", images, labels, rows), names
 
@@ -221,12 +276,16 @@ def _open_hfids(args, split: str) -> tuple[MemorySource, list[str]]:
         reader = _reader(args, split, args.data_path or None, num_samples=1, **keys)
         images, labels = [], []
         stream = reader.builder.as_streaming_dataset(split=split)
+        # Files of unknown columns tell them when the first of them is read.
+        features = stream.features or stream._resolve_features().features
+        pictures = [name for name, feature in features.items() if isinstance(feature, huggingface.Image)]
+        _check_column(args, split, "--image-key", args.image_key, pictures)
+        _check_column(args, split, "--label-key", keys["target_key"], features)
         stream = stream.cast_column(args.image_key, huggingface.Image(decode=False))
         for item in stream:
-            image = item[args.image_key]
+            image = item[args.image_key] or {"bytes": None, "path": os.devnull}  # none is a broken one
             images.append(image["bytes"] or Path(image["path"]).read_bytes())
-            labels.append(int(item[args.label_key or "label"]))
-        # Files of unknown columns tell their classes when the first of them is read.
-        label_feature = (stream.features or stream._resolve_features().features).get(args.label_key or "label")
-    names = list(getattr(label_feature, "names", []))
+            labels.append(item[keys["target_key"]])
+    labels = _whole_numbers(args, split, labels)
+    names = list(getattr(features[keys["target_key"]], "names", []))
     return MemorySource(f"{args.data_set} {split}", images, labels), names

@@ -30,15 +30,16 @@ class TrainSampler(Sampler[SampleKey]):
     """Shuffled training order, dealt out to ranks in whole batches.
 
     Batch s of all ranks together is the s-th run of `batch_size * num_ranks` entries of one global order;
-    rank r takes every num_ranks-th entry of it from r on. The order's tail that fills no whole batch is left
-    out (another one each epoch), so every rank runs the same number of batches.
+    rank r takes every num_ranks-th entry of it from r on. An epoch has a multiple of `accum_steps` batches: the
+    order's tail that fills no whole optimiser step is left out (another one each epoch). So every rank runs the
+    same number of batches, and fewer ranks with more batches a step take the same steps.
 
     With `repeats` = 3 each image stands three times in a row, each time under another augmentation, and the
     epoch keeps its length: about a third of the images, three times each (Hoffer et al., "Augment your
     batch", arXiv 1901.09335; DeiT, arXiv 2012.12877, section 6). Neighbours go to different ranks where
     there are several, and to the same batch in one process.
 
-    Raises ConfigError when the images do not fill one batch, ValueError for `repeats` or `rank` out of range.
+    Raises ConfigError when the images do not fill one step, ValueError for `repeats` or `rank` out of range.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class TrainSampler(Sampler[SampleKey]):
         rank: int = 0,
         seed: int = 0,
         repeats: int = 1,
+        accum_steps: int = 1,
     ):
         if repeats not in (1, 3):
             raise ValueError(f"repeats={repeats}: expected 1, or 3 for repeated augmentation")
@@ -56,6 +58,8 @@ class TrainSampler(Sampler[SampleKey]):
             raise ValueError(f"rank={rank}: expected 0 <= rank < num_ranks={num_ranks}")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1")
+        if accum_steps < 1:
+            raise ValueError(f"accum_steps={accum_steps}: expected at least 1")
         self.size = size
         self.batch_size = batch_size
         self.num_ranks = num_ranks
@@ -64,11 +68,16 @@ class TrainSampler(Sampler[SampleKey]):
         self.repeats = repeats
         self.epoch = 0
         self.start_batch = 0
-        self.num_batches = size // (batch_size * num_ranks)
+        whole = size // (batch_size * num_ranks)
+        self.num_batches = whole - whole % accum_steps
         if self.num_batches == 0:
+            batches = "one batch" if accum_steps == 1 else f"{accum_steps} batches (--accum-steps)"
+            lower = f"--accum-steps to at most {whole}"
+            if whole == 0:
+                lower = f"--batch-size to at most {max(1, size // (num_ranks * accum_steps))}"
             raise ConfigError(
-                f"{size} training images do not fill one batch of {batch_size} on each of {num_ranks} "
-                f"rank(s): lower --batch-size to at most {max(1, size // num_ranks)}"
+                f"{size} training images do not fill {batches} of {batch_size} on each of {num_ranks} rank(s): "
+                f"lower {lower}"
             )
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:

@@ -77,13 +77,19 @@ def read_real_labels(which: str) -> list[set[int]]:
         raise DataError(f"--real-labels {which}: {reason}; give {BUILT_IN!r} or ReaL's real.json") from error
 
 
-@torch.no_grad()
-def evaluate_real(
-    model: nn.Module, loader, dataset: ImageDataset, args, world: World, real: list[set[int]]
-) -> tuple[float, int]:
-    """Share of images (percent) whose first choice is one of their ReaL labels, and how many images have any.
+def real_labels_of(dataset: ImageDataset, real: list[set[int]]) -> list[set[int]]:
+    """The ReaL labels of every image of `dataset`.
 
     The images are known by their names, ILSVRC2012_val_00000001 onwards. Raises DataError for others.
+    """
+    return [real[_val_number(dataset.name(index), len(real))] for index in range(len(dataset))]
+
+
+@torch.no_grad()
+def evaluate_real(model: nn.Module, loader, args, world: World, real: list[set[int]]) -> tuple[float, int]:
+    """Share of images (percent) whose first choice is one of their ReaL labels, and how many images have any.
+
+    `real` are the labels of the loader's images by index, see `real_labels_of`.
     """
     model.eval()
     answers = []
@@ -92,9 +98,8 @@ def evaluate_real(
             answers.append(model(images.to(world.device, non_blocking=True)).argmax(dim=1).cpu())
     right = counted = 0
     for index, answer in zip(loader.sampler, torch.cat(answers).tolist() if answers else []):
-        labels = real[_val_number(dataset.name(index), len(real))]
-        right += answer in labels
-        counted += bool(labels)
+        right += answer in real[index]
+        counted += bool(real[index])
     sums = torch.tensor([right, counted], dtype=torch.float64, device=world.device)
     right, counted = (sum_over_ranks(sums) if args.dist_eval else sums).tolist()
     return 100 * right / max(counted, 1), int(counted)
