@@ -278,8 +278,40 @@ def test_strict_loading_lists_what_does_not_fit_and_changes_nothing():
     assert "1 missing: layers.0.mixer.D" in message
     assert "1 unexpected: layers.0.mixer.extra" in message
     assert "1 mismatched: head.weight (file (7, 8), model (10, 8))" in message
-    assert "--finetune" in message and "\n" not in message
-    assert equal(model.state_dict(), before)
+    assert "\n" not in message and equal(model.state_dict(), before)
+
+
+MENDS = {"head": "a head of {classes} classes", "pos_embed": "another grid"}
+
+
+@pytest.mark.parametrize(
+    ("file", "advice"),
+    [
+        ({"num_classes": 7}, " (a head of 7 classes)"),
+        ({"img_size": 96}, " (another grid)"),
+        ({"img_size": 96, "num_classes": 7}, " (another grid; a head of 7 classes)"),
+        ({"embed_dim": 16}, ""),
+        ({"num_classes": 0}, ""),
+        ({"norm": "layer", "num_classes": 7}, ""),
+    ],
+    ids=str,
+)
+def test_a_mend_is_named_where_it_is_enough(file, advice):
+    """Neither a missing name nor another width goes away by re-making the head."""
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(vim(), filled(vim(**file)), mends=MENDS)
+    assert str(caught.value).endswith(advice) and (bool(advice) or "(another" not in str(caught.value))
+
+
+def test_strict_loading_wants_the_grid_where_it_is_known():
+    """As many patches have the same shapes, whichever way they lie."""
+    weights = filled(vim(img_size=(32, 128)))
+    with pytest.raises(CheckpointError, match=r"pos_embed \(file 2 x 8 patches, model 8 x 2\) \(another grid\)$"):
+        load_weights(vim(img_size=(128, 32)), weights, old_grid=(2, 8), mends=MENDS)
+    assert str(load_weights(vim(img_size=(128, 32)), weights)) == "every weight loaded"
+    assert str(load_weights(vim(img_size=(32, 128)), weights, old_grid=(2, 8))) == "every weight loaded"
+    without = vim(img_size=(128, 32), pos_embed=False)
+    assert str(load_weights(without, filled(without), old_grid=(2, 8))) == "every weight loaded"
 
 
 @pytest.mark.parametrize("mode", ["strict", "finetune"])
@@ -313,6 +345,19 @@ def test_finetuning_to_the_same_classes_keeps_the_head():
 def test_finetuning_from_weights_without_a_head():
     weights = {name: value for name, value in filled(vim()).items() if not name.startswith("head.")}
     assert "head re-made: none in the file" in str(load_weights(vim(), weights, "finetune"))
+
+
+@pytest.mark.parametrize(("name", "conv"), [("vim_nano_patch4_32", "patch_embed.proj"), ("resnet10t", "conv1.0")])
+def test_finetuning_to_other_channels_fits_the_first_convolution(name, conv):
+    """As timm does for pretrained weights; only from RGB, other channels being whatever they are."""
+    weights = filled(timm.create_model(name))
+    grey = timm.create_model(name, in_chans=1)
+    assert str(load_weights(grey, weights, "finetune")) == f"{conv}.weight adapted from 3 channels to 1"
+    torch.testing.assert_close(grey.state_dict()[f"{conv}.weight"], weights[f"{conv}.weight"].sum(1, keepdim=True))
+    with pytest.raises(CheckpointError, match=f"1 mismatched: {conv}.weight"):
+        load_weights(grey, weights)
+    with pytest.raises(CheckpointError, match=f"1 mismatched: {conv}.weight"):
+        load_weights(timm.create_model(name), filled(grey), "finetune")
 
 
 def test_finetuning_is_strict_about_the_rest():
@@ -431,6 +476,18 @@ def test_a_vision_transformer_finetunes_through_the_same_function():
     assert torch.equal(large.pos_embed[:, 0], weights["pos_embed"][:, 0])
     expected = plain_resample(weights["pos_embed"][0, 1:].reshape(4, 4, 12), (6, 6))
     assert torch.allclose(large.pos_embed[0, 1:].reshape(6, 6, 12), expected, atol=1e-6)
+
+
+def test_position_embeddings_of_no_known_grid_are_taken_as_they_are():
+    """Hiera's patches overlap and tell no grid."""
+    options = {"embed_dim": 8, "num_heads": 1, "stages": (1, 1, 1, 1)}
+    model = timm.create_model("hiera_tiny_224", img_size=64, num_classes=3, **options)
+    weights = filled(timm.create_model("hiera_tiny_224", img_size=64, num_classes=5, **options))
+    assert "head re-made" in str(load_weights(model, weights, "finetune"))
+    assert torch.equal(model.pos_embed, weights["pos_embed"])
+    larger = timm.create_model("hiera_tiny_224", img_size=96, num_classes=5, **options)
+    with pytest.raises(CheckpointError, match="1 mismatched: pos_embed"):
+        load_weights(larger, weights, "finetune")
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "convnext_atto"])
@@ -630,6 +687,14 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("checkpoint-*.pth"))
 
 
+def test_the_best_one_is_pointed_at_first(tmp_path, monkeypatch):
+    """Killed between the two links, a run repeats the epoch, but only if the newest one is still that before it."""
+    pointed, point = [], checkpoint._point
+    monkeypatch.setattr(checkpoint, "_point", lambda link, target: (pointed.append(link.name), point(link, target)))
+    store_checkpoint(tmp_path, state_of(1), best=True)
+    assert pointed == ["best_checkpoint.pth", "checkpoint.pth"]
+
+
 def test_newest_two_and_best_stay(tmp_path):
     folder = tmp_path / "made" / "on demand"
     for step in range(1, 8):
@@ -665,9 +730,9 @@ def cut(path: Path, share: float) -> None:
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
 
 
-def flip(path: Path) -> None:
+def flip(path: Path, bit: int = 1) -> None:
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[len(content) // 2] ^= bit
     path.write_bytes(content)
 
 
@@ -679,6 +744,7 @@ DAMAGES = {
     "one bit": flip,
     "deleted": lambda path: path.unlink(),
     "digest deleted": lambda path: path.with_name(path.name + ".sha256").unlink(),
+    "the digest no longer text": lambda path: flip(path.with_name(path.name + ".sha256"), 0x80),
 }
 
 

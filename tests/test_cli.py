@@ -337,7 +337,15 @@ def test_a_misspelt_flag_names_near_ones(capsys):
         (["--report-to", "tensorboard,csv"], "--report-to: 'csv' is not one of tensorboard, wandb, mlflow"),
         (["--keep-checkpoints", "1"], "--keep-checkpoints: 1 is less than 2"),
         (["--input-size", "1x2x3"], "--input-size: 1x2x3 has 3 sides"),
-        (["--input-size", "big"], "--input-size"),
+        (["--input-size", "big"], "--input-size: big is no size; give 224, or 192x256 (height x width)"),
+        (["--input-size", "32x"], "--input-size: 32x is no size; give"),
+        (["--input-size", "16,64"], "--input-size: 16,64 is no size; give"),
+        (["--epochs", "1.5"], "--epochs: 1.5 is not a positive whole number"),
+        (["--seed", "abc"], "--seed: abc is not 0 or a positive whole number"),
+        (["--lr", "abc"], "--lr: abc is not 0 or a positive number"),
+        (["--clip-grad", "abc"], "--clip-grad: abc is not a positive number"),
+        (["--smoothing", "abc"], "--smoothing: abc is not a number between 0 and 1"),
+        (["--keep-checkpoints", "abc"], "--keep-checkpoints: abc is not a whole number of at least 2"),
         (["--clip-grad", "0"], "--clip-grad: 0 is not a positive number; without the flag"),
         (["--weight-decay", "-1"], "--weight-decay: -1 is not 0 or a positive number"),
         (["--mixup", "nan"], "--mixup: nan is not 0 or a positive number"),
@@ -376,6 +384,13 @@ def test_flags_that_cannot_go_together_are_one_line(flags, words):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_without_a_gpu_says_what_to_use():
+def test_cuda_without_a_gpu_says_what_to_use(capsys, monkeypatch):
+    """The published default gives way, aloud: the paper's commands run on a laptop as they are."""
     with pytest.raises(Refused, match="--device cuda: this torch sees no GPU; use --device cpu or --device auto"):
+        parse_args(["--device", "cuda"])
+    args = parse_args([])
+    assert capsys.readouterr().err == "no GPU and no --device: on the CPU\n"
+    assert (type(args.device), args.device, args.if_amp) == (str, "cpu", False)
+    monkeypatch.setenv("RANK", "0")  # others may have GPUs, and this one would wait for them in another way
+    with pytest.raises(Refused, match="--device cuda: this torch sees no GPU"):
         parse_args([])

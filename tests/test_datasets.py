@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import re
 import shutil
+import subprocess
 import time
 import traceback
 
@@ -21,6 +23,7 @@ from datasets import (
     DataError,
     FileSource,
     ImageDataset,
+    _outlive_signals,
     build_datasets,
     build_loader,
     read_image,
@@ -325,7 +328,7 @@ def test_replacements_are_the_same_and_counted_whatever_the_workers(workers, fol
 def test_too_many_broken_images_stop_the_run_with_one_line(workers, folder):
     spoil_two_of(folder)
     flags = ("--bad-image", "replace", "--bad-image-share", "0.05", "--num_workers", workers)
-    said = r"^2 of 24 images cannot be read, more than --bad-image-share 0\.05; the last is [^\n]+\Z"
+    said = r"^2 of 24 images cannot be read, more than --bad-image-share 0\.05; one is [^\n]+\Z"
     with pytest.raises(DataError, match=said) as caught:
         loaded(imnet(folder, "--batch-size", "4", *flags), epochs=1)
     traceback.clear_frames(caught.tb)  # ends the workers now, and not whenever the garbage is collected
@@ -464,3 +467,27 @@ def test_a_worker_that_hangs_ends_in_an_error():
     loader = build_loader(Sleeper(), EvalSampler(1), args, train=False)
     with pytest.raises(RuntimeError, match="timed out after 1"):
         next(iter(loader))
+
+
+def hang(ready) -> None:
+    _outlive_signals(0)
+    ready.set()
+    time.sleep(1000)
+
+
+def test_a_worker_is_ended_by_its_parent_alone():
+    """SIGTERM goes to every process of a job; a worker is needed until its parent has saved."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    worker = context.Process(target=hang, args=(ready,))
+    worker.start()
+    try:
+        assert ready.wait(60)
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+        worker.join(1)
+        assert worker.is_alive()
+        worker.terminate()
+        worker.join(60)
+        assert worker.exitcode == 0
+    finally:
+        worker.kill()

@@ -303,6 +303,40 @@ def test_a_second_interrupt_from_the_keyboard_is_not_waited_for():
             signal.raise_signal(signal.SIGINT)
 
 
+def test_a_hangup_that_nohup_has_had_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with distributed.StopSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+ON_A_TERMINAL = """
+import signal, sys
+sys.path.insert(0, "vim")
+import distributed
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests run under
+with distributed.StopSignal() as stop:
+    print("in a step", flush=True)
+    while stop.received is None:
+        pass
+print("saved", flush=True)
+sys.exit(75)
+"""
+
+
+def test_a_line_for_a_terminal_that_was_closed_does_not_end_the_run():
+    terminal, screen = os.openpty()
+    process = subprocess.Popen([sys.executable, "-c", ON_A_TERMINAL], cwd=ROOT, stdout=screen, stderr=screen)
+    os.close(screen)
+    assert os.read(terminal, 100).startswith(b"in a step")
+    os.close(terminal)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 75
+
+
 def test_one_process_needs_no_exchange():
     tensor = torch.arange(3.0)
     assert distributed.sum_over_ranks(tensor) is tensor

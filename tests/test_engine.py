@@ -167,6 +167,15 @@ def test_a_skipped_step_leaves_the_run_as_if_its_batch_had_not_been():
     assert (skipping.progress.skipped, skipping.progress.skipped_in_row) == (1, 0)
 
 
+def test_a_skipped_step_leaves_batch_norm_as_it_was():
+    """Its statistics move in forward, before anybody knows that the step is left out."""
+    run, _ = make_run(f"{PLAIN} --nonfinite skip --input-size 32", "test_resnet")
+    before = weights(run)
+    images, labels = a_batch()
+    training_step(run, [(images * torch.nan, labels)], 0)
+    assert_same(before, run.model.state_dict())
+
+
 def test_too_many_skipped_steps_in_a_row_stop():
     run, _ = make_run(f"{PLAIN} --nonfinite skip --nonfinite-limit 2")
     training_step(run, [BROKEN], 0)
@@ -228,7 +237,7 @@ def test_an_epoch_can_be_taken_up_in_the_middle():
         return training_steps(run, loader)
 
     losses = [step.loss for step in steps(whole)]
-    assert len(losses) == whole.steps_per_epoch == 4
+    assert len(losses) == whole.steps_per_epoch == 3, "the seventh batch has no second one"
     first = next(steps(parts))
     resumed, _ = make_run("--batch-size 200 --accum-steps 2")
     resumed.model.load_state_dict(parts.model.state_dict())
@@ -236,6 +245,16 @@ def test_an_epoch_can_be_taken_up_in_the_middle():
     resumed.progress.load_state_dict(parts.progress.state_dict() | {"samples": 400})
     assert [first.loss] + [step.loss for step in steps(resumed)] == losses
     assert_same(whole.model.state_dict(), resumed.model.state_dict())
+
+
+@pytest.mark.parametrize(("batches", "steps"), [(3, 2), (7, 0)])
+def test_an_epoch_taken_up_with_more_accumulation_has_whole_steps(batches, steps):
+    """Stopped after an odd number of batches with --accum-steps 1: the half of a step is done again or left out."""
+    run, data = make_run("--batch-size 200 --accum-steps 2")
+    run.progress.samples = 200 * batches
+    loader = DataLoader(data.train, batch_size=200, sampler=run.sampler, drop_last=True)
+    assert len(list(training_steps(run, loader))) == steps
+    assert run.progress.samples == 200 * batches + 400 * steps
 
 
 # --- averages and evaluation

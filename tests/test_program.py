@@ -87,7 +87,7 @@ def test_a_run_leaves_its_arguments_logs_checkpoints_and_pictures(trained):
     files = {"args.yaml", "log.txt", "metrics.csv", "checkpoint.pth", "best_checkpoint.pth"}
     assert names >= pictures | files
     assert any(name.startswith("events.out.tfevents") for name in names)
-    assert {path.name for path in matching(trained, RUN_FILES)} == names, "what the next run here moves aside"
+    assert {path.name for path in matching(trained, RUN_FILES)} == names - {"run.lock"}, "what the next run moves aside"
     rows = [json.loads(line) for line in (trained / "log.txt").read_text().splitlines()]
     assert [(row["epoch"], row["step"]) for row in rows] == [(0, 11), (1, 22)]
     assert rows[1]["train_loss"] < rows[0]["train_loss"]
@@ -111,8 +111,8 @@ def test_the_derived_numbers_are_printed_with_their_inputs(capsys):
     assert "no --data-path: training on scikit-learn's digits" in text
     assert "256 = 128 x 1 rank(s) x 2 accumulated" in text
     assert "0.002 = 0.004 x 256 / 512" in text
-    assert "6 steps = 11 batches / 2" in text
-    assert "M trainable parameters" in text and "backend" in text and "step 6/6" in text
+    assert "5 steps = 10 batches / 2" in text
+    assert "M trainable parameters" in text and "backend" in text and "step 5/5" in text
 
 
 def test_evaluation_repeats_what_training_measured(trained, capsys, tmp_path):
@@ -137,7 +137,7 @@ SETTINGS = {
     "vim, mixup, stochastic depth, average": (f"{VIM} --drop-path 0.2 --model-ema-decay 0.9", 2),
     "at the end of an epoch": (f"{VIM} --no-model-ema", 10),
     "accumulation": (f"{DEIT} --accum-steps 2 --no-model-ema", 3),
-    "accumulation at the end of an epoch": (f"{DEIT} --accum-steps 2", 5),
+    "accumulation at the end of an epoch": (f"{DEIT} --accum-steps 2", 4),
     "bfloat16": (f"{DEIT} --if_amp", 4),
     "float16": (f"{DEIT} --if_amp --amp-dtype float16", 13),
     "per step, dropout, workers": (f"{DEIT} --sched-on-updates --num_workers 2 --drop 0.1", 2),
@@ -270,23 +270,63 @@ def test_weights_are_evaluated_at_another_resolution(tmp_path, capsys):
     model = timm.create_model("vim_nano_patch4_32", img_size=8, num_classes=10)
     torch.save({"model": model.state_dict()}, tmp_path / "small.pth")
     larger = f"{VIM} --input-size 12 --eval"
-    assert "--finetune re-makes the head" in refusal(capsys, 4, larger, "--resume", tmp_path / "small.pth")
+    text = refusal(capsys, 4, larger, "--resume", tmp_path / "small.pth")
+    assert "(--finetune instead of --resume resamples the position embeddings)" in text
     assert run(larger, "--finetune", tmp_path / "small.pth") == 0
     told = capsys.readouterr().out
     assert "raw weights: top-1" in told and "small.pth (SHA-256" in told
     model.reset_classifier(7)
     torch.save({"model": model.state_dict()}, tmp_path / "seven.pth")
-    assert "its head is of other classes" in refusal(capsys, 4, larger, "--finetune", tmp_path / "seven.pth")
+    text = refusal(capsys, 4, larger, "--finetune", tmp_path / "seven.pth")
+    assert "its head is of other classes than the data's: --num-classes 7 takes data of fewer classes" in text
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--finetune"])
+def test_the_mend_for_a_head_of_more_classes_mends(flag, tmp_path, capsys):
+    model = timm.create_model("vim_nano_patch4_32", img_size=8, num_classes=12)
+    torch.save({"model": model.state_dict()}, tmp_path / "twelve.pth")
+    evaluation = ("--eval", flag, tmp_path / "twelve.pth")
+    assert "--num-classes 12 takes data of fewer classes, --valid-labels" in refusal(capsys, 4, VIM, *evaluation)
+    assert run(VIM, *evaluation, "--num-classes", "12") == 0
+
+
+@pytest.mark.parametrize(("size", "grid"), [((4, 16), "1 x 4"), (8, "2 x 2")], ids=str)
+def test_weights_of_another_grid_of_as_many_patches_are_refused(size, grid, tmp_path, capsys):
+    """Their shapes are the model's; evaluated or trained on as they are, the numbers would be wrong."""
+    model = timm.create_model("vim_nano_patch4_32", img_size=size, num_classes=10)
+    args = argparse.Namespace(model="vim_nano_patch4_32", input_size=size, num_classes=10)
+    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "other.pth")
+    flags = f"{VIM} --input-size 16x4 --epochs 1"
+    for more in ([], ["--eval"]):
+        text = refusal(capsys, 4, flags, *more, "--resume", tmp_path / "other.pth")
+        assert f"pos_embed (file {grid} patches, model 4 x 1) (--finetune" in text
+    assert run(flags, "--eval", "--finetune", tmp_path / "other.pth") == 0
+
+
+def test_a_teacher_of_other_classes_is_told_by_its_flag(tmp_path, capsys):
+    torch.save({"model": timm.create_model("resnet10t", num_classes=5).state_dict()}, tmp_path / "five.pth")
+    flags = f"{DEIT} --distillation-type hard --teacher-model resnet10t"
+    text = refusal(capsys, 4, flags, "--teacher-path", tmp_path / "five.pth")
+    assert f"--teacher-path {tmp_path / 'five.pth'}: the weights do not fit the model: 2 mismatched: fc.weight" in text
+    assert "a teacher must know the data's classes" in text and "--finetune" not in text
+
+
+def test_grey_images_are_fine_tuned_from_rgb_weights(tmp_path, capsys):
+    model = timm.create_model("vim_nano_patch4_32", img_size=8, num_classes=10)
+    torch.save({"model": model.state_dict()}, tmp_path / "rgb.pth")
+    assert run(f"{VIM} --in-chans 1 --epochs 1", "--finetune", tmp_path / "rgb.pth") == 0
+    assert "patch_embed.proj.weight adapted from 3 channels to 1" in capsys.readouterr().out
 
 
 def test_a_published_run_goes_on_after_its_last_epoch(tmp_path, capsys):
-    """Weights and epoch count; the best top-1, which the file lacks, is measured before it is overwritten."""
+    """Weights and epoch count; the best top-1, which the file lacks, is measured, and the best weights are those."""
     weights = timm.create_model("vim_nano_patch4_32", img_size=8, num_classes=10).state_dict()
     torch.save({"model": weights, "epoch": 4, "args": argparse.Namespace(lr=1)}, tmp_path / "old.pth")
     assert run(f"{VIM} --epochs 6", "--resume", tmp_path / "old.pth", "--output_dir", tmp_path / "run") == 0
     text = capsys.readouterr().out
     assert "goes on at epoch 6, image 0 of it, step 55" in text
     assert "the checkpoint knows no best top-1" in text
+    assert (tmp_path / "run" / "best_checkpoint.pth").exists()
     assert json.loads((tmp_path / "run" / "log.txt").read_text())["epoch"] == 5
 
 
@@ -323,7 +363,7 @@ def test_fine_tuning_re_makes_the_head_for_other_classes_and_says_so(tmp_path, c
 # --- any timm model
 
 
-@pytest.mark.parametrize("model", ["resnet10t", "convnext_atto", "mixer_s32_224", "deit_tiny_patch16_224"])
+@pytest.mark.parametrize("model", ["resnet10t", "poolformer_s12", "mixer_s32_224", "deit_tiny_patch16_224"])
 def test_any_timm_model_trains(model, tmp_path, capsys):
     folder = write_image_folder(tmp_path / "data", per_class=4)
     flags = f"--device cpu --model {model} --input-size 32 --batch-size 4 --epochs 1 --num_workers 0"
@@ -331,7 +371,7 @@ def test_any_timm_model_trains(model, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "epoch 1/1: training loss" in text
     assert (f"{model} has no argument img_size (here 32): left out" in text) == (
-        model in ("resnet10t", "convnext_atto")
+        model in ("resnet10t", "poolformer_s12")
     )
 
 
@@ -364,6 +404,12 @@ def refusal(capsys, code: int, flags: str, *more) -> str:
     ("flags", "words"),
     [
         ("--model vim_tinny_patch16_224", "--model vim_tinny_patch16_224 is not registered with timm; did you mean"),
+        ("--model vim_tiny", "--model vim_tiny is not registered with timm; did you mean vim_tiny_patch16_224 or"),
+        ("--model vim_nano_patch4_32.foo", "--model vim_nano_patch4_32.foo has the unknown tag 'foo'"),
+        (
+            "--model deit_nano_patch4_32 --teacher-model resnet18.foo --distillation-type hard --teacher-path x",
+            "--teacher-model resnet18.foo has the unknown tag 'foo'; resnet18 has ",
+        ),
         ("--model vim_nano_patch4_32 --input-size 3", "smaller than a patch"),
         ("--model deit_tiny_patch16_224 --input-size 8", "--input-size 8x8 is smaller than a patch of deit_tiny"),
         ("--model vim_nano_patch4_32 --attn-only", "has no attention layers; leave it out"),

@@ -4,6 +4,7 @@ Promises and their numbers: docs/RELIABILITY.md.
 """
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -15,11 +16,14 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import checkpoint as checkpoints
 import distributed
+import failures
 import faults
 import main as program
 import report
@@ -78,6 +82,8 @@ def test_a_signal_from_outside_ends_the_tests_and_not_the_run_under_test():
 @pytest.mark.parametrize("number", distributed.StopSignal.HANDLED)
 def test_a_signal_before_the_first_step_asks_for_a_requeue_at_once(number, tmp_path, monkeypatch, capsys):
     """As while a large folder is scanned: there is nothing to save yet."""
+    if signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip("pytest runs under nohup")
     monkeypatch.setattr(program, "build_datasets", lambda args: signal.raise_signal(number))
     before = signal.getsignal(number)
     assert run(QUICK, tmp_path) == distributed.EXIT_REQUEUE
@@ -177,6 +183,20 @@ def test_a_signal_to_the_process_group_spares_the_loader(tmp_path):
     assert step > 0 and f"stopped by SIGTERM at epoch {1 + step // STEPS}" in out.read_text()
 
 
+def test_a_sigterm_to_every_process_spares_the_loader(tmp_path):
+    """As systemd and SLURM send it; here it comes to the loader long before the run."""
+    out = tmp_path / "out"
+    process = start(f"{QUICK} --num_workers 2 --epochs 500 --output_dir {tmp_path}", out)
+    wait_for_a_step(process, out)
+    for worker in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        os.kill(int(worker), signal.SIGTERM)
+    while process.is_alive() and f"epoch 2/500  step {STEPS}" not in out.read_text():
+        time.sleep(0.01)
+    process.terminate()
+    assert end([process]) == [distributed.EXIT_REQUEUE], out.read_text()
+    assert read_checkpoint(tmp_path / "checkpoint.pth").step >= 2 * STEPS
+
+
 # --- R6: one decision
 
 
@@ -217,6 +237,28 @@ def test_replaced_images_are_counted_over_a_resume(tmp_path, capsys):
     assert "0 left out, 1 images replaced; " in capsys.readouterr().out
 
 
+def test_replaced_images_of_all_ranks_count_towards_the_limit(tmp_path):
+    """Each rank meets some of them; together they are too many."""
+    data = write_image_folder(tmp_path / "data", per_class=16)
+    for number in range(3):
+        (data / "train" / "ant" / f"{number}.jpg").write_text("no image")
+    flags = f"{QUICK} --data-path {data} --batch-size 8 --bad-image replace --no-repeated-aug --aa none --epochs 2"
+    flags += f" --bad-image-share 0.05 --output_dir {tmp_path / 'run'}"
+    assert end(start_ranks(flags, tmp_path / "out")) == [distributed.EXIT_CONFIG] * 2
+    assert "3 of 48 images cannot be read, more than --bad-image-share 0.05" in (tmp_path / "out.0").read_text()
+
+
+def test_held_out_images_that_cannot_be_read_are_counted(tmp_path, capsys):
+    data = write_image_folder(tmp_path / "data", per_class=8)
+    (data / "val" / "ant" / "3.jpg").write_text("no image")
+    flags = f"{QUICK} --data-path {data} --batch-size 8 --bad-image replace --bad-image-share 0.1 --aa none --epochs 1"
+    assert run(flags, tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run" / "log.txt").read_text())["replaced_test_images"] == 1
+    assert "0 left out, 1 images replaced; " in capsys.readouterr().out
+    assert run(f"{flags} --eval --resume {tmp_path / 'run' / 'checkpoint.pth'}", tmp_path / "eval") == 0
+    assert "24 images, 1 of them unreadable; raw weights: " in capsys.readouterr().out
+
+
 # --- R13: out of memory
 
 
@@ -228,6 +270,33 @@ def test_out_of_memory_says_what_to_do(tmp_path, capsys):
     assert "--batch-size 64 --accum-steps 2 keeps the whole batch" in text and "--grad-checkpointing" in text
 
 
+FULL_MEMORY = {
+    "torch": (lambda *_: torch.empty(10**18), "(DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+    "numpy": (lambda *_: np.empty(10**18), "(Unable to allocate"),
+    "Python": (lambda *_: bytearray(10**18), "(MemoryError)"),
+}
+
+
+@pytest.mark.parametrize("library", FULL_MEMORY)
+def test_a_full_main_memory_says_what_to_do(library, tmp_path, monkeypatch, capsys):
+    """As where a CPU trains, on which no library raises torch's own error."""
+    allocate, reason = FULL_MEMORY[library]
+    monkeypatch.setattr(faults, "before_exchange", allocate)
+    assert run(QUICK, tmp_path) == distributed.EXIT_CONFIG
+    text = one_line(capsys)
+    assert "out of main memory with --batch-size 128 --num_workers 0: --batch-size 64 --accum-steps 2 keeps" in text
+    assert reason in text and "loader processes" not in text and "peak memory" not in text
+
+
+@pytest.mark.parametrize("library", FULL_MEMORY)
+def test_a_full_main_memory_of_a_loader_process_says_what_to_do(library, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ImageDataset, "__getitem__", FULL_MEMORY[library][0])
+    assert run(f"{QUICK} --num_workers 1", tmp_path) == distributed.EXIT_CONFIG
+    text = one_line(capsys)
+    assert "out of main memory with --batch-size 128 --num_workers 1: " in text
+    assert "fewer loader processes hold fewer batches (" in text and "Traceback" not in text
+
+
 # --- R14 and R2: the disk
 
 
@@ -237,6 +306,30 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(tmp_path, capsy
     assert "No space left on device; the last checkpoint is untouched" in one_line(capsys)
     assert read_checkpoint(latest_checkpoint(tmp_path, on_rejected=pytest.fail)).step == 4
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_storage_that_fails_for_now_is_no_end(number, tmp_path, monkeypatch, capsys):
+    """A launcher starts again what ends with 1."""
+
+    class Failing(io.FileIO):
+        def write(self, data):  # torch's writer hides what fails once it has begun
+            if self.tell() > 0:
+                raise OSError(number, os.strerror(number))
+            return super().write(data)
+
+    monkeypatch.setattr(checkpoints, "open", lambda path, mode: Failing(path, mode), raising=False)
+    assert run(f"{QUICK} --epochs 1", tmp_path) == distributed.EXIT_FAILED
+    assert f"{os.strerror(number)}; the last checkpoint is untouched; --resume auto goes on\n" in one_line(capsys)
+
+
+@pytest.mark.parametrize(("passing", "code"), [(True, distributed.EXIT_FAILED), (False, distributed.EXIT_CONFIG)])
+def test_storage_that_fails_on_rank_0_ends_the_others_as_it_does_that_one(passing, code, tmp_path, monkeypatch):
+    """Else a launcher would be told by them that nothing can be mended."""
+    monkeypatch.setattr(distributed, "gather_objects", lambda item: [("storage", passing), item])
+    with pytest.raises(distributed.PeerError, match="rank 0 failed: storage") as raised, distributed.together():
+        pass
+    assert failures.explain(raised.value)[0] == code
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
@@ -308,10 +401,8 @@ def test_a_disk_of_two_megabytes_keeps_the_first_checkpoint(tmp_path):
 
 def test_the_state_that_is_written_is_that_of_the_call(tmp_path, monkeypatch):
     """Training changes the tensors while the thread writes."""
-    import checkpoint
-
-    gate, true_store = threading.Event(), checkpoint.store_checkpoint
-    monkeypatch.setattr(checkpoint, "store_checkpoint", lambda *a, **k: (gate.wait(), true_store(*a, **k)))
+    gate, true_store = threading.Event(), checkpoints.store_checkpoint
+    monkeypatch.setattr(checkpoints, "store_checkpoint", lambda *a, **k: (gate.wait(), true_store(*a, **k)))
     weight, args = torch.ones(5), Namespace(lr=1.0)
     writer = CheckpointWriter()
     writer.store(tmp_path, {"model": {"weight": weight}, "step": 1, "args": args, "list": [weight]}, 2, False)

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -43,7 +44,12 @@ def launch(command: list[str], **environment: str) -> subprocess.Popen:
 def begin(command: list[str], **environment: str) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, preexec_fn=as_without_nohup, **pipes)
+
+
+def as_without_nohup() -> None:
+    """The tests themselves may run under it."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def launch_machines(command: list[str], **environment: str) -> list[subprocess.Popen]:
@@ -140,6 +146,7 @@ import distributed
 open(sys.argv[1], "a").write("x")
 rank, restart = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 """
+CLEAN_TMP = "__import__('shutil').rmtree(os.path.dirname(os.environ[distributed.EXIT_CODE_FILE]), ignore_errors=True)"
 
 
 @pytest.mark.slow
@@ -151,6 +158,7 @@ rank, restart = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_CO
         ("sys.exit(distributed.leave(0) if restart else distributed.leave(4) if rank == 0 else 1)", 0, 4),
         ("sys.exit(distributed.leave(4) if restart else 1)", 4, 4),
         ("sys.exit(distributed.leave(75) if rank == 0 else 1)", 1, 4),
+        (f"sys.exit(distributed.leave(4) if restart else {CLEAN_TMP} or 1)", 4, 4),
     ],
 )
 def test_exit_codes_pass_through_and_only_what_a_restart_may_mend_is_restarted(last_line, code, starts, tmp_path):
@@ -158,6 +166,48 @@ def test_exit_codes_pass_through_and_only_what_a_restart_may_mend_is_restarted(l
     text, _ = process.communicate(timeout=120)
     assert process.returncode == code, text
     assert len((tmp_path / "starts").read_text()) == starts
+
+
+LONG_STEP = """
+import sys, time
+sys.path[:0] = ["vim"]
+import distributed
+distributed.tell(None)
+with distributed.StopSignal() as stop:
+    print("in a step", flush=True)
+    while stop.received is None:
+        time.sleep(0.1)
+    time.sleep(3)
+open(sys.argv[1], "a").write(f"{stop.received} ")
+sys.exit(distributed.leave(75))
+"""
+HUP, TERM = signal.SIGHUP, signal.SIGTERM
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "signals", "code", "saved"),
+    [
+        pytest.param([], [HUP], 75, "SIGHUP SIGHUP ", id="a closed terminal is a stop"),
+        pytest.param(["nohup"], [HUP, TERM], 75, "SIGTERM SIGTERM ", id="but not under nohup"),
+        pytest.param([], [TERM] * 4, 75, "SIGTERM SIGTERM ", id="further signals change nothing"),
+        pytest.param([], [signal.SIGQUIT], 1, "", id="SIGQUIT ends the ranks too, at once"),
+    ],
+)
+def test_the_launcher_leaves_after_its_ranks(before, signals, code, saved, tmp_path):
+    (tmp_path / "saved").touch()
+    process = begin([*before, *LAUNCH, program(tmp_path, LONG_STEP), str(tmp_path / "saved")])
+    try:
+        for _ in range(2):
+            next(line for line in process.stdout if "in a step" in line)
+        for number in signals:
+            process.send_signal(number)
+            time.sleep(0.5)  # two at once are one
+        assert process.wait(timeout=60) == code
+        assert (tmp_path / "saved").read_text() == saved
+        process.communicate(timeout=60)  # ranks that were left behind would not let it end
+    finally:
+        process.kill()
 
 
 BESIDE_TORCHRUN = """
@@ -199,6 +249,12 @@ def test_the_launcher_is_told_what_no_restart_mends(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     distributed.tell(None)
     assert distributed.told_end(path) is None and distributed.leave(1) == 1
+
+
+def test_a_folder_that_tmp_was_cleaned_of_is_made_again(monkeypatch, tmp_path):
+    path = str(tmp_path / "gone" / "codes")
+    monkeypatch.setenv(distributed.EXIT_CODE_FILE, path)
+    assert distributed.leave(4) == 0 and distributed.told_end(path) == 4
 
 
 # --- run_with_submitit.py
@@ -346,7 +402,7 @@ def test_the_launcher_hands_torchrun_only_flags_that_it_has():
 
     flags = [*launch_module.defaults(), "--standalone", "--max-restarts=0", "main.py"]
     parsed = get_args_parser().parse_args(flags)
-    assert "SIGUSR1" in parsed.signals_to_handle and parsed.max_restarts == 0
+    assert parsed.signals_to_handle == "SIGQUIT" and parsed.max_restarts == 0
 
 
 @pytest.mark.parametrize(

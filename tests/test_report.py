@@ -1,6 +1,8 @@
 """What a run says and leaves behind."""
 
 import csv
+import dataclasses
+import io
 import json
 import math
 import sys
@@ -8,6 +10,7 @@ import types
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -205,6 +208,25 @@ def test_the_pictures_of_an_evaluation(mistakes, tmp_path, digits, capsys):
 def test_too_many_classes_have_no_confusion_picture(tmp_path, digits):
     a_log(tmp_path).pictures(an_evaluation(classes=5000), digits)
     assert not (tmp_path / "confusion.png").exists() and (tmp_path / "mistakes.png").exists()
+
+
+def test_names_with_dollars_are_no_formulas(tmp_path, digits):
+    """matplotlib would read one between two dollars, and end the run at one that is none."""
+    named = dataclasses.replace(digits, class_names=["$x^$", "cost $5_$", *digits.class_names[2:]])
+    a_log(tmp_path).pictures(an_evaluation(), named)
+    assert Image.open(tmp_path / "confusion.png").height > 100 and Image.open(tmp_path / "mistakes.png").height > 100
+
+
+@pytest.mark.parametrize("name", ["$x^$", "cost $5_$ 6", "$", "a\\$b", "plain"])
+def test_a_name_is_drawn_as_it_is(name):
+
+    def drawn(text, **settings):
+        figure, file = Figure(figsize=(2, 1)), io.BytesIO()
+        figure.text(0.1, 0.5, text, **settings)
+        figure.savefig(file)
+        return file.getvalue()
+
+    assert drawn(report.literal(name)) == drawn(name, parse_math=False)
 
 
 def test_a_class_that_only_the_model_has_is_numbered():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,12 +25,30 @@ READERS = ("wds/", "hfds/", "hfids/")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 NOT_SAVED = ("config",)
+# Of a run's numbers: a resumed run may have others of these and be the same run.
+CHANGES_NOTHING = {
+    "bad_image_share", "checkpoint_steps", "config", "data_path", "device", "dist_eval", "dist_timeout", "dist_url",
+    "distributed", "eval", "eval_weights", "finetune", "keep_checkpoints", "loader_timeout", "local_rank", "log_every",
+    "model_ema_force_cpu", "nonfinite", "nonfinite_limit", "num_workers", "output_dir", "pin_mem", "pos_embed_resize",
+    "real_labels", "report_to", "resume", "start_epoch", "summary", "trust_checkpoint", "valid_labels", "world_size",
+}  # fmt: skip
 # Options of the published program that no released weights were trained with.
 PUBLISHED_RANDOM = ("random_cls_token_position", "random_token_rank")
 
 
+class Unnamed(str):
+    """A default, told apart from the same word given as a flag."""
+
+
+UNNAMED_DEVICE = Unnamed("cuda")
+
+
 class ConfigError(ValueError):
     """A combination of arguments that cannot work; its text is the one line the user reads."""
+
+
+def nearby(names: list[str]) -> str:
+    return f"; did you mean {' or '.join(names)}?" if names else ""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -44,15 +63,23 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def number(kind: type, text: str, accepted: str) -> int | float:
+    """`text` as int or float. What is neither is refused in words, where argparse would name a function of ours."""
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not {accepted}") from None
+
+
 def positive_int(text: str) -> int:
-    value = int(text)
+    value = number(int, text, "a positive whole number")
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return value
 
 
 def natural_int(text: str) -> int:
-    value = int(text)
+    value = number(int, text, "0 or a positive whole number")
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative; give 0 or a positive whole number")
     return value
@@ -66,28 +93,28 @@ def seed_number(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    value = float(text)
+    value = number(float, text, "a positive number")
     if not 0.0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number; without the flag its default holds")
     return value
 
 
 def natural_float(text: str) -> float:
-    value = float(text)
+    value = number(float, text, "0 or a positive number")
     if not 0.0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not 0 or a positive number")
     return value
 
 
 def fraction(text: str) -> float:
-    value = float(text)
+    value = number(float, text, "a number between 0 and 1")
     if not 0.0 <= value <= 1.0:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
 
 
 def at_least_two(text: str) -> int:
-    value = int(text)
+    value = number(int, text, "a whole number of at least 2")
     if value < 2:
         raise argparse.ArgumentTypeError(f"{text} is less than 2: a damaged newest file must leave another")
     return value
@@ -95,7 +122,10 @@ def at_least_two(text: str) -> int:
 
 def image_size(text: str) -> int | tuple[int, int]:
     """`224` for squares, `192x256` for height x width."""
-    sides = [positive_int(side) for side in text.split("x")]
+    try:
+        sides = [positive_int(side) for side in text.split("x")]
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text} is no size; give 224, or 192x256 (height x width)") from None
     if len(sides) > 2:
         raise argparse.ArgumentTypeError(f"{text} has {len(sides)} sides; give 224, or 192x256 (height x width)")
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
@@ -437,7 +467,7 @@ def add_accuracy_flags(parser) -> None:
 
 def add_device_flags(parser) -> None:
     add = parser.add_argument_group("device and precision").add_argument
-    add("--device", default="cuda", help="cuda, cpu, mps, or `auto`: the fastest there is")
+    add("--device", default=UNNAMED_DEVICE, help="cuda, cpu, mps, or `auto`: the fastest there is; without a GPU cpu")
     add(
         "--if_amp",
         "--no_amp",
@@ -573,6 +603,11 @@ def value_tokens(path: str, action: argparse.Action, value) -> list[str]:
 
 def resolve_defaults(args: argparse.Namespace) -> None:
     """Give the open defaults of all programs their values, in place: device, mixed precision, policy."""
+    if isinstance(args.device, Unnamed):
+        alone = not {"RANK", "SLURM_PROCID"} & os.environ.keys()  # ranks of two kinds would wait for each other
+        args.device = "cpu" if alone and not torch.cuda.is_available() else str(args.device)
+        if args.device == "cpu" and not getattr(args, "summary", False):
+            print("no GPU and no --device: on the CPU", file=sys.stderr)
     if args.device == "auto":
         args.device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     if args.if_amp is None:
@@ -615,15 +650,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError(f"--warmup-steps {args.warmup_steps} needs --sched-on-updates; or give --warmup-epochs")
 
 
-def require_resume(args: argparse.Namespace) -> None:
-    """Of a program whose `--finetune` takes the backbone alone. Raises ConfigError."""
-    if args.eval and not args.resume:
-        raise ConfigError("--eval needs --resume CKPT; --finetune CKPT has weights of the backbone alone")
+def require_weights(args: argparse.Namespace, size: str = "--input-size") -> None:
+    """`--eval` needs some; `size` is the program's flag for that of images. Raises ConfigError."""
+    if args.eval and not (args.resume or args.finetune):
+        raise ConfigError(f"--eval needs --resume CKPT to evaluate, or --finetune CKPT at another {size}")
 
 
 def check_classifier(args: argparse.Namespace) -> None:
-    if args.eval and not (args.resume or args.finetune):
-        raise ConfigError("--eval needs --resume CKPT to evaluate, or --finetune CKPT at another --input-size")
+    require_weights(args)
     if args.data_set != "DIGITS" and not args.data_set.startswith(("hfds/", "hfids/")) and not args.data_path:
         raise ConfigError(f"--data-set {args.data_set} needs --data-path DIR; without one only DIGITS can be had")
     for flag in PUBLISHED_RANDOM:

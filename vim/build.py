@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,19 +19,25 @@ from augment import build_mixup
 from checkpoint import load_weights, read_checkpoint
 from classification import Classification
 from datasets import DataBundle
-from distributed import World
+from distributed import World, together
 from ema import WeightsEma
 from engine import Run
+from hub import grid_of, name_problem
 from losses import build_criterion
 from mamba_ssm.ops import backend
-from optim import Schedule, build_optimizer, nearby, scaled_lr, whole_batch
+from optim import Schedule, build_optimizer, scaled_lr, whole_batch
 from precision import build_scaler
 from samplers import TrainSampler
 from task import Task
 
 # What not every timm model takes; where one does not, it is said and left out.
 OPTIONAL_ARGUMENTS = ("img_size", "drop_path_rate", "drop_rate", "dynamic_img_size")
-UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
+UNEXPECTED = re.compile(r"unexpected keyword argument(?:\(s\): \[| )('\w+'(?:, '\w+')*)")  # Python's words, timm's
+# What mends weights that a teacher cannot have, as `load_weights` wants it.
+TEACHER_MENDS = {
+    "head": "a teacher must know the data's classes: fine-tune it on them first",
+    "pos_embed": "a teacher sees images of --input-size: fine-tune it at that size first",
+}
 
 
 @contextmanager
@@ -52,9 +56,9 @@ def is_vim(name: str) -> bool:
 
 
 def check_model_name(flag: str, name: str) -> None:
-    if not name.startswith("hf-hub:") and not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ConfigError(f"{flag} {name} is not registered with timm{nearby(near)}")
+    problem = "" if name.startswith("hf-hub:") else name_problem(name)
+    if problem:
+        raise ConfigError(f"{flag} {name} {problem}")
 
 
 def create_model(name: str, say=print, **arguments) -> nn.Module:
@@ -64,15 +68,12 @@ def create_model(name: str, say=print, **arguments) -> nn.Module:
             with as_config_error(f"--model {name}: "):
                 return timm.create_model(name, **arguments)
         except TypeError as error:
-            unexpected = UNEXPECTED.search(str(error))
-            if (
-                unexpected is None
-                or unexpected[1] not in OPTIONAL_ARGUMENTS
-                or unexpected[1] not in arguments
-            ):
+            found = UNEXPECTED.search(str(error))
+            unexpected = re.findall(r"\w+", found[1]) if found else []
+            if not unexpected or not all(each in OPTIONAL_ARGUMENTS and each in arguments for each in unexpected):
                 raise
-            value = arguments.pop(unexpected[1])
-            say(f"{name} has no argument {unexpected[1]} (here {value}): left out")
+            for each in unexpected:
+                say(f"{name} has no argument {each} (here {arguments.pop(each)}): left out")
 
 
 def vim_arguments(args) -> dict:
@@ -135,7 +136,8 @@ def build_teacher(args, num_classes: int, device: torch.device, say=print) -> nn
         args.teacher_model, say, num_classes=num_classes, in_chans=args.in_chans, img_size=args.input_size
     )
     checkpoint = read_checkpoint(args.teacher_path, args.trust_checkpoint)
-    load_weights(teacher, checkpoint.weights("model"))
+    with as_config_error(f"--teacher-path {args.teacher_path}: "):
+        load_weights(teacher, checkpoint.weights("model"), old_grid=grid_of(checkpoint), mends=TEACHER_MENDS)
     return teacher.to(device).eval().requires_grad_(False)
 
 
@@ -151,7 +153,8 @@ def build_run(args, world: World, model: nn.Module, data: DataBundle, say=print)
     """All that training a classifier needs, ready at epoch `--start_epoch`."""
     with as_config_error():
         mixup = build_mixup(args, data.num_classes)
-    teacher = build_teacher(args, data.num_classes, world.device, say)
+    with together():
+        teacher = build_teacher(args, data.num_classes, world.device, say)
     if teacher is not None and hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)
     criterion = build_criterion(args, mixup is not None, data.num_classes, teacher)
@@ -162,10 +165,12 @@ def build_run(args, world: World, model: nn.Module, data: DataBundle, say=print)
 def assemble(args, world: World, model: nn.Module, data: DataBundle, task: Task, repeats: int = 1) -> Run:
     """All that training for any task needs, ready at epoch `--start_epoch`; `repeats` as of `TrainSampler`."""
     with as_config_error():
-        sampler = TrainSampler(len(data.train), args.batch_size, world.size, world.rank, args.seed, repeats)
+        sampler = TrainSampler(
+            len(data.train), args.batch_size, world.size, world.rank, args.seed, repeats, args.accum_steps
+        )
     with as_config_error(f"--opt {args.opt}: "):
         optimizer = build_optimizer(args, model, scaled_lr(args, world.size))
-    steps_per_epoch = math.ceil(sampler.num_batches / args.accum_steps)
+    steps_per_epoch = sampler.num_batches // args.accum_steps
     run = Run(
         args=args,
         world=world,

@@ -7,7 +7,9 @@ tell a whole file from a damaged one, which neither torch.load nor safetensors c
 
 import argparse
 import copy
+import errno
 import hashlib
+import itertools
 import math
 import os
 import pickletools
@@ -26,11 +28,12 @@ from urllib.parse import urlparse
 import torch
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
+from timm.models import adapt_input_conv
 from torch import nn
 
 import faults
 from models_mamba import resample_pos_embed
-from pretrained import PUBLISHED
+from pretrained import PUBLISHED, unwrap_state_dict
 
 # The published weights that `hf-hub:REPO` alone stands for (`hf-hub:REPO/FILE` names any file).
 HUB_FILES = {weights.repo: weights.file for name, weights in PUBLISHED.items() if "stride8" not in name}
@@ -38,13 +41,21 @@ HUB_DEFAULT_FILE = "model.safetensors"
 
 # Exact types that the safe loader gives back: it would refuse subclasses, such as a numpy float or an enum.
 PLAIN_TYPES = (type(None), bool, int, float, complex, str, torch.Size, torch.device, torch.dtype)
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-STRICT_ADVICE = " (--finetune re-makes the head and resamples pos_embed)"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)\.pth")
+
+
+# System errors after which writing again cannot succeed; others, of a network's storage, may pass.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class CheckpointError(ValueError):
     """A weight file that cannot be read, written or used: one readable line that names it."""
+
+
+class StorageError(CheckpointError):
+    """A weight file that could not be written for now: starting again may mend it."""
+
+    passing = True
 
 
 @dataclass
@@ -225,18 +236,6 @@ def _take_state_dict(entries: dict, names: tuple[str, ...], path: Path) -> dict 
     return None
 
 
-def unwrap_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict without `module.` and `_orig_mod.` in front of every key."""
-    state_dict = dict(state_dict)
-    while prefix := next((p for p in WRAPPER_PREFIXES if _all_start_with(state_dict, p)), None):
-        state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
-    return state_dict
-
-
-def _all_start_with(state_dict: dict, prefix: str) -> bool:
-    return bool(state_dict) and all(key.startswith(prefix) for key in state_dict)
-
-
 @dataclass
 class LoadReport:
     """What loading weights into a model changed or left out; `str()` of it belongs in the log."""
@@ -245,7 +244,9 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
     remade_head: str = ""
+    head_classes: int | None = None  # of the file's head that was left out
     pos_embed: str = ""
+    input_conv: str = ""
 
     @property
     def problems(self) -> str:
@@ -254,7 +255,8 @@ class LoadReport:
         return "; ".join(f"{len(names)} {word}: {_some(names)}" for word, names in lists if names)
 
     def __str__(self) -> str:
-        return "; ".join(filter(None, (self.problems, self.remade_head, self.pos_embed))) or "every weight loaded"
+        said = (self.problems, self.remade_head, self.pos_embed, self.input_conv)
+        return "; ".join(filter(None, said)) or "every weight loaded"
 
 
 def load_weights(
@@ -263,15 +265,18 @@ def load_weights(
     mode: str = "strict",
     pos_embed_resize: str = "grid",
     old_grid: tuple[int, int] | None = None,
+    mends: Mapping[str, str] | None = None,
 ) -> LoadReport:
     """Copy a state dict into `model`; nothing is copied when an error is raised.
 
     Args:
-        mode: "strict" wants exactly the model's names and shapes. "finetune" resamples `pos_embed` to the
-            model's grid, leaves the head as the model made it where the file's does not fit, and is strict
-            otherwise.
+        mode: "strict" wants exactly the model's names, shapes and grid. "finetune" resamples `pos_embed` to the
+            model's grid, leaves the head as the model made it where the file's does not fit, fits the first
+            convolution of an RGB model to other channels, and is strict otherwise.
         pos_embed_resize: see `resize_pos_embed`; a same grid is the identity.
-        old_grid: (H, W) of the file's `pos_embed`; a square unless given.
+        old_grid: (H, W) of the file's `pos_embed`, where known; "finetune" takes a square unless given.
+        mends: what the user can do, in words, where nothing but "head" or "pos_embed" does not fit; "{classes}" in
+            them are those of the file's head.
 
     Raises CheckpointError that lists missing, unexpected and mismatched names.
     """
@@ -281,7 +286,8 @@ def load_weights(
     report = LoadReport()
     if mode == "finetune":
         report.pos_embed = _fit_pos_embed(model, state_dict, pos_embed_resize, old_grid)
-        report.remade_head = _drop_unfit_head(model, state_dict)
+        report.remade_head, report.head_classes = _drop_unfit_head(model, state_dict)
+        report.input_conv = _fit_input_conv(model, state_dict)
     left_out = set(_head_names(model)) if report.remade_head else set()
     own = model.state_dict()
     report.missing = [name for name in own if name not in state_dict and name not in left_out]
@@ -291,16 +297,42 @@ def load_weights(
         for name in own
         if name in state_dict and state_dict[name].shape != own[name].shape
     ]
+    if mode == "strict" and old_grid is not None:
+        report.mismatched += _other_grid(model, old_grid)
     if report.problems:
-        advice = "" if mode == "finetune" else STRICT_ADVICE
+        advice = _advice(model, state_dict, report, mends or {})
         raise CheckpointError(f"the weights do not fit the model: {report.problems}{advice}")
     model.load_state_dict(state_dict, strict=False)
     return report
 
 
+def _advice(model: nn.Module, state_dict: Mapping, report: LoadReport, mends: Mapping[str, str]) -> str:
+    """Of `mends` what would make these weights fit, in brackets; "" where that is not enough."""
+    names, heads = [each.partition(" ")[0] for each in report.mismatched], _head_names(model)
+    wrong = dict.fromkeys("head" if name in heads else name for name in names)
+    if report.missing or report.unexpected or not wrong.keys() <= mends.keys():
+        return ""
+    classes = next((len(state_dict[name]) for name in names if name in heads), None)
+    return f" ({'; '.join(mends[each].format(classes=classes) for each in wrong)})"
+
+
+def _grid_of(model: nn.Module) -> tuple[int, int] | None:
+    """(H, W) of a model's patches, None where it tells none."""
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    return None if grid is None else tuple(grid)
+
+
+def _other_grid(model: nn.Module, old: tuple[int, int]) -> list[str]:
+    """Position embeddings of a grid unlike `model`'s with as many patches, which their shape does not tell."""
+    old, new = tuple(old), _grid_of(model)
+    if getattr(model, "pos_embed", None) is None or new is None or old == new or math.prod(old) != math.prod(new):
+        return []
+    return [f"pos_embed (file {old[0]} x {old[1]} patches, model {new[0]} x {new[1]})"]
+
+
 def _head_names(model: nn.Module) -> list[str]:
-    """Names of the classifier's parameters, whichever module `get_classifier` returns."""
-    heads = model.get_classifier()
+    """Names of the classifier's parameters, whichever module `get_classifier` returns; none without one."""
+    heads = model.get_classifier() if hasattr(model, "get_classifier") else []
     heads = heads if isinstance(heads, tuple | list) else [heads]
     return [
         f"{prefix}.{name}"
@@ -310,23 +342,33 @@ def _head_names(model: nn.Module) -> list[str]:
     ]
 
 
-def _drop_unfit_head(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> str:
-    """Take the head out of `state_dict` if it does not fit `model`, and say so."""
+def _drop_unfit_head(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> tuple[str, int | None]:
+    """Take the head out of `state_dict` if it does not fit `model`, and say so; how many classes it had, if any."""
     own = model.state_dict()
     names = _head_names(model)
     if all(name in state_dict and state_dict[name].shape == own[name].shape for name in names):
-        return ""
+        return "", None
     found = [state_dict.pop(name) for name in names if name in state_dict]
-    before = f"{len(found[0])} classes in the file" if found else "none in the file"
-    return f"head re-made: {before}, {len(own[names[0]])} classes in the model" if names else "model has no head"
+    classes = len(found[0]) if found else None
+    before = f"{classes} classes in the file" if found else "none in the file"
+    return f"head re-made: {before}, {len(own[names[0]])} classes in the model", classes
+
+
+def _fit_input_conv(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> str:
+    """Fit an RGB file's first convolution to `model`'s channels in place, as timm does, and say so."""
+    name = f"{getattr(model, 'pretrained_cfg', {}).get('first_conv')}.weight"
+    before, own = state_dict.get(name), model.state_dict().get(name)
+    if before is None or own is None or before.dim() != 4 or before.shape[1] != 3 or own.shape[1] == 3:
+        return ""
+    state_dict[name] = adapt_input_conv(own.shape[1], before)
+    return f"{name} adapted from 3 channels to {own.shape[1]}"
 
 
 def _fit_pos_embed(model: nn.Module, state_dict: dict, method: str, old_grid: tuple[int, int] | None) -> str:
     """Resample `state_dict`'s pos_embed to `model`'s grid in place, and say what was done."""
-    before, own = state_dict.get("pos_embed"), getattr(model, "pos_embed", None)
-    if before is None or own is None or before.dim() != 3 or own.dim() != 3:
+    before, own, new_grid = state_dict.get("pos_embed"), getattr(model, "pos_embed", None), _grid_of(model)
+    if before is None or own is None or new_grid is None or before.dim() != 3 or own.dim() != 3:
         return ""
-    new_grid = tuple(model.patch_embed.grid_size)
     num_class_slots = own.shape[1] - math.prod(new_grid)
     old_grid = tuple(old_grid or _square_grid(before, num_class_slots))
     if hasattr(model, "cls_token_design"):
@@ -384,15 +426,16 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _digest_path(path: Path) -> Path:
+def digest_path(path: Path) -> Path:
+    """Where the digests of a weight file are noted."""
     path = path.resolve()
     return path.with_name(path.name + ".sha256")
 
 
 def _check_digest(path: Path, digest: str) -> None:
     """Compare with the digests noted beside the file, if any were."""
-    side = _digest_path(path)
-    if side.is_file() and digest not in side.read_text().split():
+    side = digest_path(path)
+    if side.is_file() and digest not in side.read_text(errors="replace").split():
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one noted in {side.name}")
 
 
@@ -402,17 +445,24 @@ def save_checkpoint(path: str | Path, state: dict) -> str:
     A temporary file in the same folder is written, synced and renamed. `PATH.sha256` notes both digests while
     the rename happens, so that a crash at any moment leaves a file that its digest fits.
 
-    Raises TypeError naming an entry that the safe loader would refuse, CheckpointError when the disk is full.
+    Raises TypeError naming an entry that the safe loader would refuse, CheckpointError when the disk is full,
+    StorageError for what may pass.
     """
     path = Path(path)
     needed = _storage_size(state, "state")
     try:
         _require_space(path, needed)
         return _write_atomically(path, state)
-    except (OSError, RuntimeError) as error:  # torch's writer wraps the system's error in a RuntimeError
-        raise CheckpointError(
-            f"{path} was not written: {_one_line(error)}; the last checkpoint is untouched"
-        ) from error
+    except (OSError, RuntimeError) as error:
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: Path, error: Exception) -> CheckpointError:
+    """What to raise for it. torch's writer hides the system's error behind one of its own."""
+    system = error if isinstance(error, OSError) else error.__context__
+    passing = isinstance(system, OSError) and system.errno not in FULL
+    kind = StorageError if passing else CheckpointError
+    return kind(f"{path} was not written: {_one_line(system or error)}; the last checkpoint is untouched")
 
 
 def _require_space(path: Path, needed: int) -> None:
@@ -448,7 +498,7 @@ def _noted_digests(path: Path, side: Path) -> str:
     """Lines with the digests that the file at `path`, if any, may have now."""
     if not path.exists():
         return ""
-    return side.read_text() if side.exists() else f"{file_digest(path)}  {path.name}\n"
+    return side.read_text(errors="replace") if side.exists() else f"{file_digest(path)}  {path.name}\n"
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -505,14 +555,14 @@ def store_checkpoint(output_dir: str | Path, state: dict, keep: int = 2, best: b
     path = folder / f"checkpoint-{state['step']:08d}.pth"
     _remove_leftovers(folder)
     save_checkpoint(path, state)
-    _point(folder / "checkpoint.pth", path.name)
-    if best:
+    if best:  # first: killed in between, a resumed run repeats the epoch and comes here again
         _point(folder / "best_checkpoint.pth", path.name)
+    _point(folder / "checkpoint.pth", path.name)
     best_path = (folder / "best_checkpoint.pth").resolve()
     for old in _stored(folder)[keep:]:
         if old.resolve() != best_path:
             old.unlink()
-            _digest_path(old).unlink(missing_ok=True)
+            digest_path(old).unlink(missing_ok=True)
     return path
 
 
@@ -576,11 +626,34 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _point(link: Path, target: str) -> None:
+    """Make `link` a symbolic link to `target` beside it; a file of another program in its place is kept."""
     temporary = link.with_name(f".{link.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    os.replace(temporary, link)
-    _sync_folder(link.parent)
+    try:
+        if link.exists() and not link.is_symlink():
+            names = (link.with_name(f"{link.stem}-before{number or ''}{link.suffix}") for number in itertools.count())
+            link.rename(next(name for name in names if not name.exists()))
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target)
+        os.replace(temporary, link)
+        _sync_folder(link.parent)
+    except OSError as error:
+        raise _not_written(link, error) from error
+
+
+def own_checkpoint(output_dir: str | Path, file: Path) -> bool:
+    """Whether a file lies in `output_dir` under a name that a run gives its checkpoints."""
+    file = file.resolve()
+    named = _step_of(file.name) is not None or file.name in ("checkpoint.pth", "best_checkpoint.pth")
+    return bool(output_dir) and named and file.parent == Path(output_dir).resolve()
+
+
+def set_back(file: Path) -> list[Path]:
+    """Let a run's folder go on from one of its checkpoints; returns those of later steps, the newest first."""
+    step = _step_of(file.name)
+    if step is None:
+        return []
+    _point(file.with_name("checkpoint.pth"), file.name)
+    return [path for path in _stored(file.parent) if _step_of(path.name) > step]
 
 
 def _stored(folder: Path) -> list[Path]:
@@ -624,7 +697,7 @@ def latest_checkpoint(output_dir: str | Path, on_rejected: Callable[[str], None]
 
 
 def _damage(path: Path) -> str | None:
-    side = _digest_path(path)
+    side = digest_path(path)
     if not side.is_file():
         return f"{path} has no {side.name} beside it, so nobody knows whether it is whole"
     try:

@@ -6,8 +6,11 @@ step is found by `build_datasets` and raised as one `DataError` line that names 
 """
 
 import json
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -145,11 +148,16 @@ class ImageDataset(Dataset):
             return
         self.replaced[index] = True
         print(f"unreadable image replaced: {error}", file=sys.stderr, flush=True)
+        self.check_share()
+
+    def check_share(self) -> None:
+        """Raises DataError if more images than `max_bad_share` allows could not be read."""
         if self.num_replaced > self.max_bad_share * len(self):
+            last = self.name(int(self.replaced.nonzero()[-1]))
             raise DataError(
                 f"{self.num_replaced} of {len(self)} images cannot be read, more than --bad-image-share "
-                f"{self.max_bad_share}; the last is {error}"
-            ) from error
+                f"{self.max_bad_share}; one is {last}"
+            )
 
 
 @contextmanager
@@ -235,22 +243,34 @@ def scan_classes(folder: Path) -> dict[str, list[str]]:
     empty = [name for name, files in classes.items() if not files]
     if empty:
         raise DataError(
-            f"{folder}: no images in class folder {_some(empty)}; fill or remove it "
+            f"{folder}: no images in class folder {some_of(empty)}; fill or remove it "
             f"(images end in {' '.join(IMG_EXTENSIONS)})"
         )
     return classes
 
 
+def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """(directory, names of its files) of all directories below a folder, linked ones too, each once."""
+    seen = set()
+    for directory, inner, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(directory)
+        if real in seen:  # a link to a folder above it
+            inner.clear()
+        else:
+            seen.add(real)
+            yield directory, files
+
+
 def _images_below(folder: Path, name: str) -> list[str]:
     found = []
-    for directory, _, files in sorted(os.walk(folder / name, followlinks=True)):
+    for directory, files in sorted(walk(folder / name)):
         relative = os.path.relpath(directory, folder)
         images = sorted(file for file in files if file.lower().endswith(IMG_EXTENSIONS))
         found += [os.path.join(relative, file) for file in images]
     return found
 
 
-def _some(names: list[str], limit: int = 5) -> str:
+def some_of(names: list[str], limit: int = 5) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
@@ -275,7 +295,7 @@ def image_folder_sources(root: Path, need_train: bool) -> Sources:
         classes = scan_classes(root)  # as ImageNet-A, -R, -V2 and -Sketch unpack
         names, remark = list(classes), "; no val/, its folders are classes"
         return Sources(None, _labelled(root, classes, names), names, remark)
-    mend = f"{mend}, and {root} holds: {_some(there) or 'nothing'}"
+    mend = f"{mend}, and {root} holds: {some_of(there) or 'nothing'}"
     val = scan_classes(_existing_folder(root / "val", mend))
     train = scan_classes(_existing_folder(root / "train", mend)) if need_train else None
     names = list(train or val)
@@ -285,14 +305,14 @@ def image_folder_sources(root: Path, need_train: bool) -> Sources:
     if unknown:
         raise DataError(
             f"{root / 'val'} has {len(unknown)} class folder(s) that {root / 'train'} lacks: "
-            f"{_some(unknown)}; remove or rename them"
+            f"{some_of(unknown)}; remove or rename them"
         )
     absent = [name for name in names if name not in val]
     return Sources(
         train=_labelled(root / "train", train, names) if need_train else None,
         val=_labelled(root / "val", val, names),
         class_names=names,
-        remark=f"; val has no images of {len(absent)} classes: {_some(absent)}" if absent else "",
+        remark=f"; val has no images of {len(absent)} classes: {some_of(absent)}" if absent else "",
     )
 
 
@@ -357,11 +377,11 @@ def _inat_split(root: Path, file: str, content: dict, title_of: dict[int, str], 
         raise DataError(f"{root / file}: unreadable labels: an entry lacks {error}; fetch it again") from error
     unlabelled = [name for name, image in zip(files, ids) if image not in title_by_image]
     if unlabelled:
-        raise DataError(f"{root / file} has no annotation for {_some(unlabelled)}; fetch it again")
+        raise DataError(f"{root / file} has no annotation for {some_of(unlabelled)}; fetch it again")
     titles = [title_by_image[image] for image in ids]
     unknown = sorted(set(titles) - set(names))
     if unknown:
-        raise DataError(f"{root / file} has categories that train lacks: {_some(unknown)}; remove them")
+        raise DataError(f"{root / file} has categories that train lacks: {some_of(unknown)}; remove them")
     if not files:
         raise DataError(f"{root / file} lists no images; fetch it again")
     return FileSource(root, _inat_layout(root, file, files), [label_of[title] for title in titles])
@@ -487,13 +507,26 @@ def build_loader(dataset: Dataset, sampler: Sampler, args, train: bool, collate=
         timeout=args.loader_timeout if workers else 0,
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # else each epoch would draw its workers' seeds from the global one
-        worker_init_fn=_own_process_group,
+        worker_init_fn=_outlive_signals,
+        # A fork server, from which Python 3.14 would start workers, dies of a signal to the run, and they with it.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
 
 
-def _own_process_group(worker: int) -> None:
-    """Let signals to the training process's group, such as torchrun's, pass a loader's worker by.
+def _outlive_signals(worker: int) -> None:
+    """Let signals that stop the training process pass a loader's worker by: those to its group, such as torchrun's,
+    and a SIGTERM to every process of a job, such as systemd's and SLURM's.
 
     It has to live on while the training process finishes its step and saves.
     """
     os.setpgid(0, 0)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # torch's handler would end the worker
+        threading.Thread(target=_end_when_asked_to, daemon=True).start()
+
+
+def _end_when_asked_to() -> None:
+    """The training process itself sends SIGTERM to a worker that hangs when the run ends."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
+        pass
+    os._exit(0)

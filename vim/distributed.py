@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import stat
 import sys
 import threading
 import time
@@ -110,7 +111,9 @@ def finish() -> None:
 
 
 class PeerError(RuntimeError):
-    """Another rank cannot go on; raised by the ranks that could."""
+    """Another rank cannot go on; raised by the ranks that could. `passing`: starting again may mend it."""
+
+    passing = False
 
 
 @contextmanager
@@ -124,12 +127,14 @@ def together() -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    errors = gather_objects(None if error is None else str(error))
+    errors = gather_objects(None if error is None else (str(error), getattr(error, "passing", False)))
     if error is not None:
         raise error
-    failed = next((rank for rank, text in enumerate(errors) if text is not None), None)
-    if failed is not None:
-        raise PeerError(f"rank {failed} failed: {errors[failed]}")
+    for rank, found in enumerate(errors):
+        if found is not None:
+            peer = PeerError(f"rank {rank} failed: {found[0]}")
+            peer.passing = found[1]
+            raise peer
 
 
 def from_main(item):
@@ -155,6 +160,7 @@ def tell(code: int | None) -> str | None:
     """
     path = os.environ.get(EXIT_CODE_FILE)
     if path is not None:
+        os.makedirs(os.path.dirname(path), exist_ok=True)  # what cleans /tmp may have taken it
         with open(path, "a") as file:
             file.write(f"{_meeting()} {'' if code is None else code}\n")
     return path
@@ -179,6 +185,12 @@ def _meeting() -> str:
 def num_restarts() -> int:
     """How often a launcher or scheduler has started this run again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) + int(os.environ.get("SLURM_RESTART_COUNT", 0))
+
+
+def launch_name() -> str:
+    """Names what started this process and may start it again: a SLURM job's number, torchrun's, or nothing ("")."""
+    torchrun = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none": every launch has it that was not given one
+    return os.environ.get("SLURM_JOB_ID") or torchrun.removeprefix("none")
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
@@ -233,13 +245,14 @@ def seed_step(seed: int, micro_batch: int, rank: int) -> None:
 
 
 class StopSignal:
-    """Remembers that SIGTERM, SIGUSR1 or SIGINT came, so that the loop can finish its step and save.
+    """Remembers that SIGTERM, SIGUSR1, SIGINT or SIGHUP came, so that the loop can finish its step and save.
 
-    A second SIGINT interrupts at once, as a person at a keyboard expects. Handlers are put back on leaving, and
-    are Python's to set in the main thread alone: a run in another one is not stopped by signals.
+    A second SIGINT interrupts at once, as a person at a keyboard expects; a SIGHUP that nohup has had ignored stays
+    so. Handlers are put back on leaving, and are Python's to set in the main thread alone: a run in another one is
+    not stopped by signals.
     """
 
-    HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self):
         self.received: str | None = None
@@ -247,7 +260,9 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._remember) for number in self.HANDLED}
+            for number in self.HANDLED:
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(self, *exception) -> None:
@@ -257,7 +272,16 @@ class StopSignal:
     def _remember(self, number, frame) -> None:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            _let_go_of_terminal()
         self.received = signal.Signals(number).name
+
+
+def _let_go_of_terminal() -> None:
+    """Print to files alone: the next line to a closed terminal, or to what read it, would end the run unsaved."""
+    for descriptor in (1, 2):
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 class StopAtOnce(StopSignal):

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import faults
-from arguments import ConfigError
+from arguments import CHANGES_NOTHING, ConfigError
 from checkpoint import Checkpoint, CheckpointWriter, load_weights
 from datasets import DataBundle, ImageDataset, build_loader
 from distributed import (
@@ -39,6 +39,9 @@ from precision import autocast
 from report import RunLog
 from samplers import EvalSampler, TrainSampler
 from task import Result, Task, in_words
+
+# An optimiser's settings that flags give; its groups may hold others that are state.
+OF_FLAGS = {"betas", "eps", "momentum", "weight_decay"}
 
 
 class NonFiniteError(ArithmeticError):
@@ -113,12 +116,12 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.sampler.num_batches / self.args.accum_steps)
+        return self.sampler.num_batches // self.args.accum_steps
 
     @property
     def batches_done(self) -> int:
-        """Batches of the current epoch that this rank has seen."""
-        return self.progress.samples // (self.args.batch_size * self.world.size)
+        """Batches of the current epoch that this rank has seen, in whole steps even if they were of another size."""
+        return self.progress.samples // whole_batch(self.args, self.world.size) * self.args.accum_steps
 
 
 @dataclass
@@ -140,6 +143,7 @@ def training_step(run: Run, batches: list, first_micro: int) -> StepResult:
     """
     args, world, progress = run.args, run.world, run.progress
     lr = run.schedule.set(progress.epoch, progress.step)
+    buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()]  # forward moves batch norm's statistics
     total = torch.zeros((), device=world.device)
     for i, batch in enumerate(batches):
         seed_step(args.seed, first_micro + i, world.rank)
@@ -165,6 +169,8 @@ def training_step(run: Run, batches: list, first_micro: int) -> StepResult:
     run.optimizer.zero_grad()
     progress.record_step(loss, finite)
     if not finite:
+        for buffer, before in buffers:
+            buffer.copy_(before)
         check_tolerated(run, loss, norm)
     return StepResult(loss, norm, lr, finite, stop)
 
@@ -237,7 +243,7 @@ def groups_of(size: int, items: Iterable) -> Iterator[list]:
 def train_one_epoch(run: Run, loader, log: RunLog) -> bool:
     """Train to the end of the epoch, or until some rank is asked to stop: then True."""
     args, progress = run.args, run.progress
-    done = math.ceil(run.batches_done / args.accum_steps)
+    done = run.batches_done // args.accum_steps
     with log.progress(progress.epoch, run.steps_per_epoch, done, whole_batch(args, run.world.size)) as bar:
         for result in training_steps(run, loader):
             bar.advance(result.loss, result.lr)
@@ -263,11 +269,12 @@ def fit(run: Run, data: DataBundle, log: RunLog) -> int:
             results = assess(run, val_loader)
             progress.best = leading(results).score
             log.say(f"the checkpoint knows no best {score}; its weights have {progress.best:.2f} %")
+            save(run, best=True)
         while progress.epoch < args.epochs:
             if train_one_epoch(run, train_loader, log):
                 save(run)
                 return stopped(run, log)
-            share_replaced(run)
+            share_replaced(run.dataset, run.world)
             results = assess(run, val_loader)
             best = record_epoch(run, results, data, log)
             progress.next_epoch()
@@ -276,9 +283,10 @@ def fit(run: Run, data: DataBundle, log: RunLog) -> int:
                 return stopped(run, log)
     settle(run)
     results = results or assess(run, val_loader)
+    replaced = data.train.num_replaced + data.val.num_replaced
     log.say(
-        f"done: {progress.step:,} steps, {progress.skipped} left out, "
-        f"{data.train.num_replaced} images replaced; {in_words(results)}; best {score} {progress.best:.2f} %"
+        f"done: {progress.step:,} steps, {progress.skipped} left out, {replaced} images replaced; "
+        f"{in_words(results)}; best {score} {progress.best:.2f} %"
     )
     if incidents := log.incidents_in_words():
         log.say(f"on the way: {incidents}; see incidents.txt")
@@ -313,6 +321,7 @@ def assess(run: Run, loader) -> dict[str, Result]:
         with run.ema.applied_to(run.model):
             share_buffers(run.model)
             results["ema"] = run.task.evaluate(run.model, loader, args, run.world)
+    share_replaced(loader.dataset, run.world)
     return results
 
 
@@ -335,6 +344,7 @@ def record_epoch(run: Run, results: dict[str, Result], data: DataBundle, log: Ru
     row |= {
         "skipped_steps": progress.skipped,
         "replaced_images": data.train.num_replaced,
+        "replaced_test_images": data.val.num_replaced,
         "n_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
     }
     score = from_main(leading(results).score)  # a GPU's last digits may differ, the ranks' learning rates must not
@@ -353,7 +363,7 @@ def record_epoch(run: Run, results: dict[str, Result], data: DataBundle, log: Ru
 def save(run: Run, best: bool = False) -> None:
     """Begin to write a checkpoint of the run as it stands, in the published form plus `progress`."""
     args, progress = run.args, run.progress
-    share_replaced(run)
+    share_replaced(run.dataset, run.world)
     if not (args.output_dir and run.world.is_main):
         return
     state = {
@@ -366,6 +376,7 @@ def save(run: Run, best: bool = False) -> None:
         "best_metric": progress.best,
         "progress": progress.state_dict(),
         "replaced": run.dataset.replaced.nonzero()[:, 0],
+        "train_images": len(run.dataset),
         "args": args,
         "class_names": list(run.class_names),
     }
@@ -374,11 +385,12 @@ def save(run: Run, best: bool = False) -> None:
     run.writer.store(args.output_dir, state, keep=args.keep_checkpoints, best=best)
 
 
-def share_replaced(run: Run) -> None:
-    """Let every rank know of all images that some rank could not read."""
-    if run.world.size > 1 and run.dataset.on_broken != "raise":
-        counts = sum_over_ranks(run.dataset.replaced.int().to(run.world.device))
-        run.dataset.replaced |= (counts > 0).cpu()
+def share_replaced(dataset: ImageDataset, world: World) -> None:
+    """Let every rank know of all images that some rank could not read. Raises DataError if they are too many."""
+    if world.size > 1 and dataset.on_broken != "raise":
+        counts = sum_over_ranks(dataset.replaced.int().to(world.device))
+        dataset.replaced |= (counts > 0).cpu()
+        dataset.check_share()
 
 
 def settle(run: Run) -> None:
@@ -387,13 +399,15 @@ def settle(run: Run) -> None:
         run.writer.wait()
 
 
-def restore(run: Run, checkpoint: Checkpoint) -> str:
+def restore(run: Run, checkpoint: Checkpoint, grid: tuple[int, int] | None = None) -> str:
     """Take a run up where a checkpoint left it, as far as the file knows; returns what it knew, in words.
 
     A published file says which epoch was the last; a bare state dict has the weights alone, and
-    `--start_epoch` counts. The average starts at the weights where the file has none.
+    `--start_epoch` counts. The average starts at the weights where the file has none. `grid`: (H, W) of the
+    file's position embeddings, if known.
     """
-    load_weights(run.model, checkpoint.weights("model"))
+    mends = {"head": "--finetune re-makes the head", "pos_embed": "--finetune resamples the position embeddings"}
+    load_weights(run.model, checkpoint.weights("model"), old_grid=grid, mends=mends)
     known = ["weights"]
     if run.ema is not None:
         run.ema.load_state_dict(checkpoint.model_ema or run.model.state_dict())
@@ -406,11 +420,15 @@ def restore(run: Run, checkpoint: Checkpoint) -> str:
         run.scaler.load_state_dict(checkpoint.scaler)
     restore_progress(run, checkpoint)
     file = f"{checkpoint.path} (SHA-256 {checkpoint.sha256[:16]}...)"
-    return f"{file}: {', '.join(known)}; goes on at {run.progress.position}"
+    return f"{file}: {', '.join(known)}; goes on at {run.progress.position}{changes(run, checkpoint)}"
 
 
 def load_optimizer(run: Run, checkpoint: Checkpoint) -> None:
-    """Raises ConfigError where the file's optimiser is another one or of other parameters."""
+    """Weight decay and the like stay those of the flags, as the learning rate does.
+
+    Raises ConfigError where the file's optimiser is another one or of other parameters.
+    """
+    of_flags = [{name: group[name] for name in OF_FLAGS & group.keys()} for group in run.optimizer.param_groups]
     before = getattr(checkpoint.args, "opt", run.args.opt)
     if before != run.args.opt:
         raise ConfigError(
@@ -423,6 +441,25 @@ def load_optimizer(run: Run, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: its optimiser state does not fit ({error}); "
             "give the flags of that run, or --finetune"
         ) from None
+    for group, settings in zip(run.optimizer.param_groups, of_flags):
+        group.update(settings)
+
+
+def changes(run: Run, checkpoint: Checkpoint) -> str:
+    """In words, what differs from the run that wrote an own checkpoint: it will not be the run that never stopped."""
+    if "progress" not in checkpoint.extra or checkpoint.args is None:
+        return ""
+    before, now = vars(checkpoint.args), vars(run.args)
+    flags = [
+        f"--{name.replace('_', '-')} {now[name]} (was {before[name]})"
+        for name in sorted(before.keys() & now.keys() - CHANGES_NOTHING)
+        if before[name] != now[name]
+    ]
+    images = checkpoint.extra.get("train_images", len(run.dataset))
+    flags += [f"{len(run.dataset):,} training images (were {images:,})"] if images != len(run.dataset) else []
+    again = run.progress.samples % whole_batch(run.args, run.world.size)
+    flags += [f"{again} images of the epoch come twice"] if again else []
+    return f"; other than before: {', '.join(flags)}" if flags else ""
 
 
 def restore_progress(run: Run, checkpoint: Checkpoint) -> None:
@@ -431,6 +468,11 @@ def restore_progress(run: Run, checkpoint: Checkpoint) -> None:
         run.progress.load_state_dict(checkpoint.extra["progress"])
         replaced = torch.as_tensor(checkpoint.extra.get("replaced", []), dtype=torch.int64)
         run.dataset.replaced[replaced[replaced < len(run.dataset)]] = True
+        if run.batches_done > run.sampler.num_batches:
+            raise ConfigError(
+                f"{checkpoint.path} has seen {run.progress.samples:,} images of an epoch, which has "
+                f"{run.sampler.num_batches} batches here: give the data and flags of that run, or --finetune"
+            )
         return
     run.progress.epoch = run.args.start_epoch if checkpoint.epoch is None else checkpoint.epoch + 1
     run.progress.step = run.progress.epoch * run.steps_per_epoch

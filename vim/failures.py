@@ -6,7 +6,6 @@ Anything that is not named here is a fault of the program and keeps its tracebac
 from __future__ import annotations
 
 import argparse
-import errno
 import math
 import sys
 from collections.abc import Callable
@@ -15,24 +14,26 @@ import torch
 import torch.distributed as dist
 
 from arguments import ConfigError
-from checkpoint import CheckpointError
+from checkpoint import FULL, CheckpointError
 from datasets import DataError
 from distributed import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NONFINITE, PeerError
 from engine import NonFiniteError
 
-# A log, a picture or a tracker's file that cannot be written; checkpoints have an error of their own.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# What torch says on a CPU, in a plain RuntimeError.
+CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 
 
 def explain(error: Exception, args=None) -> tuple[int, str] | None:
     """(exit code, one line) for an error that is not the program's fault, else None."""
     if isinstance(error, NonFiniteError):
         return EXIT_NONFINITE, str(error)
+    if getattr(error, "passing", False):
+        return EXIT_FAILED, f"{error}; --resume auto goes on"
     if isinstance(error, ConfigError | DataError | CheckpointError | PeerError):
         return EXIT_CONFIG, str(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or main_memory_is_full(error):
         return EXIT_CONFIG, out_of_memory(error, args)
-    if isinstance(error, OSError) and error.errno in FULL:
+    if isinstance(error, OSError) and error.errno in FULL:  # of a log or a picture; checkpoints have their own
         where = error.filename or getattr(args, "output_dir", "")
         return EXIT_CONFIG, f"{where}: {error.strerror}; the last checkpoint is whole, --resume auto goes on from it"
     if isinstance(error, RuntimeError):
@@ -51,6 +52,13 @@ def run_cli(command: Callable[[argparse.Namespace], None], args: argparse.Namesp
     return EXIT_DONE
 
 
+def main_memory_is_full(error: Exception) -> bool:
+    """Not the device's. What numpy raises in a loader process comes as the text of a RuntimeError."""
+    if isinstance(error, RuntimeError):
+        return CPU_ALLOCATOR in str(error) or "MemoryError in DataLoader" in str(error)
+    return isinstance(error, MemoryError)
+
+
 def out_of_memory(error: Exception, args) -> str:
     """What to change so that a step fits, with this run's numbers."""
     halved = max(1, args.batch_size // 2)
@@ -60,8 +68,15 @@ def out_of_memory(error: Exception, args) -> str:
         advice += ", --grad-checkpointing recomputes activations instead of keeping them"
     if not args.if_amp:
         advice += ", --if_amp halves them"
-    peak = f"; peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if torch.cuda.is_available() else ""
-    return f"out of memory with --batch-size {args.batch_size}{peak}: {advice} ({first_sentence(error)})"
+    what = f"memory with --batch-size {args.batch_size}"
+    if main_memory_is_full(error):
+        what = f"main {what} --num_workers {args.num_workers}"
+        advice += ", fewer loader processes hold fewer batches" if args.num_workers else ""
+    elif torch.cuda.is_available():
+        what += f"; peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    _, *reason = str(error).rpartition(CPU_ALLOCATOR)
+    reason = first_sentence("".join(reason)) or type(error).__name__
+    return f"out of {what}: {advice} ({reason})"
 
 
 def loader_failure(error: RuntimeError, args) -> str:
@@ -90,5 +105,5 @@ def lost_rank(error: RuntimeError) -> str:
     )
 
 
-def first_sentence(error: Exception) -> str:
+def first_sentence(error: Exception | str) -> str:
     return str(error).strip().partition("\n")[0].split(". ")[0].rstrip(".")[:300]

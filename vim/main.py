@@ -15,16 +15,24 @@ import distributed
 import failures
 from arguments import ConfigError, parse_args, save_arguments, size_of
 from build import build_model, build_run, describe
-from checkpoint import latest_checkpoint, load_weights, read_checkpoint
+from checkpoint import Checkpoint, fetch, latest_checkpoint, load_weights, own_checkpoint, read_checkpoint
 from classification import Classification
 from datasets import IMAGENET_CLASSES, DataBundle, build_datasets
-from distributed import EXIT_DONE, EXIT_FAILED, StopAtOnce, World, together
-from engine import Run, build_val_loader, fit, restore
-from hub import grid_of
+from distributed import EXIT_DONE, EXIT_FAILED, StopAtOnce, StopSignal, World, together
+from engine import Run, build_val_loader, fit, restore, share_replaced
+from hub import DENSE_BACKBONE, grid_of
 from report import RunLog
-from subsets import ClassSubset, check_valid_labels, evaluate_real, read_real_labels, valid_labels
+from subsets import ClassSubset, check_valid_labels, evaluate_real, read_real_labels, real_labels_of, valid_labels
 from summary import summary
 from task import Result, Task, in_words
+
+RESAMPLED = "--finetune instead of --resume resamples the position embeddings"
+# What mends weights that cannot be evaluated, as `load_weights` wants it.
+EVAL_MENDS = {
+    "head": "data of the head's first classes take --num-classes {classes}, of some of them --valid-labels",
+    "pos_embed": RESAMPLED,
+    f"{DENSE_BACKBONE}pos_embed": RESAMPLED,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,21 +47,22 @@ def run_program(argv: list[str] | None, parse: Callable, execute: Callable) -> i
         parse: from `argv` to arguments. execute: from arguments and a `World` to an exit code.
     """
     args, code = None, EXIT_FAILED
-    try:
-        with StopAtOnce():  # until training has a step to finish, and after it
-            args = parse(argv)
-            code = execute(args, distributed.start(args))
-    except SystemExit as leaving:  # argparse, or who was asked to stop, has said why
-        code = leaving.code
-    except Exception as error:
-        found = failures.explain(error, args)
-        if found is None:
-            raise
-        code, line = found
-        print(f"error: {line}", file=sys.stderr)
-    finally:
-        distributed.tell(code)
-        distributed.finish()
+    with StopSignal():  # a run that has ended is not stopped any more
+        try:
+            with StopAtOnce():  # until training has a step to finish, and after it
+                args = parse(argv)
+                code = execute(args, distributed.start(args))
+        except SystemExit as leaving:  # argparse, or who was asked to stop, has said why
+            code = leaving.code
+        except Exception as error:
+            found = failures.explain(error, args)
+            if found is None:
+                raise
+            code, line = found
+            print(f"error: {line}", file=sys.stderr)
+        finally:
+            distributed.tell(code)
+            distributed.finish()
     return code
 
 
@@ -112,28 +121,43 @@ def summarise(args, log: RunLog) -> str:
 def resume(run: Run, log: RunLog) -> None:
     """Go on from the checkpoint of `--resume`, or begin where there is none to go on from.
 
-    A run without `--resume` moves what another one has left in its folder aside. Beginning once more, because a rank
-    died before the first checkpoint, is an incident too.
+    Beginning once more, because a rank died before the first checkpoint, is an incident too.
     """
-    path = run.args.resume
-    if path == "auto":
-        with together():
-            path = newest(run, log) if run.world.is_main else None
-        path = distributed.from_main(path)
-        if path is None:
-            log.say(f"--resume auto: no checkpoint in {run.args.output_dir} yet, beginning")
     count = distributed.num_restarts()
     with together():
-        if not run.args.resume:
-            log.make_room()
+        path = where_from(run, log, again=log.claim() and count > 0) if run.world.is_main else None
+        log.own()
+    path = distributed.from_main(path)
+    with together():
         if path:
-            known = restore(run, read_checkpoint(path, run.args.trust_checkpoint))
+            checkpoint = read_checkpoint(path, run.args.trust_checkpoint)
+            known = restore(run, checkpoint, grid_of(checkpoint))
             restarts = f" (restart {count})" if count else ""
             log.incident("resumed", run.progress.step, f"resuming{restarts} {known}")
         elif count:
             log.incident("restarted", run.progress.step, f"restart {count}: no checkpoint to go on from")
         else:
             log.forget_incidents()
+
+
+def where_from(run: Run, log: RunLog, again: bool) -> Path | str | None:
+    """The checkpoint to go on from, if any; the output folder is made ready for what this run will write.
+
+    What another run has left there is moved aside, unless `--resume` names it. A process that was started `again`
+    goes on from its own checkpoints, whatever `--resume` the first one had.
+    """
+    named = None if run.args.resume == "auto" else run.args.resume
+    if again or named is None:
+        path = newest(run, log)
+        if path is None and not again:
+            log.say(f"--resume auto: no checkpoint in {run.args.output_dir} yet, beginning")
+        return path or named
+    file = fetch(named) if named else None
+    if file and own_checkpoint(run.args.output_dir, file):
+        log.set_back(file.resolve())
+    else:
+        log.make_room(f"--resume {named} is not of it" if named else "there is no --resume")
+    return named
 
 
 def newest(run: Run, log: RunLog) -> Path | None:
@@ -150,58 +174,78 @@ def evaluate_checkpoint(args, world: World, model, data: DataBundle, log: RunLog
         valid = valid_labels(args.valid_labels)
         check_valid_labels(valid, data.class_names, data.num_classes)
         net, task.num_classes = ClassSubset(model, valid).to(world.device), len(valid)
-    real = read_real_labels(args.real_labels) if args.real_labels else None
+    real = real_labels_of(data.val, read_real_labels(args.real_labels)) if args.real_labels else None
 
     def evaluate(name: str, loader) -> tuple[Result, str]:
         result, more = task.evaluate(net, loader, args, world), ""
         if real is not None:
-            share, counted = evaluate_real(model, loader, data.val, args, world, real)
+            share, counted = evaluate_real(model, loader, args, world, real)
             more = f"; {name} weights: ReaL top-1 {share:.2f} % of {counted:,} images"
         return result, more
 
     return evaluate_saved(args, world, model, task, data, log, evaluate)
 
 
+def load_resized(args, model, checkpoint: Checkpoint, weights: dict) -> None:
+    """Weights of `--finetune` that are evaluated. Raises ConfigError if the head does not fit."""
+    report = load_weights(model, weights, "finetune", args.pos_embed_resize, grid_of(checkpoint))
+    if report.remade_head:
+        classes = report.head_classes
+        why = f"its head is of other classes than the data's: {EVAL_MENDS['head']}" if classes else "it has no head"
+        raise ConfigError(f"--eval --finetune {args.finetune}: {why.format(classes=classes)}")
+
+
 def evaluate_saved(
-    args, world: World, model, task: Task, data: DataBundle, log: RunLog, evaluate: Callable | None = None
+    args,
+    world: World,
+    model,
+    task: Task,
+    data: DataBundle,
+    log: RunLog,
+    evaluate: Callable | None = None,
+    load: Callable = load_resized,
 ) -> int:
     """`--eval` of any task; returns the exit code.
 
     Args:
         evaluate: (name of the weights that `model` now has, loader) -> (Result, what else to say); by default
             the task's evaluation.
+        load: gives `model` the weights of `--finetune`, like `load_resized`.
     """
     loader = build_val_loader(data.val, args, world, task.collate)
     results, extra = {}, ""
-    for name, file in saved_weights(args, model):  # noqa: B007 - they are of one file
+    for name, file in saved_weights(args, model, load):  # noqa: B007 - they are of one file
         if evaluate is None:
             results[name] = task.evaluate(model, loader, args, world)
         else:
             results[name], more = evaluate(name, loader)
             extra += more
-    log.say(f"{file}: {len(data.val):,} images; {in_words(results)}{extra}")
+    share_replaced(data.val, world)
+    broken = f", {data.val.num_replaced} of them unreadable" if data.val.num_replaced else ""
+    log.say(f"{file}: {len(data.val):,} images{broken}; {in_words(results)}{extra}")
     task.pictures(log, next(iter(results.values())), data)
     return EXIT_DONE
 
 
-def saved_weights(args, model) -> Iterator[tuple[str, str]]:
+def saved_weights(args, model, load: Callable) -> Iterator[tuple[str, str]]:
     """Give `model` the weights of `--resume`, one set of `--eval-weights` that it holds after the other.
 
-    Those of `--finetune` may be of another image size: position embeddings are resampled. Yields "raw" or "ema", and
-    the file's name and digest. Raises CheckpointError if there is no such set, ConfigError if the head does not fit.
+    Those of `--finetune` may be of another image size: `load` resamples position embeddings. Yields "raw" or "ema",
+    and the file's name and digest. Raises CheckpointError if there is no such set.
     """
-    path = latest_checkpoint(args.output_dir) if args.resume == "auto" else args.resume or args.finetune
-    if path is None:
-        raise ConfigError(f"--resume auto: there is no checkpoint in --output_dir {args.output_dir} to evaluate")
-    checkpoint = read_checkpoint(path, args.trust_checkpoint)
+    with together():
+        path = latest_checkpoint(args.output_dir) if args.resume == "auto" else args.resume or args.finetune
+        if path is None:
+            raise ConfigError(f"--resume auto: there is no checkpoint in --output_dir {args.output_dir} to evaluate")
+        checkpoint = read_checkpoint(path, args.trust_checkpoint)
     wanted = {"raw": ["model"], "ema": ["model_ema"], "both": ["model", "model_ema"]}[args.eval_weights]
     found = [which for which in wanted if getattr(checkpoint, which) is not None]
     for which in found or wanted[:1]:  # `weights` raises where there is none, saying what the file holds
         weights = checkpoint.weights(which)
         if args.resume:
-            load_weights(model, weights)
-        elif load_weights(model, weights, "finetune", args.pos_embed_resize, grid_of(checkpoint)).remade_head:
-            raise ConfigError(f"--eval --finetune {path}: its head is of other classes than the data's")
+            load_weights(model, weights, old_grid=grid_of(checkpoint), mends=EVAL_MENDS)
+        else:
+            load(args, model, checkpoint, weights)
         yield "raw" if which == "model" else "ema", f"{checkpoint.path} (SHA-256 {checkpoint.sha256[:16]}...)"
 
 

@@ -8,23 +8,30 @@ themselves to `incidents.txt` (one JSON object each).
 from __future__ import annotations
 
 import csv
+import fcntl
+import hashlib
 import importlib
 import io
 import json
 import math
 import os
+import shutil
+import socket
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+import distributed
 from arguments import ConfigError
+from checkpoint import digest_path, set_back
 from datasets import DataBundle
 from evaluation import Evaluation
 
@@ -52,6 +59,9 @@ RUN_FILES = (
     "overlays",
     "events.out.tfevents.*",
 )
+
+# How long a run waits for the end of the one that has its output folder: of its own earlier process, mostly.
+LOCK_SECONDS = 60
 
 # More names than this on an axis cannot be read.
 MOST_NAMES = 40
@@ -159,6 +169,8 @@ class RunLog:
         self.dir = Path(args.output_dir) if args.output_dir and is_main else None
         self.rows: list[dict] = []
         self.trackers = TrackerList([])
+        self.lock: TextIO | None = None  # see `claim`
+        self.launch = ""
         if self.dir:
             make_folder(self.dir)
 
@@ -180,20 +192,85 @@ class RunLog:
         if self.dir:
             (self.dir / "incidents.txt").unlink(missing_ok=True)
 
-    def make_room(self) -> None:
+    def claim(self) -> bool:
+        """Take the output folder until this process ends: a second run would overwrite this one's files.
+
+        Returns whether `own` was called for it by an earlier process that the same launch had started with the same
+        command: what is in there is this run's. Raises ConfigError where another run is at work.
+        """
+        if not self.dir:
+            return False
+        path = self.dir / "run.lock"
+        try:
+            self.lock = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open to the end, as long as held
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}; take another --output_dir") from None
+        command = hashlib.sha256(repr(sorted(vars(self.args).items())).encode()).hexdigest()[:16]
+        self.launch = f"{distributed.launch_name()} {command}"
+        seconds = min(LOCK_SECONDS, int(self.args.dist_timeout / 2))  # the other ranks wait for this one
+        for second in range(seconds + 1):
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a loader process does not inherit it
+                return self._began_here()
+            except (BlockingIOError, PermissionError):
+                if self._began_here():  # a dead machine's lock, which a file server keeps for a while
+                    self.say(f"{path} is still held by this run's earlier process: going on without it")
+                    return True
+                if second == 0:
+                    self.say(f"{self._in_use()}: waiting {seconds} seconds for its end")
+                time.sleep(1)
+            except OSError as error:  # a file system without locks
+                self.say(f"{path} cannot be locked ({error.strerror}): let no other run use this folder")
+                return self._began_here()
+        raise ConfigError(f"{self._in_use()}: stop that run, or take another folder")
+
+    def own(self) -> None:
+        """Note in the folder that what it holds from now on is this run's."""
+        if self.lock is not None:
+            self.lock.truncate(0)
+            self.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n{self.launch}\n")
+            self.lock.flush()
+
+    def _noted(self) -> list[str]:
+        """What `own` wrote last: the process, the launch."""
+        self.lock.seek(0)
+        return self.lock.read().splitlines()
+
+    def _began_here(self) -> bool:
+        return bool(distributed.launch_name()) and self._noted()[1:] == [self.launch]
+
+    def _in_use(self) -> str:
+        return f"--output_dir {self.dir} is in use by {next(iter(self._noted()), 'another run')}"
+
+    def make_room(self, why: str) -> None:
         """Move what another run has left in the output folder into one of its own, `earlier-N`, and say so.
 
         Nothing of it is lost, and `--resume auto` takes none of its checkpoints for this run's.
         """
-        if not self.dir or not matching(self.dir, RUN_SIGNS):
-            return
-        left = matching(self.dir, RUN_FILES)
-        self._refuse_to_move_weights({path.absolute() for path in left})
+        if self.dir and matching(self.dir, RUN_SIGNS):
+            left = matching(self.dir, RUN_FILES)
+            self._refuse_to_move_weights({path.absolute() for path in left})
+            self.say(f"--output_dir {self.dir} holds another run, and {why}: moved it to {self._move_aside(left)}")
+
+    def set_back(self, path: Path) -> None:
+        """Go on from one of the output folder's own checkpoints: those of later steps are moved aside, and said."""
+        later = set_back(path)
+        if later:
+            best = self.dir / "best_checkpoint.pth"
+            sides = [side for file in later if (side := digest_path(file)).exists()]
+            links = [best] if best.is_symlink() and best.resolve() in {file.resolve() for file in later} else []
+            folder = self._move_aside([*later, *sides, *links])
+            for name in ("log.txt", "metrics.csv"):  # whose later rows go
+                if (self.dir / name).exists():
+                    shutil.copy2(self.dir / name, folder)
+            self.say(f"--resume {path.name} is not the newest of {self.dir}: moved later checkpoints to {folder}")
+
+    def _move_aside(self, files: list[Path]) -> Path:
         folder = self.dir / f"earlier-{num_earlier(self.dir) + 1}"
         folder.mkdir()
-        for path in left:
+        for path in files:
             path.rename(folder / path.name)
-        self.say(f"--output_dir {self.dir} holds another run, and there is no --resume: moved it to {folder}")
+        return folder
 
     def _refuse_to_move_weights(self, left: set[Path]) -> None:
         """A restart would not find them any more. Raises ConfigError."""
@@ -263,6 +340,8 @@ class RunLog:
 
     def close(self) -> None:
         self.trackers.close()
+        if self.lock is not None:
+            self.lock.close()
 
 
 def matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
@@ -271,7 +350,7 @@ def matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def num_earlier(folder: Path) -> int:
-    """How many runs have been moved aside in an output folder (`RunLog.make_room`)."""
+    """How often a run, or the later part of one, has been moved aside in an output folder."""
     numbers = (path.name.removeprefix("earlier-") for path in folder.glob("earlier-*"))
     return max((int(number) for number in numbers if number.isdigit()), default=0)
 
@@ -402,8 +481,9 @@ def draw_confusion(confusion: torch.Tensor, names: list[str], path: Path) -> Non
     image = axes.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="label", title="share of each label's images")
     if len(names) <= MOST_NAMES:
-        axes.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0)
-        axes.set_yticks(range(len(names)), names)
+        shown = [literal(name) for name in names]
+        axes.set_xticks(range(len(names)), shown, rotation=90 if max(map(len, names)) > 2 else 0)
+        axes.set_yticks(range(len(names)), shown)
     if len(confusion) <= 20:
         for (row, column), count in zip(confusion.ne(-1).nonzero().tolist(), confusion.flatten().tolist()):
             color = "black" if shares[row, column] > 0.5 else "white"
@@ -424,8 +504,14 @@ def draw_mistakes(evaluation: Evaluation, data: DataBundle, path: Path, columns:
     for panel, mistake in zip(figure.axes, mistakes):
         panel.imshow(data.val.raw(mistake.index))
         label, predicted = names[mistake.label], class_name(names, mistake.predicted)
-        panel.set_title(f"{label}\ntaken for {predicted}, {100 * mistake.confidence:.0f} %", fontsize=8)
+        title = f"{label}\ntaken for {predicted}, {100 * mistake.confidence:.0f} %"
+        panel.set_title(literal(title), fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def literal(text: str) -> str:
+    """For matplotlib, which would read a formula between two dollars."""
+    return text.replace("$", r"\$")
 
 
 def class_name(names: list[str], label: int) -> str:

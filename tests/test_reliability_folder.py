@@ -1,0 +1,194 @@
+"""One run to an output folder, and no weights lost in it: whoever comes second waits, is refused or moves aside.
+
+Promises and their numbers: docs/RELIABILITY.md.
+"""
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+import report
+from arguments import ConfigError
+from checkpoint import latest_checkpoint, read_checkpoint
+from distributed import EXIT_CONFIG, EXIT_REQUEUE
+from helpers import run_args, write_image_folder
+from main import main
+from processes import QUICK, STEPS, fault, no_pictures, pieces, start, wait_for_a_step  # noqa: F401
+
+
+def run(flags: str, folder: Path) -> int:
+    return main([*flags.split(), "--output_dir", str(folder)])
+
+
+def step_of(link: Path) -> int:
+    return read_checkpoint(link).step
+
+
+@pytest.fixture
+def busy(tmp_path):
+    """(folder, process) of a run that has trained for a step and stays."""
+    folder = tmp_path / "busy"
+    process = start(f"{QUICK} --epochs 500 --output_dir {folder}", tmp_path / "out", VIM_FAULT="hang@3:0")
+    wait_for_a_step(process, tmp_path / "out")
+    yield folder, process
+    process.kill()
+    process.join()
+
+
+@pytest.mark.parametrize("resume", ["", "--resume auto"])
+def test_a_second_run_in_a_folder_is_refused(resume, busy, monkeypatch, capsys):
+    folder, process = busy
+    monkeypatch.setattr(report, "LOCK_SECONDS", 0)
+    before = sorted(folder.iterdir())
+    assert run(f"{QUICK} {resume}", folder) == EXIT_CONFIG
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --output_dir {folder} is in use by process {process.pid} on ")
+    assert "another folder" in said and said.count("\n") == 1
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_folder_is_free_as_soon_as_its_run_was_killed(busy, monkeypatch):
+    """Loader processes, which may outlive it for some seconds, do not hold the lock."""
+    folder, process = busy
+    monkeypatch.setattr(report, "LOCK_SECONDS", 0)
+    process.kill()
+    process.join()
+    assert run(f"{QUICK} --epochs 1 --resume auto", folder) == 0
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A run of one epoch, to resume from."""
+    folder = tmp_path_factory.mktemp("first")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "draw_curves", lambda *arguments: None)
+        assert run(f"{QUICK} --epochs 1", folder) == 0
+    return folder
+
+
+def test_a_run_resumed_from_elsewhere_moves_another_one_aside(first, tmp_path, capsys):
+    assert run(f"{QUICK} --seed 5 --epochs 1", tmp_path) == 0
+    older = pieces(tmp_path)
+    assert run(f"{QUICK} --resume {first / 'checkpoint.pth'}", tmp_path) == 0
+    assert f"is not of it: moved it to {tmp_path / 'earlier-1'}" in capsys.readouterr().out
+    assert pieces(tmp_path / "earlier-1") == older
+
+
+@pytest.mark.parametrize("resume", ["named", "none"])
+def test_a_run_started_again_goes_on_from_its_own_checkpoints(resume, first, tmp_path, monkeypatch, capsys):
+    """A scheduler repeats the whole command, --resume FILE included."""
+    flags = QUICK + (f" --resume {first / 'checkpoint.pth'}" if resume == "named" else "")
+    begins = STEPS if resume == "named" else 0
+    assert run(flags, tmp_path / "whole") == 0
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert run(f"{QUICK} --seed 5", tmp_path / "parts") == 0  # an older run
+    with fault(f"sigterm@{begins + 3}"):
+        assert run(flags, tmp_path / "parts") == EXIT_REQUEUE
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run(flags, tmp_path / "parts") == 0
+    assert f"resuming (restart 1) {tmp_path / 'parts'}/checkpoint-{begins + 4:08d}.pth" in capsys.readouterr().out
+    assert pieces(tmp_path / "whole") == pieces(tmp_path / "parts")
+
+
+def test_a_start_that_never_had_the_folder_is_no_start(first, tmp_path, monkeypatch, capsys):
+    """Its process died on the way to the weights; what lies in the folder is still another run's."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert run(f"{QUICK} --seed 5 --epochs 1", tmp_path) == 0
+    older, flags = pieces(tmp_path), f"{QUICK} --resume {first / 'checkpoint.pth'}"
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        patch.setattr("main.fetch", lambda address: (_ for _ in ()).throw(ConnectionError()))
+        run(flags, tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run(flags, tmp_path) == 0
+    assert f"resuming (restart 1) {first}" in capsys.readouterr().out
+    assert pieces(tmp_path / "earlier-1") == older
+
+
+def test_a_second_command_of_a_repeated_job_is_its_own(tmp_path, monkeypatch, capsys):
+    """The count of restarts stays for the rest of a job."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run(f"{QUICK} --checkpoint-steps 6 --keep-checkpoints 6", tmp_path) == 0
+    assert run(f"{QUICK} --epochs 1 --resume {tmp_path / 'checkpoint-00000006.pth'}", tmp_path) == 0
+    assert f"resuming (restart 1) {tmp_path / 'checkpoint-00000006.pth'}" in capsys.readouterr().out
+
+
+def test_a_lock_that_a_dead_machine_left_does_not_stop_its_run(busy, monkeypatch, capsys):
+    """A file server lets go of it late; the scheduler has started the same command again."""
+    folder, _ = busy
+    monkeypatch.setattr(report, "LOCK_SECONDS", 0)
+    noted = (folder / "run.lock").read_text()
+    log = report.RunLog(run_args("--output_dir", str(folder)), True)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    with pytest.raises(ConfigError, match=f"is in use by {noted.splitlines()[0]}: stop that run"):
+        log.claim()
+    (folder / "run.lock").write_text(f"process 1 on gone\n{log.launch}\n")
+    assert log.claim()
+    assert "run.lock is still held by this run's earlier process: going on" in capsys.readouterr().out
+
+
+def test_another_launch_is_not_a_start_again(first, tmp_path, monkeypatch, capsys):
+    """Its first process died before it had the folder, in which an older run lies."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert run(f"{QUICK} --seed 5 --epochs 1", tmp_path) == 0
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run(f"{QUICK} --resume {first / 'checkpoint.pth'}", tmp_path) == 0
+    text = capsys.readouterr().out
+    assert f"resuming (restart 1) {first}" in text and f"moved it to {tmp_path / 'earlier-1'}" in text
+
+
+def test_going_back_in_a_folder_moves_later_checkpoints_aside(tmp_path, capsys):
+    """The best one among them would be overwritten, at an equal step, by a worse one."""
+    assert run(f"{QUICK} --checkpoint-steps 6 --keep-checkpoints 6", tmp_path) == 0
+    assert step_of(tmp_path / "best_checkpoint.pth") == 2 * STEPS
+    best, rows = (tmp_path / "best_checkpoint.pth").read_bytes(), (tmp_path / "log.txt").read_text()
+    flags = f"{QUICK} --epochs 1 --lr 0 --resume {tmp_path / 'checkpoint-00000006.pth'}"
+    assert run(flags, tmp_path) == 0
+    aside = tmp_path / "earlier-1"
+    assert f"moved later checkpoints to {aside}" in capsys.readouterr().out
+    assert (aside / "best_checkpoint.pth").read_bytes() == best and (aside / "log.txt").read_text() == rows
+    assert step_of(latest_checkpoint(aside)) == 2 * STEPS
+    assert step_of(tmp_path / "best_checkpoint.pth") == step_of(tmp_path / "checkpoint.pth") == STEPS
+
+
+def test_a_file_of_another_program_is_not_overwritten(first, tmp_path):
+    """The published program calls its newest weights checkpoint.pth."""
+    shutil.copy(first / "checkpoint.pth", tmp_path / "checkpoint.pth")
+    published = (tmp_path / "checkpoint.pth").read_bytes()
+    assert run(f"{QUICK} --resume {tmp_path / 'checkpoint.pth'}", tmp_path) == 0
+    assert step_of(tmp_path / "checkpoint.pth") == 2 * STEPS
+    assert (tmp_path / "checkpoint-before.pth").read_bytes() == published
+
+
+def test_a_resume_with_other_flags_says_them_and_takes_them(first, tmp_path, capsys):
+    assert run(f"{QUICK} --weight-decay 0.9 --resume {first / 'checkpoint.pth'}", tmp_path) == 0
+    assert "; other than before: --epochs 2 (was 1), --weight-decay 0.9 (was 0.05)\n" in capsys.readouterr().out
+    groups = read_checkpoint(tmp_path / "checkpoint.pth").optimizer["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.9}
+
+
+def test_a_place_in_the_epoch_that_does_not_fit_is_said(tmp_path, capsys):
+    with fault("sigterm@9"):  # behind 1,280 images
+        assert run(QUICK, tmp_path) == EXIT_REQUEUE
+    assert run(f"{QUICK} --batch-size 300 --epochs 1 --resume auto", tmp_path) == 0
+    said = "--batch-size 300 (was 128), --epochs 1 (was 2), 80 images of the epoch come twice"
+    assert said in capsys.readouterr().out
+
+
+def test_an_epoch_of_fewer_images_is_one_line(tmp_path, capsys):
+    with fault("sigterm@9"):
+        assert run(QUICK, tmp_path / "run") == EXIT_REQUEUE
+    data = write_image_folder(tmp_path / "data", tuple("abcdefghij"), per_class=13)
+    assert run(f"{QUICK} --data-path {data} --resume auto", tmp_path / "run") == EXIT_CONFIG
+    said = capsys.readouterr().err
+    assert "has seen 1,280 images of an epoch, which has 1 batches here: give the data and flags" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_a_finished_run_changes_nothing(number, tmp_path, monkeypatch):
+    monkeypatch.setattr("main.distributed.finish", lambda: signal.raise_signal(number))
+    assert run(f"{QUICK} --epochs 1", tmp_path) == 0
