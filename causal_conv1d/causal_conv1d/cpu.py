@@ -87,7 +87,7 @@ def unsupported(dtype: torch.dtype, width: int) -> str | None:
     if dtype not in DTYPES:
         return f"x of dtype {dtype}: the CPU kernels serve float32 and bfloat16"
     if width not in WIDTHS:
-        return f"filter width {width}: the CPU kernels serve {', '.join(map(str, WIDTHS))}"
+        return f"weight: a filter of width {width}, the CPU kernels serve {', '.join(map(str, WIDTHS))}"
     return None
 
 

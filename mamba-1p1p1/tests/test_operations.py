@@ -279,6 +279,22 @@ def test_exchanging_the_directions_reverses_time(batch, length, seed):
     torch.testing.assert_close(y, shuffled, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(backend.load("cpu")[0] is None, reason="the C++ library was not built")
+@pytest.mark.parametrize(
+    ("dtype", "A_dtype", "d_state", "words"),
+    [
+        (torch.float64, torch.float64, 4, "u of dtype torch.float64"),
+        (torch.float32, torch.complex64, 4, "A of dtype torch.complex64"),
+        (torch.float32, torch.float32, 300, "A with d_state=300"),
+    ],
+)
+def test_a_forced_backend_names_what_it_does_not_serve(dtype, A_dtype, d_state, words, monkeypatch):
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "cpu")
+    u, A = torch.ones(1, 6, 5, dtype=dtype), -torch.ones(6, d_state, dtype=A_dtype)
+    with pytest.raises(NotImplementedError, match=words):
+        selective_scan_fn(u, u, A, A, A)
+
+
 @pytest.mark.parametrize("cache_dtype", [None, torch.float32, torch.bfloat16])
 def test_a_bfloat16_layer_steps_with_any_cache(cache_dtype):
     """Its states add up for the whole sequence: by default in float32."""

@@ -103,6 +103,11 @@ def choose(
     return module
 
 
+def argument_of_dtype(op: str, dtype: torch.dtype) -> str:
+    """The argument of an op that has the dtype which `choose` was asked about."""
+    return "A" if dtype.is_complex else {"selective_scan": "u", "bimamba": "xz", "add_norm": "x"}[op]
+
+
 def differentiated_by_functorch() -> bool:
     """Whether `torch.func` differentiates through this call, by grad, jvp or what is made of them.
 

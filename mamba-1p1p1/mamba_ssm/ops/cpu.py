@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mamba_ssm.ops.backend import argument_of_dtype
+
 ISA_VARIABLE = "MAMBA_SSM_CPU_ISA"
 ISAS = ("avx512", "avx2", "portable")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -151,11 +153,11 @@ def _lanes() -> int:
 def unsupported(op: str, dtype: torch.dtype, d_state: int | None, d_conv: int | None) -> str | None:
     """Why the kernels do not serve this kind of call, or None."""
     if dtype not in DTYPES:
-        return f"{op} of dtype {dtype}: the CPU kernels serve float32 and bfloat16"
+        return f"{op}: {argument_of_dtype(op, dtype)} of dtype {dtype}, the CPU kernels serve float32 and bfloat16"
     if d_state is not None and not 1 <= d_state <= MAX_STATES:
-        return f"{op} with d_state={d_state}: the CPU kernels serve 1 to {MAX_STATES}"
+        return f"{op}: A with d_state={d_state}, the CPU kernels serve 1 to {MAX_STATES}"
     if d_conv is not None and not 1 <= d_conv <= MAX_WIDTH:
-        return f"{op} with d_conv={d_conv}: the CPU kernels serve 1 to {MAX_WIDTH}"
+        return f"{op}: conv_weight with d_conv={d_conv}, the CPU kernels serve 1 to {MAX_WIDTH}"
     return None
 
 
