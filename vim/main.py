@@ -29,7 +29,7 @@ from task import Result, Task, in_words
 RESAMPLED = "--finetune instead of --resume resamples the position embeddings"
 # What mends weights that cannot be evaluated, as `load_weights` wants it.
 EVAL_MENDS = {
-    "head": "data of the head's first classes take --num-classes {classes}, of some of them --valid-labels",
+    "head": "if the data are some of its classes, --num-classes {classes} for the first ones, else --valid-labels",
     "pos_embed": RESAMPLED,
     f"{DENSE_BACKBONE}pos_embed": RESAMPLED,
 }
