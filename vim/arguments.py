@@ -51,6 +51,11 @@ def nearby(names: list[str]) -> str:
     return f"; did you mean {' or '.join(names)}?" if names else ""
 
 
+def some_of(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, with the nearest flag for a misspelt one."""
 

@@ -32,6 +32,7 @@ from timm.models import adapt_input_conv
 from torch import nn
 
 import faults
+from arguments import some_of
 from models_mamba import resample_pos_embed
 from pretrained import PUBLISHED, unwrap_state_dict
 
@@ -86,7 +87,7 @@ class Checkpoint:
             raise ValueError(f"which={which!r}: expected 'model' or 'model_ema'")
         found = getattr(self, which)
         if found is None:
-            held = _some(self.keys) or "a state dict alone"
+            held = some_of(self.keys) or "a state dict alone"
             raise CheckpointError(f"{self.path} holds no {which!r}; it holds: {held}")
         return found
 
@@ -221,7 +222,7 @@ def _as_checkpoint(content: Any, path: Path, digest: str) -> Checkpoint:
         setattr(checkpoint, name, entries.pop(name, None))
     checkpoint.extra = entries
     if checkpoint.model is None and checkpoint.model_ema is None:
-        raise CheckpointError(f"{path} holds no weights under 'model' or 'model_ema', only: {_some(checkpoint.keys)}")
+        raise CheckpointError(f"{path} holds no weights under 'model' or 'model_ema', only: {some_of(checkpoint.keys)}")
     return checkpoint
 
 
@@ -252,7 +253,7 @@ class LoadReport:
     def problems(self) -> str:
         """The three lists in words, "" when all are empty."""
         lists = (("missing", self.missing), ("unexpected", self.unexpected), ("mismatched", self.mismatched))
-        return "; ".join(f"{len(names)} {word}: {_some(names)}" for word, names in lists if names)
+        return "; ".join(f"{len(names)} {word}: {some_of(names)}" for word, names in lists if names)
 
     def __str__(self) -> str:
         said = (self.problems, self.remade_head, self.pos_embed, self.input_conv)
@@ -316,7 +317,7 @@ def _advice(model: nn.Module, state_dict: Mapping, report: LoadReport, mends: Ma
     return f" ({'; '.join(mends[each].format(classes=classes) for each in wrong)})"
 
 
-def _grid_of(model: nn.Module) -> tuple[int, int] | None:
+def grid_of_model(model: nn.Module) -> tuple[int, int] | None:
     """(H, W) of a model's patches, None where it tells none."""
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     return None if grid is None else tuple(grid)
@@ -324,7 +325,7 @@ def _grid_of(model: nn.Module) -> tuple[int, int] | None:
 
 def _other_grid(model: nn.Module, old: tuple[int, int]) -> list[str]:
     """Position embeddings of a grid unlike `model`'s with as many patches, which their shape does not tell."""
-    old, new = tuple(old), _grid_of(model)
+    old, new = tuple(old), grid_of_model(model)
     if getattr(model, "pos_embed", None) is None or new is None or old == new or math.prod(old) != math.prod(new):
         return []
     return [f"pos_embed (file {old[0]} x {old[1]} patches, model {new[0]} x {new[1]})"]
@@ -366,7 +367,7 @@ def _fit_input_conv(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> st
 
 def _fit_pos_embed(model: nn.Module, state_dict: dict, method: str, old_grid: tuple[int, int] | None) -> str:
     """Resample `state_dict`'s pos_embed to `model`'s grid in place, and say what was done."""
-    before, own, new_grid = state_dict.get("pos_embed"), getattr(model, "pos_embed", None), _grid_of(model)
+    before, own, new_grid = state_dict.get("pos_embed"), getattr(model, "pos_embed", None), grid_of_model(model)
     if before is None or own is None or new_grid is None or before.dim() != 3 or own.dim() != 3:
         return ""
     num_class_slots = own.shape[1] - math.prod(new_grid)
@@ -712,11 +713,6 @@ def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0].split(". ")[0][:300] if lines else ""
     return first if " " in first else ": ".join(filter(None, (type(error).__name__, first)))
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from arguments import DATA_SETS, INAT_CATEGORIES
+from arguments import DATA_SETS, INAT_CATEGORIES, some_of
 from augment import build_transform, counter_randomness
 from samplers import SampleKey
 
@@ -268,11 +268,6 @@ def _images_below(folder: Path, name: str) -> list[str]:
         images = sorted(file for file in files if file.lower().endswith(IMG_EXTENSIONS))
         found += [os.path.join(relative, file) for file in images]
     return found
-
-
-def some_of(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def _existing_folder(path: Path, mend: str) -> Path:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import models_baseline  # noqa: F401  (registers its models with timm)
 from arguments import OneLineParser, nearby, size_of
 from augment import channel_statistics, crop_ratio
-from checkpoint import Checkpoint, CheckpointError, load_weights, read_checkpoint
+from checkpoint import Checkpoint, CheckpointError, grid_of_model, load_weights, read_checkpoint
 from failures import run_cli
 from models_mamba import CLS_TOKENS, VARIANTS
 from pretrained import published_weights
@@ -151,8 +151,7 @@ def grid_of(checkpoint: Checkpoint) -> tuple[int, int] | None:
         side = math.isqrt(patches)
         return (side, side) if side * side == patches else None
     with torch.device("meta"):
-        grid = getattr(getattr(identify(checkpoint).create(), "patch_embed", None), "grid_size", None)
-    return None if grid is None else tuple(grid)
+        return grid_of_model(identify(checkpoint).create())
 
 
 def dense_program(state_dict: dict[str, Tensor]) -> tuple[str, str] | None:

@@ -23,7 +23,8 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from datasets import DataError, Sources, as_broken_image, decode_image, some_of
+from arguments import some_of
+from datasets import DataError, Sources, as_broken_image, decode_image
 
 WDS_IMAGES = tuple(ending.removeprefix(".") for ending in IMG_EXTENSIONS)
 

@@ -8,7 +8,6 @@ after torch so that both share one OpenMP runtime, and uses `torch.get_num_threa
 import ctypes
 import functools
 import importlib.machinery
-import math
 import os
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_ssm.ops.backend import argument_of_dtype
+from mamba_ssm.ops.reference import collapsed_groups, common_groups, expanded_groups, matrix_groups
 
 ISA_VARIABLE = "MAMBA_SSM_CPU_ISA"
 ISAS = ("avx512", "avx2", "portable")
@@ -206,24 +206,6 @@ def _matrix_like(rows: Tensor, matrix: Tensor) -> Tensor:
     return grad.reshape(matrix.shape).to(matrix.dtype)
 
 
-def _expanded_groups(rows: Tensor, groups: int) -> Tensor:
-    """Rows (B, G', L, N) for `groups` groups, where B and C come in different ones."""
-    if rows.dim() == 2 or rows.shape[1] == groups:
-        return rows
-    return rows.repeat_interleave(groups // rows.shape[1], dim=1)
-
-
-def _collapsed_groups(rows: Tensor, groups: int) -> Tensor:
-    """The gradient of `_expanded_groups`."""
-    if rows.dim() == 2 or rows.shape[1] == groups:
-        return rows
-    return rows.unflatten(1, (groups, -1)).sum(2)
-
-
-def _matrix_groups(matrix: Tensor) -> int:
-    return matrix.shape[1] if matrix.dim() == 4 else 1
-
-
 class _ScanCall:
     """The tensors of one call as the kernels read them, kept alive with the argument block that points at them."""
 
@@ -231,9 +213,9 @@ class _ScanCall:
         dtypes = {t.dtype for t in (u, delta, z) if t is not None}
         dtype = u.dtype if len(dtypes) == 1 else torch.float32
         self.u, self.delta, self.z = (None if t is None else t.detach().to(dtype) for t in (u, delta, z))
-        self.groups = math.lcm(_matrix_groups(B), _matrix_groups(C))
+        self.groups = common_groups(B, C)
         self.A, self.D, self.bias = _plain(A), _plain(D), _plain(delta_bias)
-        self.B, self.C = (_expanded_groups(_matrix_rows(m), self.groups) for m in (B, C))
+        self.B, self.C = (expanded_groups(_matrix_rows(m), self.groups) for m in (B, C))
         batch, channels, length = u.shape
         self.arguments = _ScanArguments(
             batch=batch, length=length, channels=channels, states=A.shape[1], groups=self.groups,
@@ -275,7 +257,7 @@ def selective_scan_backward(dout, dlast_state, u, delta, A, B, C, D, z, delta_bi
     for name, tensor in {"dA": dA, "dB": dB, "dC": dC, "dD": dD, "ddelta_bias": dbias}.items():
         setattr(arguments, name, _pointer(tensor))
     _call("selective_scan_backward", arguments)
-    dB, dC = (_matrix_like(_collapsed_groups(d, _matrix_groups(m)), m) for d, m in ((dB, B), (dC, C)))
+    dB, dC = (_matrix_like(collapsed_groups(d, matrix_groups(m)), m) for d, m in ((dB, B), (dC, C)))
     return tuple(
         None if grad is None else grad.to(t.dtype)
         for grad, t in zip((du, ddelta, dA, dB, dC, dD, dz, dbias), (u, delta, A, B, C, D, z, delta_bias))

@@ -4,6 +4,7 @@ Symbols, after Gu & Dao, Mamba (arXiv 2312.00752): B batch, L tokens, D channels
 of channels that share B and C, R rank of the time-step projection, W convolution width, E model width.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,30 @@ RECURRENCES = {"loop": recurrence_loop, "prefix": recurrence_prefix}
 # ---- selective scan ----------------------------------------------------------------------------------------
 
 
+def matrix_groups(matrix: Tensor) -> int:
+    """Of B or C: (D, N), (B, N, L) or (B, G, N, L)."""
+    return matrix.shape[1] if matrix.dim() == 4 else 1
+
+
+def common_groups(B: Tensor, C: Tensor) -> int:
+    """The fewest groups in which channels share both B and C."""
+    return math.lcm(matrix_groups(B), matrix_groups(C))
+
+
+def expanded_groups(matrix: Tensor, groups: int) -> Tensor:
+    """(B, G, ...) for more groups, a multiple of G; what is constant (D, N) as it is."""
+    if matrix.dim() == 2 or matrix.shape[1] == groups:
+        return matrix
+    return matrix.repeat_interleave(groups // matrix.shape[1], dim=1)
+
+
+def collapsed_groups(gradient: Tensor, groups: int) -> Tensor:
+    """The gradient of `expanded_groups`."""
+    if gradient.dim() == 2 or gradient.shape[1] == groups:
+        return gradient
+    return gradient.unflatten(1, (groups, -1)).sum(2)
+
+
 def _per_token(matrix: Tensor, channels: int, length: int, is_complex: bool) -> Tensor:
     """B or C in any public form, as a tensor that broadcasts to (L, B, D, N).
 
@@ -69,16 +94,14 @@ def _per_token(matrix: Tensor, channels: int, length: int, is_complex: bool) -> 
     if is_complex:
         matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))  # torch has no complex bfloat16
         matrix = torch.complex(*matrix.unflatten(-1, (length, 2)).unbind(-1))
-    matrix = matrix.repeat_interleave(channels // matrix.shape[1], dim=1)  # (B, D, N, L)
-    return matrix.permute(3, 0, 1, 2)
+    return expanded_groups(matrix, channels).permute(3, 0, 1, 2)  # of (B, D, N, L)
 
 
 def _per_token_gradient(grad: Tensor, matrix: Tensor, is_complex: bool) -> Tensor:
     """The adjoint of `_per_token`: (L, B, D, N) summed back to the form of `matrix`."""
     if matrix.dim() == 2:
         return grad.sum((0, 1)).to(matrix.dtype)
-    groups = 1 if matrix.dim() == 3 else matrix.shape[1]
-    grad = grad.permute(1, 2, 3, 0).unflatten(1, (groups, -1)).sum(2)  # (B, G, N, L)
+    grad = collapsed_groups(grad.permute(1, 2, 3, 0), matrix_groups(matrix))  # (B, G, N, L)
     if is_complex:
         grad = torch.view_as_real(grad.contiguous()).flatten(-2)
     return grad.reshape(matrix.shape).to(matrix.dtype)

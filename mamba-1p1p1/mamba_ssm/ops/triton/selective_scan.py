@@ -17,7 +17,6 @@ backward direction reads token L-1-i at position i, so nothing is ever flipped.
   adds to a zero state, a second one chains the segments, the third is the ordinary kernel.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mamba_ssm.ops.reference import collapsed_groups, common_groups, expanded_groups, matrix_groups
 from mamba_ssm.ops.triton.common import (
     LN_2,
     LOG2_E,
@@ -1231,30 +1231,23 @@ def _float32(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
 
 
-def _groups(matrix: Tensor) -> int:
-    """Of a public form of B or C: (D, N), (B, N, L) or (B, G, N, L)."""
-    return matrix.shape[1] if matrix.dim() == 4 else 1
-
-
 def _with_direction(matrix: Tensor, groups: int) -> Tensor:
     """A public form of B or C with the axes that `ScanInputs` wants; several groups as those of both, `groups`."""
     if matrix.dim() == 3:
         matrix = matrix.unsqueeze(1)  # (B, 1, N, L)
-    elif 1 < _groups(matrix) < groups:
-        matrix = matrix.repeat_interleave(groups // _groups(matrix), dim=1)
+    elif matrix_groups(matrix) > 1:  # one is read for all groups as it is
+        matrix = expanded_groups(matrix, groups)
     return matrix.unsqueeze(0)
 
 
 def _of_groups(gradient: Tensor, matrix: Tensor) -> Tensor:
     """What the kernel found for (1, B, groups, N, L), or (1, D, N), as the gradient of B or C in its public form."""
-    gradient = gradient[0]
-    if matrix.dim() > 2:
-        gradient = gradient.unflatten(1, (_groups(matrix), -1)).sum(2)
+    gradient = collapsed_groups(gradient[0], matrix_groups(matrix))
     return own_memory(gradient.reshape(matrix.shape), matrix.dtype)
 
 
 def _inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> ScanInputs:
-    groups = math.lcm(_groups(B), _groups(C))
+    groups = common_groups(B, C)
     return ScanInputs(
         u.unsqueeze(0), delta.unsqueeze(0), None if z is None else z.unsqueeze(0), _with_direction(B, groups),
         _with_direction(C, groups), (_float32(A),) * 2, (_float32(D),) * 2, (None, None), (_float32(delta_bias),) * 2,
