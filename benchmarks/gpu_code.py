@@ -1,7 +1,7 @@
 """Machine code of the GPU kernels, without a GPU: registers, spills, instructions per state update.
 
     python benchmarks/gpu_code.py                      print the table
-    python benchmarks/gpu_code.py --output FOLDER      and write gpu_code.json and gpu_code.md there
+    python benchmarks/gpu_code.py --out FOLDER         and write gpu_code.json and gpu_code.md there
 
 The launchers run on tensors without memory ("meta"); every launch is compiled for the target, never started, so
 what is examined is exactly what a GPU would get. A state update is one token, channel, state and direction. For
@@ -136,7 +136,7 @@ def cuda_launches(
 
     Arguments are checked against the kernels' parameters. Few multiprocessors have many sequences each.
     """
-    launched, kept = [], (cuda_runtime.load, cuda_mixer._multiprocessors)
+    launched, kept = [], (cuda_runtime.load, cuda_mixer._device)
 
     def load(file, name, defines=()):
         launched.append((file, name, defines))
@@ -144,13 +144,13 @@ def cuda_launches(
         arguments = cuda_runtime.Arguments(name, formats)
         return lambda grid, block, shared, *args: arguments.pack(args)
 
-    cuda_runtime.load, cuda_mixer._multiprocessors = load, lambda: multiprocessors
+    cuda_runtime.load, cuda_mixer._device = load, lambda: cuda_mixer.Device(multiprocessors)
     try:
         xz, parameters = mixer_arguments(embed_dim, dtype)
         y, saved = cuda_mixer.bimamba_forward(xz, parameters, parameters, 0.5, True)
         cuda_mixer.bimamba_backward(y, xz, parameters, parameters, 0.5, saved)
     finally:
-        cuda_runtime.load, cuda_mixer._multiprocessors = kept
+        cuda_runtime.load, cuda_mixer._device = kept
     return list(dict.fromkeys(launched))
 
 
@@ -217,7 +217,7 @@ def forward_counts(code, size: str) -> dict:
     """Instructions per state update of the recurrence's loop, and of everything a tile of tokens takes."""
     tile = max(loops(code), key=_size)
     *staging, group = tile.inner
-    lane_states = 2 * STATES  # two channels a thread
+    lane_states = 2 * STATES  # two channels per thread
     groups = selective_scan.TILE // selective_scan.GROUP
     trips = (*(_pieces(selective_scan.FORWARD_BLOCK, size) for _ in staging), (groups, ()))
     return {
@@ -265,7 +265,7 @@ def examine_cuda(arch: str, size: str) -> dict:
         cubin, macros = cuda_runtime.compile_cubin(cuda_runtime.read_source(file), defines, arch), dict(defines)
         code = disassemble(cubin, name)
         row = resources(cubin, name) | {"instructions": len(code)}
-        if file == "scan.cu":
+        if file.startswith("scan_"):
             updates = cuda_mixer.TILE * macros["CH"] * 4  # of a thread: tokens, channels, states
             row["per_state_update"] = {"all": round(_size(max(loops(code), key=_size)) / updates, 2)}
         again = " for backward" if name == "scan_forward" and macros["FOR_BACKWARD"] else ""
@@ -320,19 +320,19 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--output", type=Path, help="folder for gpu_code.json and gpu_code.md")
+    parser.add_argument("--out", type=Path, help="folder for gpu_code.json and gpu_code.md")
     args = parser.parse_args(argv)
     results = {target: {size: examine(target, size) for size in args.sizes} for target in args.targets}
     text = table(results)
     print(text)
-    if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
         record = {"triton": triton.__version__, "results": results}
-        (args.output / "gpu_code.json").write_text(json.dumps(record, indent=1) + "\n")
+        (args.out / "gpu_code.json").write_text(json.dumps(record, indent=1) + "\n")
         nvrtc = ".".join(map(str, cuda_runtime.nvrtc_version()))
         header = f"# Machine code of the GPU kernels\n\nTriton {triton.__version__}, NVRTC {nvrtc}, bf16, N 16, L 197, "
         header += "compiled without a GPU by `python benchmarks/gpu_code.py`. Speeds: `vim_vs_deit_cuda.md`.\n\n"
-        (args.output / "gpu_code.md").write_text(header + text + "\n")
+        (args.out / "gpu_code.md").write_text(header + text + "\n")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 KERNEL_PACKAGES = ("causal_conv1d", "mamba-1p1p1")
 KERNEL_FILES = {".py", ".toml", ".c", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".so", ".dylib"}
+# What the environment sets of the kernels begins with one of these.
+SWITCHES = ("MAMBA_SSM_", "CAUSAL_CONV1D_", "TRITON_INTERPRET")
 VERDICTS = ROOT / "output" / "kernel-tests-green.json"
 
 HelpFormatter = argparse.RawDescriptionHelpFormatter
@@ -181,6 +183,11 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def chip(device: torch.device) -> str:
+    """The name of the GPU, or of the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+
+
 def backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """Which implementation of each kernel package serves tensors of this device and dtype."""
     import causal_conv1d.backend
@@ -200,11 +207,10 @@ def environment(device: torch.device, precision: str) -> dict[str, object]:
     import timm
 
     dtype = getattr(torch, re.match(r"[a-z]+[0-9]+", precision).group())
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "device": f"{device.type}: {name}",
+        "device": f"{device.type}: {chip(device)}",
         "threads": torch.get_num_threads(),
         "precision": precision,
         "tf32": torch.get_float32_matmul_precision() != "highest",
@@ -223,8 +229,8 @@ def environment(device: torch.device, precision: str) -> dict[str, object]:
 def kernel_digest(device: torch.device) -> str:
     """A digest of all that the kernels' tests depend on: both packages' files, torch, the machine, the switches."""
     digest = hashlib.sha256()
-    switches = {name: value for name, value in os.environ.items() if name.endswith("_BACKEND")}
-    digest.update(repr((torch.__version__, processor(), device.type, sorted(switches.items()))).encode())
+    switches = sorted((name, value) for name, value in os.environ.items() if name.startswith(SWITCHES))
+    digest.update(repr((torch.__version__, processor(), device.type, chip(device), switches)).encode())
     for folder in KERNEL_PACKAGES:
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in KERNEL_FILES:

@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--seconds", default=50.0, type=float, help="for the pairs of steps")
     parser.add_argument("--out", default=ROOT / "benchmarks" / "results", type=Path, help="where the results go")
     args = parser.parse_args()
+    harness.require_green_tests(DEVICE)
     run, data = make_run()
     found = {
         "environment": harness.environment(DEVICE, "float32"),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-import dense_backbones as dense
+import dense_backbones
 import harness
 import ops
 import published
@@ -54,14 +54,14 @@ PLANS = {
 }
 
 DENSE_PLANS = {
-    ("cpu", "full"): cases_of("infer", "tiny", (512, 1024, 1280), {}),
-    ("cpu", "quick"): cases_of("infer", "tiny", (512,), {}),
+    ("cpu", "full"): cases_of("infer", dense_backbones.SIZE, dense_backbones.PX, {}),
+    ("cpu", "quick"): cases_of("infer", dense_backbones.SIZE, dense_backbones.PX[:1], {}),
     ("cuda", "full"): [
-        Case(mode, "tiny", px, batch)
+        Case(mode, dense_backbones.SIZE, px, batch)
         for mode in ("infer", "backward")
-        for px, batch in ((512, 32), (1024, 16), (1280, 8))
+        for px, batch in zip(dense_backbones.PX, (32, 16, 8))
     ],
-    ("cuda", "quick"): [Case("infer", "tiny", 512, 32)],
+    ("cuda", "quick"): [Case("infer", dense_backbones.SIZE, dense_backbones.PX[0], 32)],
 }
 
 
@@ -107,7 +107,7 @@ def main() -> None:
     ops.run(device, dtype, settings.seconds, out, args.quick, args.launch)
     plan = device.type, "quick" if args.quick else "full"
     vim_vs_deit.run(PLANS[plan], settings, out)
-    dense.run(DENSE_PLANS[plan], settings, out)
+    dense_backbones.run(DENSE_PLANS[plan], settings, out)
     failed = gpu_only(out, args.quick, args.launch) if device.type == "cuda" else []
     print("\n" + targets.write(out))
     if failed:

@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=harness.RESULTS)
     args = parser.parse_args()
     device = torch.device(args.device)
+    harness.require_green_tests(device)
     sizes = args.model, args.px, args.batch, args.steps
     verdict = run(*sizes, device, args.out.resolve(), args.launch)["verdict"]
     if not (verdict["finite"] and verdict["falls"] and verdict["as_float32"]):

@@ -7,7 +7,7 @@ Python calls it); one that cannot be captured is timed eagerly, and its record s
 
     python benchmarks/vim_vs_deit.py                                     the CPU's table
     python benchmarks/vim_vs_deit.py --px 224 512 --size tiny --modes infer
-    python benchmarks/vim_vs_deit.py --device cuda --precision bfloat16 --batch 224:128 1248:32 \
+    python benchmarks/vim_vs_deit.py --device cuda --precision bfloat16 --batch 224:128 1248:32 \\
         --attention eager flash cudnn efficient
 """
 
@@ -230,12 +230,12 @@ class Case:
 
 
 def cases_of(mode: str, size: str, resolutions: Sequence[int], batch: Mapping[int, int]) -> list[Case]:
-    """One case a resolution; batch 1 where `batch` names none."""
+    """One case for each resolution; batch 1 where `batch` names none."""
     return [Case(mode, size, px, batch.get(px, 1)) for px in resolutions]
 
 
 def run(cases: Sequence[Case], settings: Settings, out: Path) -> dict[str, object]:
-    """Measure cases and write vim_vs_deit_DEVICE.json, .md and one .png a size. The gate is the caller's."""
+    """Measure cases and write vim_vs_deit_DEVICE.json, .md and one .png per size. The gate is the caller's."""
     groups = [rivals(case.size, case.px, case.batch, case.mode, settings) for case in cases]
     peaks = peaks_beforehand(groups, settings)
     records = []

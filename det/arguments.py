@@ -9,7 +9,6 @@ import argparse
 
 from arguments import (
     COMMON_FLAGS,
-    ConfigError,
     Program,
     fraction,
     image_size,
@@ -21,6 +20,7 @@ from arguments import (
 )
 from det.model import DETECTORS, DetectorSettings
 from det.pyramid import SCALES
+from errors import ConfigError
 
 PADS = ("square", "batch")
 
@@ -47,7 +47,13 @@ def add_view_flags(parser) -> None:
         metavar="FACTOR",
         help="large-scale jitter: training images are scaled by so much of fitting --input-size, then cut to it",
     )
-    add("--flip-prob", default=0.5, type=fraction, metavar="P", help="of mirroring a training image")
+    add(
+        "--flip-prob",
+        default=None,
+        type=fraction,
+        metavar="P",
+        help="of mirroring a training image; default: 0.5, and 0 for generated scenes, whose digits must not be",
+    )
     add(
         "--pad",
         default="square",
@@ -74,7 +80,7 @@ def add_detector_flags(parser) -> None:
         type=float,
         nargs="+",
         metavar="PIXELS",
-        help="sides of the boxes that proposals start from, one a level, the last level's too",
+        help="sides of the boxes that proposals start from, one per level, the last level's too",
     )
     add("--rpn-convs", default=default.rpn_convs, type=positive_int, help="convolutions of the proposal network")
     add("--box-convs", default=default.box_convs, type=natural_int, help="convolutions of a box head")
@@ -104,6 +110,11 @@ def settings_of(args: argparse.Namespace) -> DetectorSettings:
         raise ConfigError(str(error)) from None
 
 
+def resolve(args: argparse.Namespace) -> None:
+    if args.flip_prob is None:
+        args.flip_prob = 0.5 if args.data_path else 0.0
+
+
 def check(args: argparse.Namespace) -> None:
     require_weights(args)
     low, high = args.scale_range
@@ -111,17 +122,20 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--scale-range {low:g} {high:g}: expected two factors above 0, the smaller one first")
     if args.compile:
         raise ConfigError("--compile: a detector's boxes change in number at every step; leave it out")
-    if not args.data_path and not args.flip_prob == 0:
-        raise ConfigError(f"--flip-prob {args.flip_prob:g}: a mirrored digit is none; generated scenes need 0")
+    if args.flip_prob and not args.data_path:
+        raise ConfigError(
+            f"--flip-prob {args.flip_prob:g}: the digits of generated scenes must not be mirrored; leave it out or "
+            "give 0, or --data-path DIR for other images"
+        )
     settings_of(args)
 
 
 PROGRAM = Program(
-    prog="train.py",
+    prog="det/train.py",
     description="Train and evaluate Cascade Mask R-CNN or Mask R-CNN on a Vim, or on any plain timm backbone.",
     epilog="--data-path takes COCO's folder. Without it, scenes are composed from scikit-learn's digits.",
     groups=(*COMMON_FLAGS, add_scene_flags, add_view_flags, add_detector_flags),
-    resolve=lambda args: None,
+    resolve=resolve,
     check=check,
     defaults={
         "model": "vim_tiny_patch16_224",

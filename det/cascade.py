@@ -18,13 +18,13 @@ from torchvision.ops.poolers import initLevelMapper
 
 
 class PyramidRoIAlign(MultiScaleRoIAlign):
-    """torchvision's pooling with the levels' strides said, not guessed.
+    """torchvision's pooling with the levels' strides given, not inferred.
 
     torchvision infers them once, from the first batch's feature maps and image sizes *before* padding. A small
     image in a large padded square would make every later box be read at the wrong place.
 
     Args:
-        names, strides: of the pyramid's levels, finest first. output_size: pixels of a pooled box, a side.
+        names, strides: of the pyramid's levels, finest first. output_size: side of a pooled box, in cells.
         canonical_side: a box of this side is read from the level of stride 16 (Lin et al., arXiv 1612.03144).
     """
 

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from arguments import size_of
 from augment import counter_randomness
-from datasets import BrokenImage, DataBundle, DataError, ImageDataset
+from datasets import DataBundle, ImageDataset
 from det.coco import CocoSource, coco_categories, coco_source
 from det.digits import scene_source
 from det.views import large_scale_jitter, pixels, targets, whole
+from errors import BrokenImage, DataError
 from samplers import SampleKey
 
 Item = tuple[Tensor, dict]
@@ -103,6 +104,5 @@ def scene_halves(args) -> tuple[CocoSource | None, CocoSource]:
 
 def describe(source: CocoSource) -> str:
     objects = sum(len(source.instances(i)) for i in range(len(source.labels)))
-    remarks = f"; {source.remarks}" if source.remarks else ""
-    classes = len(source.category_ids)
-    return f"{source.title}: {len(source.labels):,} images, {objects:,} objects of {classes} classes{remarks}"
+    counts = f"{len(source.labels):,} images, {objects:,} objects of {len(source.category_ids)} classes"
+    return "; ".join(filter(None, [f"{source.title}: {counts}", source.remarks]))

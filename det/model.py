@@ -38,7 +38,7 @@ class DetectorSettings:
     detector: str = "cascade"
     pyramid_channels: int = 256
     pyramid_scales: tuple[float, ...] = SCALES
-    anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)  # one a level, the pooled last one included
+    anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)  # one per level, the pooled last one included
     rpn_convs: int = 2
     box_convs: int = 4
     box_width: int = 1024  # of the fully connected layer
@@ -56,7 +56,7 @@ class DetectorSettings:
         if len(self.anchor_sizes) != levels:
             raise ValueError(
                 f"{len(self.anchor_sizes)} anchor sizes for {levels} levels ({len(self.pyramid_scales)} pyramid "
-                "scales and one more): give one size a level"
+                "scales and one more): give one size per level"
             )
 
 
@@ -92,7 +92,7 @@ class Detector(DenseModel):
         inside the box: `in_original` brings both to the size of the file.
         """
         if self.training and targets is None:
-            raise ValueError("a detector in training needs targets")
+            raise ValueError("a detector in training needs targets: pass them, or call model.eval()")
         padded, sizes = self.pad(images), [tuple(image.shape[-2:]) for image in images]
         features = self.pyramid(self.backbone(padded)[-1])
         features = {name: level.float() for name, level in features.items()}
@@ -134,12 +134,12 @@ def build_roi_heads(settings: DetectorSettings, pyramid: SimpleFeaturePyramid, n
     """Three stages, or torchvision's one. `num_classes` counts the background."""
     masks = mask_branch(settings, pyramid, num_classes)
     if settings.detector == "mask":
-        return build_stage(settings, pyramid, num_classes, FastRCNNPredictor, 0.5, CASCADE_WEIGHTS[0], *masks)
+        return build_stage(settings, pyramid, num_classes, FastRCNNPredictor, 0.5, CASCADE_WEIGHTS[0], masks)
     stages = [
         build_stage(settings, pyramid, num_classes, AgnosticPredictor, overlap, weights)
         for overlap, weights in zip(CASCADE_OVERLAPS, CASCADE_WEIGHTS)
     ]
-    return CascadeRoIHeads(stages, *masks)
+    return CascadeRoIHeads(stages, **masks)
 
 
 def build_stage(
@@ -149,8 +149,9 @@ def build_stage(
     predictor: Callable[[int, int], nn.Module],
     overlap: float,
     weights: tuple[float, ...],
-    *masks: nn.Module,
+    masks: dict[str, nn.Module] | None = None,
 ) -> RoIHeads:
+    """A stage; `masks` are its `mask_branch`, if it has one."""
     channels = settings.pyramid_channels
     return RoIHeads(
         PyramidRoIAlign(pyramid.names, pyramid.strides, 7, settings.roi_side),
@@ -164,18 +165,18 @@ def build_stage(
         score_thresh=settings.score_threshold,
         nms_thresh=0.5,
         detections_per_img=100,
-        **dict(zip(("mask_roi_pool", "mask_head", "mask_predictor"), masks)),
+        **(masks or {}),
     )
 
 
-def mask_branch(settings: DetectorSettings, pyramid: SimpleFeaturePyramid, num_classes: int) -> tuple[nn.Module, ...]:
-    """Pooling, convolutions and predictor of one 28 x 28 mask a class."""
+def mask_branch(settings: DetectorSettings, pyramid: SimpleFeaturePyramid, num_classes: int) -> dict[str, nn.Module]:
+    """Pooling, convolutions and predictor of one 28 x 28 mask per class, called as `RoIHeads` calls them."""
     channels = settings.pyramid_channels
-    return (
-        PyramidRoIAlign(pyramid.names, pyramid.strides, 14, settings.roi_side),
-        MaskRCNNHeads(channels, [channels] * settings.mask_convs, 1, LayerNorm2d),
-        MaskRCNNPredictor(channels, channels, num_classes),
-    )
+    return {
+        "mask_roi_pool": PyramidRoIAlign(pyramid.names, pyramid.strides, 14, settings.roi_side),
+        "mask_head": MaskRCNNHeads(channels, [channels] * settings.mask_convs, 1, LayerNorm2d),
+        "mask_predictor": MaskRCNNPredictor(channels, channels, num_classes),
+    }
 
 
 def in_original(detection: dict[str, Tensor], size: tuple[int, int], original: tuple[int, int]) -> dict[str, Tensor]:

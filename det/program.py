@@ -1,45 +1,18 @@
-"""The program of `det/train.py`: a detector's task on the loop, checkpoints and flags of `vim/`."""
+"""The order of things in `det/train.py`: data, model, then evaluation or training."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-
 import distributed
-from build import as_config_error, assemble
-from datasets import DataBundle
+from build import assemble
 from dense import build_backbone, load_backbone, load_dense
 from det.arguments import parse, settings_of
-from det.data import build_datasets, collate
-from det.drawing import save_pictures
-from det.evaluation import DetectionResult, evaluate
+from det.data import build_datasets
 from det.model import Detector
+from det.task import Detection
 from distributed import World, together
-from engine import Run
+from errors import ConfigError, as_config_error
 from main import evaluate_saved, run_program, say_own_data, train
 from report import RunLog
-
-
-class Detection:
-    """Batches (images, targets), both lists; see `task.Task`."""
-
-    score_name, score_column = "box AP", "box_AP"
-    collate = staticmethod(collate)
-
-    def loss(self, run: Run, batch, micro: int) -> torch.Tensor:
-        """The sum of all stages' losses."""
-        device = run.world.device
-        images = [image.to(device, non_blocking=True) for image in batch[0]]
-        targets = [{name: value.to(device, non_blocking=True) for name, value in t.items()} for t in batch[1]]
-        return sum(run.net(images, targets).values())
-
-    def evaluate(self, model: nn.Module, loader, args, world: World) -> DetectionResult:
-        return evaluate(model, loader, args, world)
-
-    def pictures(self, log: RunLog, result: DetectionResult, data: DataBundle) -> None:
-        """`detections.png`: what was found in the first held-out images, and the truth."""
-        if log.dir:
-            save_pictures(result.shown, data.val.source, log.dir / "detections.png")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,6 +30,7 @@ def execute(args, world: World) -> int:
         data = build_datasets(args)
         log.say(data.description)
         model = build_detector(args, data.num_classes, log.say).to(world.device)
+        check_deterministic(args, world, model)
     if args.eval:
         return evaluate_saved(args, world, model, task, data, log, load=load_dense)
     return train(assemble(args, world, model, data, task), data, log)
@@ -70,3 +44,13 @@ def build_detector(args, num_classes: int, say) -> Detector:
     if args.finetune and not args.eval:
         load_backbone(args, backbone, say)
     return detector
+
+
+def check_deterministic(args, world: World, model: Detector) -> None:
+    """torch would end the first step: resampling has no deterministic gradient on a GPU. RoI pooling has one."""
+    resampled = args.pad == "batch" and getattr(model.backbone.model, "pos_embed", None) is not None
+    if args.deterministic and world.device.type == "cuda" and resampled and not args.eval:
+        raise ConfigError(
+            "--deterministic --pad batch: position embeddings resampled to each batch cannot be trained so on a GPU; "
+            "take --pad square"
+        )

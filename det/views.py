@@ -92,9 +92,9 @@ def pixels(image: Image.Image) -> Tensor:
 
 
 def targets(view: View, instances: list[Instance]) -> dict[str, Tensor]:
-    """What of the objects a view shows: `boxes` (N, 4) float32, `labels` (N,) int64, `masks` (N, h, w) uint8.
+    """The objects that are visible in a view: `boxes` (N, 4) float32, `labels` (N,) int64, `masks` (N, h, w) uint8.
 
-    Boxes are drawn around what is left of the masks, and objects of which nothing is left are not there.
+    Boxes are recomputed from the remaining masks; objects that are cut away entirely are dropped.
     """
     shapes = [view.shape(instance.segmentation) for instance in instances]
     shown = [i for i, shape in enumerate(shapes) if rle.area(shape) > 0]

@@ -1,7 +1,7 @@
 """Labelled images for segmentation: ADE20K, folders of images and label PNGs, generated scenes.
 
 A source reads an image and its label; both are checked when they are read, and what can be known before the first
-step is found by `build_data`. No image is left out: what is wrong ends in one `DataError` line.
+step is found by `build_datasets`. No image is left out: what is wrong ends in one `DataError` line.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from arguments import ConfigError, size_of
+from arguments import size_of
 from augment import counter_randomness
-from datasets import BrokenImage, DataBundle, DataError, read_image
+from datasets import DataBundle, read_image, walk
+from errors import BrokenImage, ConfigError, DataError, one_line
 from samplers import SampleKey
 from scenes import CLASS_NAMES, Scenes
 from seg.views import IGNORED, ViewSettings, normalised, training_view
@@ -50,7 +51,7 @@ class FolderSource:
     """Images below one folder, and for each a label PNG of the same name below another.
 
     Args:
-        num_classes: labels at or above it are an error, but for `IGNORED`.
+        num_classes: labels at or above it are an error, except `IGNORED`.
         reduce_zero_label: 0 is ignored and every other value counts from 1, as in ADE20K.
 
     `without_image` lists the label files that belong to no image.
@@ -132,7 +133,7 @@ def read_label(path: Path) -> np.ndarray:
             stored = image.tile[0][3] if image.tile else ""  # gone once it is loaded
             image.load()
     except Exception as error:  # decoders raise what they like
-        raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}; write it again") from error
+        raise DataError(f"{path} cannot be read: {one_line(error)}; write it again") from error
     values = np.asarray(image)
     if values.ndim != 2:
         raise DataError(f"{path} is a colour picture ({image.mode}): a label is a grey or palette PNG of class numbers")
@@ -143,7 +144,7 @@ def files_below(folder: Path, endings: tuple[str, ...]) -> list[str]:
     """Files below `folder` that end so, in capitals or not, relative to it, sorted."""
     return sorted(
         os.path.relpath(os.path.join(directory, file), folder)
-        for directory, _, files in os.walk(folder, followlinks=True)
+        for directory, files in walk(folder)
         for file in files
         if file.lower().endswith(endings)
     )
@@ -213,12 +214,12 @@ class Layout:
     remark: str = ""
 
 
-def build_data(args) -> DataBundle:
+def build_datasets(args) -> DataBundle:
     """The data of `args.data_set`, checked. With `args.eval` the training images are not needed.
 
     Raises DataError, one line that names the path.
     """
-    layout = {"ADE20K": ade20k, "FOLDER": folder, "SCENES": scenes}[args.data_set](args)
+    layout = LAYOUTS[args.data_set](args)
     view = None if args.data_set == "SCENES" else view_settings(args)
     train = None if layout.train is None else SegmentationDataset(layout.train, view, args.seed)
     counts = "" if train is None else f"{len(train):,} train images and "
@@ -254,12 +255,12 @@ def data_folder(args) -> Path:
     return root
 
 
-def ade20k(args) -> Layout:
-    """ADEChallengeData2016 as it unpacks: 150 classes, 0 is none of them."""
+def ade20k_layout(args) -> Layout:
+    """ADEChallengeData2016 as it unpacks: 150 classes; label 0 means no class."""
     root = data_folder(args)
     names = ade20k_names(root / "objectInfo150.txt", args.num_classes or 150)
     reduce_zero = True if args.reduce_zero_label is None else args.reduce_zero_label
-    return folders(args, root, names, reduce_zero)
+    return layout_of(args, root, names, reduce_zero)
 
 
 def ade20k_names(path: Path, count: int) -> list[str]:
@@ -269,8 +270,8 @@ def ade20k_names(path: Path, count: int) -> list[str]:
     return names if len(names) == count else [f"class {i + 1}" for i in range(count)]
 
 
-def folder(args) -> Layout:
-    """images/{train,val} and annotations/{train,val}; names in classes.txt, one a line, or --num-classes."""
+def folder_layout(args) -> Layout:
+    """images/{train,val} and annotations/{train,val}; names in classes.txt, one per line, or --num-classes."""
     root = data_folder(args)
     listed = root / "classes.txt"
     names = names_in(listed) if listed.is_file() else []
@@ -278,9 +279,9 @@ def folder(args) -> Layout:
         raise DataError(f"--num-classes {args.num_classes}: {listed} names {len(names)} classes; drop one of them")
     if not names and not args.num_classes:
         state = "names no class" if listed.is_file() else "does not exist"
-        raise DataError(f"{listed} {state}: write the classes' names there, one a line, or give --num-classes")
+        raise DataError(f"{listed} {state}: write the classes' names there, one per line, or give --num-classes")
     names = names or [f"class {i}" for i in range(args.num_classes)]
-    return folders(args, root, names, bool(args.reduce_zero_label))
+    return layout_of(args, root, names, bool(args.reduce_zero_label))
 
 
 def names_in(path: Path) -> list[str]:
@@ -288,22 +289,23 @@ def names_in(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except ValueError as error:
-        raise DataError(f"{path} is no UTF-8 text ({error}); save it as such") from error
+        raise DataError(f"{path} is not UTF-8 text ({error}); save it as such") from error
     return [line.strip() for line in lines if line.strip()]
 
 
-def folders(args, root: Path, names: list[str], reduce_zero: bool) -> Layout:
+def layout_of(args, root: Path, names: list[str], reduce_zero: bool) -> Layout:
+    """Classes `names` in images/ and annotations/ below `root`; the labels are checked as they are read."""
     most = MOST_CLASSES - int(reduce_zero)  # the file's 0 is taken as well
     if len(names) > most:
         raise DataError(f"{root}: {len(names)} classes; labels have 8 bits and {IGNORED} is ignored, so {most} at most")
-    sources = {
-        split: FolderSource(root / "images" / name, root / "annotations" / name, len(names), reduce_zero)
-        for split in (("val",) if args.eval else ("train", "val"))
-        for name in [split_folder(root / "images", split)]
-    }
+    sources: dict[str, FolderSource] = {}
     remarks = ["label 0 is ignored, the others count from 1"] if reduce_zero else []
-    remarks += [f"{len(extra):,} labels in {source.labels} have no image, the first is {extra[0]}"
-                for source in sources.values() if (extra := source.without_image)]  # fmt: skip
+    for split in ("val",) if args.eval else ("train", "val"):
+        name = split_folder(root / "images", split)
+        source = FolderSource(root / "images" / name, root / "annotations" / name, len(names), reduce_zero)
+        sources[split], extra = source, source.without_image
+        if extra:
+            remarks.append(f"{len(extra):,} labels in {source.labels} have no image, the first is {extra[0]}")
     return Layout(sources.get("train"), sources["val"], names, "".join(f"; {remark}" for remark in remarks))
 
 
@@ -318,7 +320,7 @@ def split_folder(images: Path, split: str) -> str:
     return found
 
 
-def scenes(args) -> Layout:
+def scene_layout(args) -> Layout:
     """Training scenes are taken as they are, whatever the flags of augmentation say: no two are the same."""
     if args.num_classes not in (None, len(SCENE_CLASSES)):
         raise ConfigError(f"--num-classes {args.num_classes}: scenes have {len(SCENE_CLASSES)}; leave it out")
@@ -329,3 +331,6 @@ def scenes(args) -> Layout:
         raise ConfigError(f"--scene-size: {error}") from None
     remark = "; every epoch has new training scenes, and the flags of augmentation mean nothing"
     return Layout(None if args.eval else SceneSource(train), SceneSource(val), SCENE_CLASSES, remark)
+
+
+LAYOUTS = {"ADE20K": ade20k_layout, "FOLDER": folder_layout, "SCENES": scene_layout}

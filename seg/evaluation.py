@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arguments import size_of
-from datasets import DataError
 from dense import resize_maps
 from distributed import World, sum_over_ranks
+from errors import DataError
 from precision import autocast
 from seg.views import IGNORED, fitting
 
@@ -165,7 +165,10 @@ def evaluate(model: nn.Module, loader, args, world: World, num_classes: int) -> 
         totals = sum_over_ranks(totals)
     *_, images_seen = totals.tolist()
     if totals[:-1].sum() == 0:
-        raise DataError(f"not one pixel of {images_seen:,} val images has a label that counts")
+        raise DataError(
+            f"every pixel of {images_seen:,} val images is ignored ({IGNORED}): check the label files, "
+            "--reduce-zero-label and --num-classes"
+        )
     return Segmented(totals[:-1].cpu().view(num_classes, num_classes), images_seen, samples)
 
 

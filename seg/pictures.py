@@ -38,7 +38,7 @@ def overlay(image: np.ndarray, classes: np.ndarray, colours: np.ndarray, bare: l
 
 
 def backgrounds(names: list[str]) -> list[int]:
-    """Classes that are only called so: a colour over them would hide the rest."""
+    """Labels of classes named "background": they stay uncoloured, because colour there would hide the rest."""
     return [label for label, name in enumerate(names) if name == "background"]
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import distributed
-from arguments import ConfigError
-from build import as_config_error, assemble
+from build import assemble
 from dense import Backbone, build_backbone, load_backbone, load_dense
 from distributed import World, together
+from errors import ConfigError, as_config_error
 from main import evaluate_saved, run_program, say_own_data, train
 from report import RunLog
-from seg.data import build_data
-from seg.flags import parse
+from seg.arguments import parse
+from seg.data import build_datasets
 from seg.task import Segmentation
 from seg.upernet import UPerNet, synchronised
 
@@ -28,9 +28,10 @@ def execute(args, world: World) -> int:
     with together():
         log = RunLog(args, world.is_main, (Segmentation.score_name, Segmentation.score_column))
         say_own_data(args, log, "generated scenes of scikit-learn's digits")
-        data = build_data(args)
+        data = build_datasets(args)
         log.say(data.description)
         check_batch(args, world)
+        check_deterministic(args, world)
         model = build_model(args, data.num_classes, log.say)
         if args.finetune and not args.eval:
             load_backbone(args, model.backbone, log.say)
@@ -66,3 +67,12 @@ def check_batch(args, world: World) -> None:
     shared = world.size > 1 and world.device.type == "cuda"
     if args.batch_size == 1 and not shared and not args.eval and args.train_mode:
         raise ConfigError("--batch-size 1: the head's batch norm needs at least 2 images; --accum-steps does not help")
+
+
+def check_deterministic(args, world: World) -> None:
+    """torch would end the first step: neither the loss nor the pooling's gradient is deterministic on a GPU."""
+    if args.deterministic and world.device.type == "cuda" and not args.eval:
+        raise ConfigError(
+            f"--deterministic: torch has no deterministic loss of pixels on {world.device}; leave it out, or take "
+            "--device cpu"
+        )

@@ -125,10 +125,13 @@ class UPerNet(DenseModel):
         scales: tuple[float, ...] = SCALES,
     ):
         super().__init__()
-        if backbone.plain and len(scales) != len(backbone.channels):
-            raise ValueError(f"{len(scales)} scales for {len(backbone.channels)} maps: give one a map")
-        if len(backbone.channels) < 2:
-            raise ValueError("UPerNet needs at least two maps")
+        maps = len(backbone.channels)
+        if backbone.plain and len(scales) != maps:
+            raise ValueError(f"{len(scales)} scales for {maps} maps: give one scale per map")
+        if maps < 2:
+            raise ValueError(
+                f"UPerNet needs at least two maps and the backbone gives {maps}: take one with more blocks or stages"
+            )
         self.backbone = backbone
         widths = backbone.channels
         pairs = zip(widths, scales)

@@ -43,10 +43,11 @@ def training_view(image: Image.Image, label: np.ndarray, settings: ViewSettings)
     What the image does not fill is zero, and ignored in the label.
     """
     size = fitting(image.size[::-1], settings.sides, random.uniform(*settings.ratios))
-    top, left = crop_corner(resized(label, size), settings)
+    label = resized(label, size)
+    top, left = crop_corner(label, settings)
     height, width = (min(side, crop) for side, crop in zip(size, settings.size))
     image = image.resize(size[::-1], Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
-    label = resized(label, size)[top : top + height, left : left + width]
+    label = label[top : top + height, left : left + width]
     if random.random() < settings.flip_prob:
         image, label = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), label[:, ::-1]
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)

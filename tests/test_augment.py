@@ -10,7 +10,6 @@ from PIL import Image, ImageOps
 from torchvision import transforms
 
 import augment
-from arguments import ConfigError
 from augment import (
     MIXUP_STREAM,
     SAMPLE_STREAM,
@@ -22,6 +21,7 @@ from augment import (
     counter_randomness,
     posterize,
 )
+from errors import ConfigError
 from helpers import PLAIN, random_image, run_args
 
 

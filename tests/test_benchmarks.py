@@ -3,6 +3,7 @@
 Nothing here asserts how fast anything is.
 """
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -125,15 +126,56 @@ def test_a_green_verdict_holds_until_a_kernel_file_changes(kernel_package):
     assert runs() == 2
 
 
-def test_a_green_verdict_is_not_that_of_another_backend(kernel_package, monkeypatch):
+@pytest.mark.parametrize(
+    ("switch", "value"),
+    [
+        ("MAMBA_SSM_BACKEND", "reference"),
+        ("MAMBA_SSM_CPU_ISA", "avx2"),
+        ("CAUSAL_CONV1D_CPU_ISA", "avx2"),
+        ("TRITON_INTERPRET", "1"),
+    ],
+)
+def test_a_green_verdict_is_not_that_of_other_switches(switch, value, kernel_package, monkeypatch):
     import harness
 
-    write, runs = kernel_package
-    write("pass")
-    harness.require_green_tests(CPU)
-    monkeypatch.setenv("MAMBA_SSM_BACKEND", "reference")
-    harness.require_green_tests(CPU)
-    assert runs() == 2
+    monkeypatch.delenv(switch, raising=False)
+    before = harness.kernel_digest(CPU)
+    assert before == harness.kernel_digest(CPU)
+    monkeypatch.setenv(switch, value)
+    assert before != harness.kernel_digest(CPU)
+
+
+def test_a_green_verdict_is_not_that_of_another_gpu(kernel_package, monkeypatch):
+    import harness
+
+    names = iter(["one GPU", "one GPU", "another GPU"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: next(names))
+    first, same, other = (harness.kernel_digest(torch.device("cuda")) for _ in range(3))
+    assert first == same != other
+
+
+@pytest.mark.parametrize("name", ["dense_backbones", "ops", "reliability_cost", "run", "stability", "vim_vs_deit"])
+def test_every_figure_of_the_kernels_comes_after_their_tests(name, tmp_path, monkeypatch):
+    import harness
+
+    asked = []
+
+    def red(device):
+        asked.append(device.type)
+        sys.exit("The kernels' tests are red: no figures.")
+
+    monkeypatch.setattr(harness, "require_green_tests", red)
+    device = [] if name == "reliability_cost" else ["--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [name, *device, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no figures"):
+        importlib.import_module(name).main()
+    assert asked == ["cpu"] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["dense_backbones", "vim_vs_deit"])
+def test_a_command_over_two_lines_can_be_pasted_from_the_help(name):
+    text = importlib.import_module(name).__doc__
+    assert " \\\n        --attention " in text and max(map(len, text.splitlines())) <= 120
 
 
 # ---- subjects

@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import arguments
-from arguments import ConfigError as Refused
 from arguments import Switch, build_parser, parse_args, save_arguments
+from errors import ConfigError as Refused
 
 # Flag (with its other spellings, a switch with its negation): default. DeiT's and Vim's, as published; a
 # change here breaks somebody's script.
@@ -374,7 +374,8 @@ def test_a_bad_value_is_one_line(capsys, flags, words):
         (["--cutmix-minmax", "0.2", "0.21", "--input-size", "32"], "by a pixel at least"),
         (["--start_epoch", "5", "--epochs", "5"], "--start_epoch 5 of --epochs 5 leaves nothing to train"),
         (["--report-to", "wandb"], "--report-to wandb keeps its files in --output_dir"),
-        (["--device", "tpu"], "--device tpu is not one of cuda, cpu, mps, auto"),
+        (["--device", "cpu:x"], "--device cpu:x is not one of cuda, cuda:N, cpu, mps, auto"),
+        (["--device", "tpu"], "--device tpu is not one of cuda, cuda:N, cpu, mps, auto"),
     ],
 )
 def test_flags_that_cannot_go_together_are_one_line(flags, words):

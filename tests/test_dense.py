@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import tiny  # noqa: F401  (registers the tests' model)
-from arguments import COMMON_FLAGS, ConfigError, Program, parse_args
-from checkpoint import CheckpointError, read_checkpoint
+from arguments import COMMON_FLAGS, Program, parse_args
+from checkpoint import read_checkpoint
 from dense import Backbone, DenseModel, build_backbone, choose_taps, load_backbone, load_dense, moved_slots
+from errors import CheckpointError, ConfigError
 from models_mamba import VisionMamba, resample_pos_embed, split_cls_tokens
 from optim import build_optimizer
 

@@ -11,11 +11,12 @@ from pycocotools import mask as rle
 
 import det_sets
 from augment import counter_randomness
-from datasets import DataError
 from det.arguments import parse
-from det.coco import FARTHEST, Instance, Packed, coco_source, decompressed, run_lengths
+from det.coco import Instance, Packed, coco_source, run_lengths
+from det.coco_checks import FARTHEST, decompressed
 from det.data import EvalDataset, TrainDataset, build_datasets, collate, read
 from det.views import View, large_scale_jitter, scaled_size, targets, whole
+from errors import DataError
 from samplers import SampleKey
 
 
@@ -168,17 +169,17 @@ def drop(key, kind):
         (drop("bbox", "annotations"), r"annotations\[1\] has no 'bbox'"),
         (drop("width", "images"), r"images\[1\] has no 'width'"),
         (drop("name", "categories"), r"categories\[1\] has no 'name'"),
-        (lambda c: c["annotations"][0].update(image_id=5), r"annotations\[0\] is of image 5, which is not listed"),
-        (lambda c: c["annotations"][0].update(category_id=91), r"category 91; the file lists 3 from 3 to 90"),
+        (lambda c: c["annotations"][0].update(image_id=5), "image 5, which is not listed; add the image, or remove"),
+        (lambda c: c["annotations"][0].update(category_id=91), "the file lists 3 from 3 to 90; add the category, or"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"bbox \[1, 2, 3\]: expected"),
         (lambda c: c["annotations"][0].update(bbox=["1", 2, 3, 4]), r"bbox \['1', 2, 3, 4\]: expected"),
         (
             lambda c: c["annotations"][0].update(segmentation={"size": [3, 4], "counts": [12]}),
-            r"a mask of \[3, 4\] for an image of \[64, 40\]",
+            r"a mask of \[3, 4\] for an image of \[64, 40\]; write the mask at the image's size, or remove it",
         ),
         (
             lambda c: c["annotations"][0].update(segmentation={"size": [64, 40], "counts": [10, 20]}),
-            "run lengths of 30 pixels for an image of 2560",
+            "run lengths of 30 pixels for an image of 2560; write the mask again, or remove it",
         ),
         (lambda c: c["annotations"][0].update(segmentation=[1, 2, 3, 4, 5, 6]), "a flat list for a mask"),
         (lambda c: c["images"][0].update(width="64"), r"images\[0\] has width '64': expected a whole number"),
@@ -206,7 +207,7 @@ def drop(key, kind):
         (lambda c: c["categories"][1].update(id=17), "2 categories have the id 17"),
         (lambda c: c.update(images=[], annotations=[]), "lists no images"),
         (lambda c: c.update(categories=[], annotations=[]), "lists no categories"),
-        (lambda c: c.pop("annotations"), "must hold the lists images, annotations, categories"),
+        (lambda c: c.pop("annotations"), "is not a COCO instances file: it must hold the lists images, annotations"),
         (lambda c: c["images"][2].update(file_name="gone.png"), "1 of 4 images .* the first is gone.png"),
     ],
 )

@@ -13,8 +13,8 @@ import det.evaluation
 import det_sets
 from det.coco import coco_source
 from det.data import EvalDataset, collate
-from det.drawing import LARGEST_SIDE, colour, draw, save_pictures
 from det.evaluation import MEASURES, as_results, average_precisions, evaluate, summarise
+from det.pictures import LARGEST_SIDE, colour, draw, save_pictures
 from distributed import World
 from samplers import EvalSampler
 

@@ -359,12 +359,17 @@ def test_a_detection_of_nothing_in_the_file_is_nothing():
     ("wrong", "said"),
     [
         ({"detector": "yolo"}, "expected one of cascade, mask"),
-        ({"anchor_sizes": (8, 16)}, "2 anchor sizes for 3 levels"),
+        ({"anchor_sizes": (8, 16)}, r"2 anchor sizes for 3 levels .*: give one size per level"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(wrong, said):
     with pytest.raises(ValueError, match=said):
         DetectorSettings(**{**vars(SMALL), **wrong})
+
+
+def test_training_without_targets_is_refused():
+    with pytest.raises(ValueError, match=r"in training needs targets: pass them, or call model\.eval\(\)"):
+        small_detector().train()([torch.randn(3, 32, 32)])
 
 
 def test_the_defaults_are_vitdets():

@@ -18,11 +18,13 @@ from PIL import Image
 import det_sets
 import hub
 import tiny  # noqa: F401  (registers the tests' model)
-from arguments import build_parser
+from arguments import build_parser, save_arguments
 from checkpoint import read_checkpoint
 from det.arguments import PROGRAM, parse, settings_of
 from det.digits import scene_source
-from det.program import build_detector, main
+from det.program import build_detector, check_deterministic, main
+from distributed import World
+from errors import ConfigError
 from optim import build_optimizer
 from scenes import Scenes
 
@@ -95,13 +97,21 @@ def test_a_checkpoint_is_evaluated_on_images_of_another_size(coco, tmp_path, cap
 
 @pytest.mark.parametrize("detector", ["cascade", "mask"])
 def test_generated_scenes_train_where_there_is_no_folder(detector, tmp_path, capsys):
-    scenes = ("--train-scenes", 4, "--val-scenes", 2, "--flip-prob", 0, "--pad", "batch", "--epochs", 1)
+    scenes = ("--train-scenes", 4, "--val-scenes", 2, "--pad", "batch", "--epochs", 1)
     assert det("--detector", detector, *scenes, "--output_dir", tmp_path) == 0
     said = capsys.readouterr().out
     assert "generated scenes: 4 images, " in said and "objects of 10 classes" in said
     assert (
         "roi_heads.stages.2.box_predictor.bbox_pred.weight" in read_checkpoint(tmp_path / "checkpoint.pth").model
     ) == (detector == "cascade")
+    assert parse(["--config", str(tmp_path / "args.yaml")]).flip_prob == 0
+
+
+def test_without_flags_scenes_are_not_mirrored_and_images_are(tmp_path):
+    assert parse(["--device", "cpu"]).flip_prob == 0
+    assert parse(["--device", "cpu", "--flip-prob", "0"]).flip_prob == 0
+    save_arguments(parse(["--device", "cpu", "--data-path", "x"]), tmp_path / "args.yaml")
+    assert parse(["--config", str(tmp_path / "args.yaml")]).flip_prob == 0.5
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(coco, tmp_path):
@@ -218,12 +228,34 @@ def test_the_defaults_are_the_published_recipe():
 
 
 @pytest.mark.parametrize(
+    ("flags", "device", "refused"),
+    [
+        ("--deterministic --pad batch", "cuda", True),
+        ("--deterministic --pad batch", "cpu", False),
+        ("--pad batch", "cuda", False),
+        ("--deterministic", "cuda", False),
+        ("--deterministic --pad batch --eval --resume x", "cuda", False),
+        ("--deterministic --pad batch --model resnet10t --input-size 64", "cuda", False),
+    ],
+)
+def test_a_step_that_torch_cannot_take_deterministically_is_refused(flags, device, refused):
+    """On a GPU the gradient of resampled position embeddings has no fixed order of sums."""
+    args = parse([*QUICK.split(), "--data-path", "x", "--input-size", "48", *flags.split()])
+    model, world = build_detector(args, 3, print), World(0, 1, torch.device(device))
+    if refused:
+        with pytest.raises(ConfigError, match=r"^--deterministic --pad batch: .*; take --pad square$"):
+            check_deterministic(args, world, model)
+    else:
+        check_deterministic(args, world, model)
+
+
+@pytest.mark.parametrize(
     ("flags", "said"),
     [
         ("--scale-range 2 0.1", "--scale-range 2 0.1: expected two factors above 0"),
         ("--scale-range 0 1", "--scale-range 0 1: expected two factors above 0"),
         ("--compile", "--compile: a detector's boxes change in number"),
-        ("--data-path= --flip-prob 0.5", "--flip-prob 0.5: a mirrored digit is none"),
+        ("--data-path= --flip-prob 0.5", "--flip-prob 0.5: the digits of generated scenes must not be mirrored; leave"),
         ("--anchor-sizes 8 16", "2 anchor sizes for 3 levels"),
         ("--pyramid-scales 3 1", "pyramid scale 3.0: expected some of 4.0, 2.0, 1.0, 0.5"),
         ("--pyramid-scales 0.5 1", "pyramid scales (0.5, 1.0): expected some of"),

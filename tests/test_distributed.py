@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import distributed
-from arguments import ConfigError, parse_args
+from arguments import parse_args
 from build import build_model
 from checkpoint import load_weights, read_checkpoint
 from datasets import build_datasets
 from engine import build_val_loader
+from errors import ConfigError
 from evaluation import evaluate
 from helpers import run_args
 from main import main
@@ -168,7 +169,7 @@ DECISION = """
 import sys
 import torch
 sys.path.insert(0, "vim")
-import distributed, engine
+import distributed, engine, errors
 from arguments import parse_args
 from build import build_model, build_run
 from datasets import build_datasets
@@ -185,7 +186,7 @@ outcomes = []
 for micro in range(2):
     try:
         outcomes.append(f"finite {engine.training_step(run, [(broken, labels)], micro).finite}")
-    except engine.NonFiniteError:
+    except errors.NonFiniteError:
         outcomes.append("stopped")
         break
 untouched = all(torch.equal(a, b) for a, b in zip(before, run.model.parameters()))

@@ -2,6 +2,7 @@
 
 import math
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import timm
@@ -9,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+import engine
 from arguments import parse_args
 from build import build_model, build_run
+from checkpoint import Checkpoint
 from datasets import build_datasets
 from distributed import World
 from ema import WeightsEma
-from engine import NonFiniteError, build_val_loader, training_step, training_steps
+from engine import build_val_loader, training_step, training_steps
+from errors import ConfigError, NonFiniteError
 from evaluation import evaluate
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
@@ -28,9 +32,9 @@ def make_run(flags=PLAIN, model="deit_nano_patch4_32"):
     return build_run(args, WORLD, build_model(args, data.num_classes), data), data
 
 
-def a_batch(size=16, seed=0):
+def a_batch(size=16, seed=0, side=8):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(size, 3, 8, 8, generator=generator), torch.arange(size) % 10
+    return torch.randn(size, 3, side, side, generator=generator), torch.arange(size) % 10
 
 
 def weights(run):
@@ -88,12 +92,14 @@ def test_clipping_limits_the_gradients_norm():
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 
-def test_attention_only_moves_attention_and_head():
-    run, _ = make_run(f"{PLAIN} --attn-only")
+@pytest.mark.parametrize("model", ["deit_nano_patch4_32", "deit_tiny_distilled_patch16_224"])
+def test_attention_only_moves_attention_and_heads(model):
+    run, _ = make_run(f"{PLAIN} --attn-only --input-size 16", model)
     before = weights(run)
-    training_step(run, [a_batch()], 0)
+    training_step(run, [a_batch(side=16)], 0)
     moved = differ(before, run.model.state_dict())
-    assert moved and all(".attn." in name or name.startswith("head.") for name in moved)
+    assert moved and all(".attn." in name or name.startswith("head") for name in moved)
+    assert set(moved) >= {name for name in before if name.startswith("head")}
 
 
 @pytest.mark.parametrize(
@@ -289,11 +295,24 @@ def test_an_average_on_the_host_waits_for_a_gpus_weights():
         torch.testing.assert_close(ema.state_dict()["weight"], (before + value) / 2)
 
 
+def test_moments_of_other_shapes_are_refused():
+    """torch takes them, and the next step would fail, or be wrong where shapes can be broadcast."""
+    run, _ = make_run("--no-model-ema")
+    training_step(run, [a_batch()], 0)
+    saved = run.optimizer.state_dict()
+    checkpoint = Checkpoint(Path("x.pth"), "", model=run.model.state_dict(), optimizer=saved)
+    engine.load_optimizer(run, checkpoint)
+    number = next(n for n, state in saved["state"].items() if state["exp_avg"].dim() == 2)
+    saved["state"][number]["exp_avg"] = saved["state"][number]["exp_avg"][:1]
+    with pytest.raises(ConfigError, match=r"^x\.pth: its optimiser state does not fit \(exp_avg \(1, "):
+        engine.load_optimizer(run, checkpoint)
+
+
 def test_an_average_of_another_model_is_refused():
     ema = WeightsEma(torch.nn.Linear(2, 2), decay=0.9)
     with pytest.raises(ValueError, match="another model's: bias differ"):
         ema.load_state_dict({"weight": torch.zeros(2, 2)})
-    with pytest.raises(ValueError, match=r"the average of bias is \(3,\), not \(2,\)"):
+    with pytest.raises(ValueError, match=r"its average of bias is \(3,\), not \(2,\)"):
         ema.load_state_dict({"weight": torch.zeros(2, 2), "bias": torch.zeros(3)})
 
 

@@ -26,7 +26,7 @@ def checkpoint(tmp_path):
 
 def model_of(checkpoint):
     parser = export.build_parser()
-    return load_classifier(parser.parse_args(["x.onnx", "--checkpoint", str(checkpoint), "--device", "cpu"])).model
+    return load_classifier(parser.parse_args(["x.onnx", "--checkpoint", str(checkpoint)])).model
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_file_that_cannot_be_written_is_one_line(checkpoint, tmp_path, capsys)
 @pytest.mark.parametrize("name", ["test_resnet", "deit_nano_patch4_32"])
 def test_another_model_is_exported_at_the_size_of_its_run(name, tmp_path, capsys):
     args = argparse.Namespace(model=name, input_size=64, num_classes=3)
-    model = build.create_model(name, img_size=64, num_classes=3)
+    model = build.create_model("--model", name, img_size=64, num_classes=3)
     path = write_checkpoint(tmp_path, model=model.state_dict(), args=args)
     assert export.main([str(tmp_path / "model.pt2"), "--checkpoint", str(path)]) == 0
     assert "images (any, 3, 64, 64)" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.optim import list_optimizers
 
-from arguments import ConfigError
+from errors import ConfigError
 from helpers import run_args
 from optim import COMMON_OPTIMIZERS, SCHEDULES, Schedule, build_optimizer, scaled_lr
 

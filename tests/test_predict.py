@@ -13,6 +13,7 @@ from PIL import Image
 import hub
 import inference
 import predict
+from errors import DataError
 from helpers import random_image
 from small_weights import CLASS_NAMES, small_model, write_checkpoint
 
@@ -103,13 +104,20 @@ def test_class_names():
     assert inference.readable_names([], 2) == ["class 0", "class 1"]
 
 
+def test_classes_beyond_the_datas_are_numbers():
+    """As of a run with --num-classes above the number of class folders."""
+    assert inference.readable_names(["cat", "dog"], 3) == ["cat", "dog", "class 2"]
+    with pytest.raises(DataError, match="3 class names for a model of 2 classes"):
+        inference.readable_names(["cat", "dog", "cow"], 2)
+
+
 def test_class_names_from_a_file(photos, capsys):
     (photos / "names.txt").write_text("x\ny\nz\n")
     (photos / "few.json").write_text('["x"]')
     assert run(photos, "--class-names", str(photos / "names.txt"), "--format", "csv", "--topk", "3") == 0
     assert {row["name"] for row in csv.DictReader(io.StringIO(capsys.readouterr().out))} == set("xyz")
     assert run(photos, "--class-names", str(photos / "few.json")) == 4
-    assert "1 class names for a model of 3 classes" in capsys.readouterr().err
+    assert "few.json has 1 names, the model 3 classes; give one name for each class" in capsys.readouterr().err
 
 
 def test_preprocessing_is_that_of_the_evaluation(photos):

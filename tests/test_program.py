@@ -326,7 +326,7 @@ def test_a_published_run_goes_on_after_its_last_epoch(tmp_path, capsys):
     assert run(f"{VIM} --epochs 6", "--resume", tmp_path / "old.pth", "--output_dir", tmp_path / "run") == 0
     text = capsys.readouterr().out
     assert "goes on at epoch 6, image 0 of it, step 55" in text
-    assert "the checkpoint knows no best top-1" in text
+    assert "no best top-1 is known of the epochs before" in text
     assert (tmp_path / "run" / "best_checkpoint.pth").exists()
     assert json.loads((tmp_path / "run" / "log.txt").read_text())["epoch"] == 5
 
@@ -410,6 +410,10 @@ def refusal(capsys, code: int, flags: str, *more) -> str:
         (
             "--model deit_nano_patch4_32 --teacher-model resnet18.foo --distillation-type hard --teacher-path x",
             "--teacher-model resnet18.foo has the unknown tag 'foo'; resnet18 has ",
+        ),
+        (
+            "--model vim_nano_patch4_32 --teacher-model vim_tiny_patch16_224 --distillation-type soft --teacher-path x",
+            "error: --teacher-model vim_tiny_patch16_224: an image of ",
         ),
         ("--model vim_nano_patch4_32 --input-size 3", "smaller than a patch"),
         ("--model deit_tiny_patch16_224 --input-size 8", "--input-size 8x8 is smaller than a patch of deit_tiny"),

@@ -15,7 +15,8 @@ import torch
 import readers
 import subsets
 from classification import Classification
-from datasets import DataError, build_datasets
+from datasets import build_datasets
+from errors import DataError
 from helpers import random_image, run_args
 from main import main
 
@@ -241,6 +242,18 @@ def test_faults_of_tables_are_one_line(reader, columns, flags, words, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+def test_folders_in_a_shard_are_no_samples(tmp_path):
+    """`tar -cf shard.tar -C folder .` has one."""
+    root = write_shards(tmp_path)
+    before = build_datasets(run_args("--data-set", "wds/", "--data-path", str(root)))
+    with tarfile.open(root / "set-train-01.tar", "a") as tar:
+        member = tarfile.TarInfo(".")
+        member.type = tarfile.DIRTYPE
+        tar.addfile(member)
+    after = build_datasets(run_args("--data-set", "wds/", "--data-path", str(root)))
+    assert len(after.train) == len(before.train)
+
+
 def test_a_sample_without_an_image_is_refused(tmp_path):
     root = write_shards(tmp_path)
     with tarfile.open(root / "set-train-01.tar", "a") as tar:
@@ -324,8 +337,10 @@ def test_the_built_in_real_labels_are_those_of_imagenets_validation_images():
     "flags, content, expected",
     [
         (["--valid-labels", "FILE"], "1 2 3", "has 3 classes and the data 2"),
-        (["--valid-labels", "FILE"], "1 9", "9 is no class of the model"),
+        (["--valid-labels", "FILE"], "1 9", "9 is not a class of the model"),
+        (["--valid-labels", "FILE"], "-1 2", "-1 is not a class of the model; its classes are 0 to 3"),
         (["--valid-labels", "FILE"], "one two", "expected class numbers"),
+        (["--valid-labels", "FILE"], b"\xff\xfe", "is no text; give one of imagenet-a"),
         (["--valid-labels", "imagenet-z"], "", "give one of imagenet-a"),
         (["--real-labels", "FILE"], "[[0]]", "go by the names ILSVRC2012_val_00000001 to 00000001"),
         (["--real-labels", "absent.json"], "", "--real-labels absent.json"),
@@ -333,7 +348,7 @@ def test_the_built_in_real_labels_are_those_of_imagenets_validation_images():
 )
 def test_mistakes_are_one_line_before_any_image_is_seen(relatives, capsys, monkeypatch, flags, content, expected):
     monkeypatch.setattr(Classification, "evaluate", lambda *_: pytest.fail("an image was seen"))
-    (relatives / "file").write_text(content)
+    (relatives / "file").write_bytes(content if isinstance(content, bytes) else content.encode())
     flags = [str(relatives / "file") if flag == "FILE" else flag for flag in flags]
     assert evaluate(relatives, *flags) == 4
     error = capsys.readouterr().err

@@ -27,8 +27,9 @@ import failures
 import faults
 import main as program
 import report
-from checkpoint import CheckpointError, CheckpointWriter, latest_checkpoint, read_checkpoint
+from checkpoint import CheckpointWriter, latest_checkpoint, read_checkpoint
 from datasets import ImageDataset
+from errors import CheckpointError
 from helpers import write_image_folder
 from main import main
 from processes import QUICK, STEPS, end, fault, no_pictures, pieces, start, start_ranks, wait_for_a_step  # noqa: F401
@@ -355,7 +356,8 @@ FILL = """
 import resource, sys
 sys.path.insert(0, "vim")
 import torch
-from checkpoint import CheckpointError, latest_checkpoint, read_checkpoint, store_checkpoint
+from checkpoint import latest_checkpoint, read_checkpoint, store_checkpoint
+from errors import CheckpointError
 folder, limit = sys.argv[1], int(sys.argv[2])
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

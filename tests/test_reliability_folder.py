@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import report
-from arguments import ConfigError
 from checkpoint import latest_checkpoint, read_checkpoint
 from distributed import EXIT_CONFIG, EXIT_REQUEUE
+from errors import ConfigError
 from helpers import run_args, write_image_folder
 from main import main
 from processes import QUICK, STEPS, fault, no_pictures, pieces, start, wait_for_a_step  # noqa: F401
@@ -165,7 +165,7 @@ def test_a_file_of_another_program_is_not_overwritten(first, tmp_path):
 
 def test_a_resume_with_other_flags_says_them_and_takes_them(first, tmp_path, capsys):
     assert run(f"{QUICK} --weight-decay 0.9 --resume {first / 'checkpoint.pth'}", tmp_path) == 0
-    assert "; other than before: --epochs 2 (was 1), --weight-decay 0.9 (was 0.05)\n" in capsys.readouterr().out
+    assert "; other than before: epochs 2 (was 1), weight_decay 0.9 (was 0.05)\n" in capsys.readouterr().out
     groups = read_checkpoint(tmp_path / "checkpoint.pth").optimizer["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.0, 0.9}
 
@@ -174,7 +174,7 @@ def test_a_place_in_the_epoch_that_does_not_fit_is_said(tmp_path, capsys):
     with fault("sigterm@9"):  # behind 1,280 images
         assert run(QUICK, tmp_path) == EXIT_REQUEUE
     assert run(f"{QUICK} --batch-size 300 --epochs 1 --resume auto", tmp_path) == 0
-    said = "--batch-size 300 (was 128), --epochs 1 (was 2), 80 images of the epoch come twice"
+    said = "batch_size 300 (was 128), epochs 1 (was 2), 80 images of the epoch come twice"
     assert said in capsys.readouterr().out
 
 

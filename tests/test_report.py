@@ -15,9 +15,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import report
-from arguments import ConfigError
 from datasets import build_datasets
 from engine import StepResult
+from errors import ConfigError
 from evaluation import Evaluation, Mistake
 from helpers import run_args
 
@@ -132,6 +132,24 @@ def test_optional_trackers_get_the_same_numbers(tmp_path, monkeypatch):
     assert logged["wandb.log"] == logged["mlflow.log_metrics"] == {f"epoch/{k}": v for k, v in a_row(0).items()}
     assert [name for name, _, _ in calls][-2:] == ["wandb.finish", "mlflow.end_run"]
     assert not list(tmp_path.glob("events*"))
+
+
+def test_folders_of_one_name_are_different_runs(tmp_path, monkeypatch):
+    """Weights & Biases goes on with a run by its id; a resumed run has the id that it had."""
+    ids = []
+    run = types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+
+    def init(**settings):
+        ids.append(settings["id"])
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for folder in ("a/run", "b/run", "a/run"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        log = a_log(tmp_path / folder, "--report-to", "wandb")
+        log.open(0, 0)
+        log.close()
+    assert ids[0] == ids[2] != ids[1]
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])

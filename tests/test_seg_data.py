@@ -8,12 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from arguments import ConfigError
 from augment import counter_randomness
-from datasets import DataError
+from errors import ConfigError, DataError
 from samplers import SampleKey
-from seg.data import SCENE_CLASSES, build_data, collate, read_label
-from seg.flags import parse
+from seg.arguments import parse
+from seg.data import SCENE_CLASSES, build_datasets, collate, read_label
 from seg.views import IGNORED, ViewSettings, crop_corner, distorted, fitting, normalised, training_view
 from seg_sets import picture, write_ade20k, write_folder, write_grey
 
@@ -33,7 +32,7 @@ def folder(tmp_path):
 
 
 def build(root, *flags, kind="FOLDER"):
-    return build_data(arguments("--data-set", kind, "--data-path", root, "--crop-size", 24, *flags))
+    return build_datasets(arguments("--data-set", kind, "--data-path", root, "--crop-size", 24, *flags))
 
 
 def refused(root, *flags, kind="FOLDER"):
@@ -111,17 +110,24 @@ def test_evaluation_needs_no_training_images(folder):
 
 def test_scenes_are_new_each_epoch_and_held_out_ones_are_fixed():
     args = arguments("--scene-size", 48, "--train-scenes", 5, "--val-scenes", 4)
-    data = build_data(args)
+    data = build_datasets(args)
     assert (len(data.train), len(data.val), data.class_names) == (5, 4, SCENE_CLASSES)
     first, again, later = (data.train[SampleKey(epoch, 2, 0)][0] for epoch in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, later)
     image, label = data.val[3]
     assert image.shape == (3, 48, 48) and label.shape == (48, 48) and 0 < label.max() <= 10
-    other = build_data(arguments("--scene-size", 48, "--val-scenes", 4, "--seed", 9))
+    other = build_datasets(arguments("--scene-size", 48, "--val-scenes", 4, "--seed", 9))
     assert torch.equal(other.val[3][0], image), "the held-out scenes are the same for every seed"
 
 
 # --- what is wrong is one line
+
+
+def test_a_link_to_a_folder_above_adds_no_images(folder):
+    before = len(build(folder).train)
+    link = folder / "images" / "train" / "link"
+    link.symlink_to(folder / "images" / "train")
+    assert len(build(folder).train) == before
 
 
 def test_an_image_without_label_is_named(folder):
@@ -204,7 +210,7 @@ def test_more_classes_than_a_label_can_hold_are_refused(tmp_path):
 
 def test_a_list_of_classes_in_another_encoding_or_empty_is_named(folder):
     (folder / "classes.txt").write_bytes(b"caf\xe9\n")
-    assert "classes.txt is no UTF-8 text" in refused(folder)
+    assert "classes.txt is not UTF-8 text" in refused(folder)
     (folder / "classes.txt").write_text("\n")
     assert "classes.txt names no class" in refused(folder)
 
@@ -212,7 +218,7 @@ def test_a_list_of_classes_in_another_encoding_or_empty_is_named(folder):
 def test_ade20ks_list_in_another_encoding_is_named(ade20k):
     path = ade20k / "objectInfo150.txt"
     path.write_bytes(path.read_bytes().replace(b"thing 5,", b"caf\xe9,"))
-    assert f"{path} is no UTF-8 text" in refused(ade20k, kind="ADE20K")
+    assert f"{path} is not UTF-8 text" in refused(ade20k, kind="ADE20K")
 
 
 def test_windows_must_not_leave_gaps(folder):
@@ -239,7 +245,7 @@ def test_windows_overlap_by_a_third_unless_told(crop, stride):
 )
 def test_flags_that_cannot_be_are_one_line(flags, words):
     with pytest.raises(ConfigError, match=words):
-        build_data(arguments(*flags))
+        build_datasets(arguments(*flags))
 
 
 def test_a_scale_range_the_wrong_way_round_is_said(folder):

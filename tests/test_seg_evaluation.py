@@ -10,12 +10,13 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets import DataBundle, DataError
+from datasets import DataBundle
 from distributed import World
+from errors import DataError
 from seg import pictures
+from seg.arguments import parse
 from seg.data import SegmentationDataset, collate
 from seg.evaluation import EvalSettings, Sample, Segmented, count, evaluate, predict, starts
-from seg.flags import parse
 from seg.task import pixel_loss
 from seg.views import IGNORED
 
@@ -195,7 +196,7 @@ def test_a_set_without_labels_that_count_is_said():
     pairs = [(np.zeros((8, 8, 3), np.uint8), np.full((8, 8), IGNORED, np.uint8))]
     args = parse(["--device", "cpu"])
     loader = DataLoader(SegmentationDataset(Fixed(pairs), None), collate_fn=collate)
-    with pytest.raises(DataError, match="not one pixel of 1 val images"):
+    with pytest.raises(DataError, match=r"every pixel of 1 val images is ignored \(255\): check the label files, "):
         evaluate(Reads(), loader, args, WORLD, 4)
 
 

@@ -178,8 +178,10 @@ def test_padding_does_not_move_the_image():
 
 
 def test_scales_and_maps_must_agree():
-    with pytest.raises(ValueError, match="3 scales for 4 maps"):
+    with pytest.raises(ValueError, match="3 scales for 4 maps: give one scale per map"):
         upernet(scales=(2.0, 1.0, 0.5))
+    with pytest.raises(ValueError, match="two maps and the backbone gives 1: take one with more blocks or stages"):
+        UPerNet(Backbone(vim(), taps=1), 5, scales=(1.0,))
 
 
 @pytest.mark.parametrize(("size", "device", "expected"), [(1, "cuda", False), (2, "cpu", False), (2, "cuda", True)])

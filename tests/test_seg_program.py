@@ -16,11 +16,12 @@ import hub
 import tiny  # noqa: F401  (registers the tests' model)
 from arguments import build_parser
 from checkpoint import read_checkpoint
-from distributed import EXIT_REQUEUE
+from distributed import EXIT_REQUEUE, World
+from errors import ConfigError
 from optim import build_optimizer
 from processes import fault, pieces
-from seg.flags import SEGMENTATION, parse
-from seg.program import build_model, main
+from seg.arguments import PROGRAM, parse
+from seg.program import build_model, check_deterministic, main
 from seg_sets import write_ade20k, write_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,6 +194,17 @@ def test_what_cannot_be_is_one_line(flags, words, capsys, tmp_path):
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error
 
 
+def test_a_step_that_torch_cannot_take_deterministically_is_refused():
+    """On a GPU; an evaluation, and the CPU, have what it takes."""
+    args = parse([*QUICK.split(), "--deterministic"])
+    cpu, gpu = (World(0, 1, torch.device(name)) for name in ("cpu", "cuda"))
+    with pytest.raises(ConfigError, match=r"^--deterministic: .* on cuda; leave it out, or take --device cpu$"):
+        check_deterministic(args, gpu)
+    check_deterministic(args, cpu)
+    check_deterministic(parse([*QUICK.split(), "--deterministic", "--eval", "--resume", "x"]), gpu)
+    check_deterministic(parse(QUICK.split()), gpu)
+
+
 def test_a_whole_image_of_another_size_than_the_backbone_takes_is_refused_before_training(folder, capsys):
     assert seg("--data-path", folder, "--model", "test_vit_relpos", "--crop-size", 64, "--eval-mode", "whole") == 4
     error = capsys.readouterr().err
@@ -212,7 +224,7 @@ def test_a_bad_label_ends_a_run_in_one_line(folder, capsys):
 
 
 def test_every_flag_has_words_of_help():
-    parser = build_parser(SEGMENTATION)
+    parser = build_parser(PROGRAM)
     assert [action.dest for action in parser._actions if not action.help] == []
     assert "--reduce-zero-label" in parser.format_help()
 

@@ -10,9 +10,10 @@ from torch import nn
 
 import build
 import models_mamba  # noqa: F401  (registers its models with timm)
-from arguments import COMMON_FLAGS, ConfigError, Program, parse_args
+from arguments import COMMON_FLAGS, Program, parse_args
 from datasets import DataBundle
 from distributed import World
+from errors import ConfigError
 from main import run_program, train
 from optim import Schedule, build_optimizer
 from report import RunLog

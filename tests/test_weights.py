@@ -14,7 +14,8 @@ import hub
 import main
 import models_mamba
 import predict
-from checkpoint import CheckpointError, load_weights, read_checkpoint
+from checkpoint import load_weights, read_checkpoint
+from errors import CheckpointError
 from helpers import random_image
 from inference import load_classifier
 from oracle_cases import fill
@@ -226,7 +227,7 @@ def test_an_exported_folder_has_the_preprocessing_of_its_run(settings, tmp_path)
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit_relpos", "test_maxvit"])
 def test_another_models_images_have_the_size_of_its_run(name, tmp_path):
     """Whether it takes any size, or is built for one with position embeddings or without."""
-    model = build.create_model(name, num_classes=3, img_size=64)
+    model = build.create_model("--model", name, num_classes=3, img_size=64)
     args = argparse.Namespace(model=name, data_set="IMNET", input_size=64, num_classes=3)
     path = write_checkpoint(tmp_path, model=model.state_dict(), args=args)
     assert hub.main(["export", str(path), "--raw", str(tmp_path / "folder")]) == 0

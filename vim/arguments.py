@@ -11,6 +11,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import torch
 import yaml
+
+from errors import ConfigError, one_line
 
 INTERPOLATIONS = ("random", "bilinear", "bicubic")
 DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19", "DIGITS")
@@ -28,9 +31,10 @@ NOT_SAVED = ("config",)
 # Of a run's numbers: a resumed run may have others of these and be the same run.
 CHANGES_NOTHING = {
     "bad_image_share", "checkpoint_steps", "config", "data_path", "device", "dist_eval", "dist_timeout", "dist_url",
-    "distributed", "eval", "eval_weights", "finetune", "keep_checkpoints", "loader_timeout", "local_rank", "log_every",
-    "model_ema_force_cpu", "nonfinite", "nonfinite_limit", "num_workers", "output_dir", "pin_mem", "pos_embed_resize",
-    "real_labels", "report_to", "resume", "start_epoch", "summary", "trust_checkpoint", "valid_labels", "world_size",
+    "distributed", "eval", "eval_weights", "finetune", "if_continue_inf", "keep_checkpoints", "loader_timeout",
+    "local_rank", "log_every", "model_ema_force_cpu", "nonfinite", "nonfinite_limit", "num_workers", "output_dir",
+    "pin_mem", "pos_embed_resize", "real_labels", "report_to", "resume", "start_epoch", "summary", "trust_checkpoint",
+    "valid_labels", "world_size",
 }  # fmt: skip
 # Options of the published program that no released weights were trained with.
 PUBLISHED_RANDOM = ("random_cls_token_position", "random_token_rank")
@@ -41,19 +45,6 @@ class Unnamed(str):
 
 
 UNNAMED_DEVICE = Unnamed("cuda")
-
-
-class ConfigError(ValueError):
-    """A combination of arguments that cannot work; its text is the one line the user reads."""
-
-
-def nearby(names: list[str]) -> str:
-    return f"; did you mean {' or '.join(names)}?" if names else ""
-
-
-def some_of(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -583,7 +574,7 @@ def read_mapping(path: str) -> dict:
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"--config {path} is not YAML: {one_line(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -614,11 +605,16 @@ def resolve_defaults(args: argparse.Namespace) -> None:
         if args.device == "cpu" and not getattr(args, "summary", False):
             print("no GPU and no --device: on the CPU", file=sys.stderr)
     if args.device == "auto":
-        args.device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+        args.device = fastest_device()
     if args.if_amp is None:
         args.if_amp = args.device.startswith("cuda")
     if args.nonfinite is None:
         args.nonfinite = "skip" if args.if_continue_inf else "stop"
+
+
+def fastest_device() -> str:
+    """What "auto" stands for: the accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
 
 
 def resolve_classifier(args: argparse.Namespace) -> None:
@@ -630,10 +626,10 @@ def resolve_classifier(args: argparse.Namespace) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what no program can do, before anything is loaded. Raises ConfigError, one line each."""
+    if re.fullmatch(r"(cuda|cpu|mps)(:\d+)?", args.device) is None:
+        raise ConfigError(f"--device {args.device} is not one of cuda, cuda:N, cpu, mps, auto")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"--device {args.device}: this torch sees no GPU; use --device cpu or --device auto")
-    if args.device.partition(":")[0] not in ("cuda", "cpu", "mps"):
-        raise ConfigError(f"--device {args.device} is not one of cuda, cpu, mps, auto")
     if args.device.startswith("mps") and not torch.backends.mps.is_available():
         raise ConfigError(f"--device {args.device}: this torch sees no Apple GPU; use --device cpu or --device auto")
     if args.resume == "auto" and not args.output_dir:

@@ -18,7 +18,8 @@ from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from arguments import ConfigError, size_of
+from arguments import size_of
+from errors import ConfigError
 
 # At or below this many pixels a side, images are taken whole (CIFAR, digits): no zooming crop.
 SMALL_SIDE = 32

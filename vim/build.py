@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import timm
 import torch
@@ -14,14 +12,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models_baseline  # noqa: F401  (registers its models with timm)
 import models_mamba  # noqa: F401  (registers its models with timm)
-from arguments import ConfigError, size_of
+from arguments import size_of
 from augment import build_mixup
-from checkpoint import load_weights, read_checkpoint
+from checkpoint import head_parameter_names, load_weights, read_checkpoint
 from classification import Classification
 from datasets import DataBundle
 from distributed import World, together
 from ema import WeightsEma
 from engine import Run
+from errors import ConfigError, as_config_error
 from hub import grid_of, name_problem
 from losses import build_criterion
 from mamba_ssm.ops import backend
@@ -40,17 +39,6 @@ TEACHER_MENDS = {
 }
 
 
-@contextmanager
-def as_config_error(prefix: str = "") -> Iterator[None]:
-    """Turn a ValueError that a user's argument caused deeper down into the one line the user reads."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(prefix + " ".join(str(error).split())) from error
-
-
 def is_vim(name: str) -> bool:
     return is_model_in_modules(name, ["models_mamba"])
 
@@ -61,11 +49,11 @@ def check_model_name(flag: str, name: str) -> None:
         raise ConfigError(f"{flag} {name} {problem}")
 
 
-def create_model(name: str, say=print, **arguments) -> nn.Module:
-    """timm's create_model, without those optional arguments that this model does not have."""
+def create_model(flag: str, name: str, say=print, **arguments) -> nn.Module:
+    """For `flag`, timm's create_model, without those optional arguments that this model does not have."""
     while True:
         try:
-            with as_config_error(f"--model {name}: "):
+            with as_config_error(f"{flag} {name}: "):
                 return timm.create_model(name, **arguments)
         except TypeError as error:
             found = UNEXPECTED.search(str(error))
@@ -95,7 +83,7 @@ def build_model(args, num_classes: int, say=print) -> nn.Module:
         "drop_rate": args.drop,
         "drop_path_rate": args.drop_path,
     }
-    model = create_model(args.model, say, **arguments, **vim_arguments(args))
+    model = create_model("--model", args.model, say, **arguments, **vim_arguments(args))
     check_input_size(args, model)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(True)
@@ -122,9 +110,9 @@ def train_attention_only(args, model: nn.Module) -> None:
             f"--attn-only: {args.model} has no attention layers; leave it out to train all of the model, "
             "or take a vision transformer such as --model deit_tiny_patch16_224"
         )
-    head = {id(p) for p in model.get_classifier().parameters()}
+    heads = head_parameter_names(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".attn." in name or id(parameter) in head)
+        parameter.requires_grad_(".attn." in name or name in heads)
 
 
 def build_teacher(args, num_classes: int, device: torch.device, say=print) -> nn.Module | None:
@@ -132,12 +120,12 @@ def build_teacher(args, num_classes: int, device: torch.device, say=print) -> nn
     if args.distillation_type == "none":
         return None
     check_model_name("--teacher-model", args.teacher_model)
-    teacher = create_model(
-        args.teacher_model, say, num_classes=num_classes, in_chans=args.in_chans, img_size=args.input_size
-    )
+    arguments = {"num_classes": num_classes, "in_chans": args.in_chans, "img_size": args.input_size}
+    teacher = create_model("--teacher-model", args.teacher_model, say, **arguments)
     checkpoint = read_checkpoint(args.teacher_path, args.trust_checkpoint)
-    with as_config_error(f"--teacher-path {args.teacher_path}: "):
-        load_weights(teacher, checkpoint.weights("model"), old_grid=grid_of(checkpoint), mends=TEACHER_MENDS)
+    with as_config_error("--teacher-path "):
+        grid, file = grid_of(checkpoint), args.teacher_path
+        load_weights(teacher, checkpoint.weights("model"), old_grid=grid, mends=TEACHER_MENDS, source=file)
     return teacher.to(device).eval().requires_grad_(False)
 
 

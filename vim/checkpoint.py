@@ -32,7 +32,7 @@ from timm.models import adapt_input_conv
 from torch import nn
 
 import faults
-from arguments import some_of
+from errors import CheckpointError, StorageError, some_of
 from models_mamba import resample_pos_embed
 from pretrained import PUBLISHED, unwrap_state_dict
 
@@ -47,16 +47,6 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)\.pth")
 
 # System errors after which writing again cannot succeed; others, of a network's storage, may pass.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
-
-class CheckpointError(ValueError):
-    """A weight file that cannot be read, written or used: one readable line that names it."""
-
-
-class StorageError(CheckpointError):
-    """A weight file that could not be written for now: starting again may mend it."""
-
-    passing = True
 
 
 @dataclass
@@ -80,6 +70,16 @@ class Checkpoint:
     best_metric: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     keys: list[str] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """The file and the beginning of its digest, for a log."""
+        return f"{self.path} (SHA-256 {self.sha256[:16]}...)"
+
+    @property
+    def some_weights(self) -> dict[str, torch.Tensor]:
+        """The raw weights, or the averaged ones where those are all."""
+        return self.model if self.model is not None else self.model_ema
 
     def weights(self, which: str = "model") -> dict[str, torch.Tensor]:
         """The state dict "model" or "model_ema". Raises CheckpointError if the file lacks it."""
@@ -267,6 +267,7 @@ def load_weights(
     pos_embed_resize: str = "grid",
     old_grid: tuple[int, int] | None = None,
     mends: Mapping[str, str] | None = None,
+    source: str | Path = "",
 ) -> LoadReport:
     """Copy a state dict into `model`; nothing is copied when an error is raised.
 
@@ -278,6 +279,7 @@ def load_weights(
         old_grid: (H, W) of the file's `pos_embed`, where known; "finetune" takes a square unless given.
         mends: what the user can do, in words, where nothing but "head" or "pos_embed" does not fit; "{classes}" in
             them are those of the file's head.
+        source: the weights' file, which begins an error's line.
 
     Raises CheckpointError that lists missing, unexpected and mismatched names.
     """
@@ -285,11 +287,12 @@ def load_weights(
         raise ValueError(f"mode={mode!r}: expected 'strict' or 'finetune'")
     state_dict = unwrap_state_dict(state_dict)
     report = LoadReport()
+    prefix = f"{source}: " if source else ""
     if mode == "finetune":
-        report.pos_embed = _fit_pos_embed(model, state_dict, pos_embed_resize, old_grid)
+        report.pos_embed = _fit_pos_embed(model, state_dict, pos_embed_resize, old_grid, prefix)
         report.remade_head, report.head_classes = _drop_unfit_head(model, state_dict)
         report.input_conv = _fit_input_conv(model, state_dict)
-    left_out = set(_head_names(model)) if report.remade_head else set()
+    left_out = set(head_parameter_names(model)) if report.remade_head else set()
     own = model.state_dict()
     report.missing = [name for name in own if name not in state_dict and name not in left_out]
     report.unexpected = [name for name in state_dict if name not in own]
@@ -302,14 +305,14 @@ def load_weights(
         report.mismatched += _other_grid(model, old_grid)
     if report.problems:
         advice = _advice(model, state_dict, report, mends or {})
-        raise CheckpointError(f"the weights do not fit the model: {report.problems}{advice}")
+        raise CheckpointError(f"{prefix}the weights do not fit the model: {report.problems}{advice}")
     model.load_state_dict(state_dict, strict=False)
     return report
 
 
 def _advice(model: nn.Module, state_dict: Mapping, report: LoadReport, mends: Mapping[str, str]) -> str:
     """Of `mends` what would make these weights fit, in brackets; "" where that is not enough."""
-    names, heads = [each.partition(" ")[0] for each in report.mismatched], _head_names(model)
+    names, heads = [each.partition(" ")[0] for each in report.mismatched], head_parameter_names(model)
     wrong = dict.fromkeys("head" if name in heads else name for name in names)
     if report.missing or report.unexpected or not wrong.keys() <= mends.keys():
         return ""
@@ -331,7 +334,7 @@ def _other_grid(model: nn.Module, old: tuple[int, int]) -> list[str]:
     return [f"pos_embed (file {old[0]} x {old[1]} patches, model {new[0]} x {new[1]})"]
 
 
-def _head_names(model: nn.Module) -> list[str]:
+def head_parameter_names(model: nn.Module) -> list[str]:
     """Names of the classifier's parameters, whichever module `get_classifier` returns; none without one."""
     heads = model.get_classifier() if hasattr(model, "get_classifier") else []
     heads = heads if isinstance(heads, tuple | list) else [heads]
@@ -346,7 +349,7 @@ def _head_names(model: nn.Module) -> list[str]:
 def _drop_unfit_head(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> tuple[str, int | None]:
     """Take the head out of `state_dict` if it does not fit `model`, and say so; how many classes it had, if any."""
     own = model.state_dict()
-    names = _head_names(model)
+    names = head_parameter_names(model)
     if all(name in state_dict and state_dict[name].shape == own[name].shape for name in names):
         return "", None
     found = [state_dict.pop(name) for name in names if name in state_dict]
@@ -365,13 +368,15 @@ def _fit_input_conv(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> st
     return f"{name} adapted from 3 channels to {own.shape[1]}"
 
 
-def _fit_pos_embed(model: nn.Module, state_dict: dict, method: str, old_grid: tuple[int, int] | None) -> str:
+def _fit_pos_embed(
+    model: nn.Module, state_dict: dict, method: str, old_grid: tuple[int, int] | None, prefix: str
+) -> str:
     """Resample `state_dict`'s pos_embed to `model`'s grid in place, and say what was done."""
     before, own, new_grid = state_dict.get("pos_embed"), getattr(model, "pos_embed", None), grid_of_model(model)
     if before is None or own is None or new_grid is None or before.dim() != 3 or own.dim() != 3:
         return ""
     num_class_slots = own.shape[1] - math.prod(new_grid)
-    old_grid = tuple(old_grid or _square_grid(before, num_class_slots))
+    old_grid = tuple(old_grid or _square_grid(before, num_class_slots, prefix))
     if hasattr(model, "cls_token_design"):
         resized = resize_pos_embed(before, old_grid, new_grid, model.cls_token_design, method)
     else:
@@ -384,12 +389,14 @@ def _fit_pos_embed(model: nn.Module, state_dict: dict, method: str, old_grid: tu
     return f"pos_embed resampled from {old_grid[0]} x {old_grid[1]} to {new_grid[0]} x {new_grid[1]} ({method})"
 
 
-def _square_grid(pos_embed: torch.Tensor, num_class_slots: int) -> tuple[int, int]:
+def _square_grid(pos_embed: torch.Tensor, num_class_slots: int, prefix: str) -> tuple[int, int]:
     patches = pos_embed.shape[1] - num_class_slots
     side = math.isqrt(max(patches, 0))
     if side * side != patches or patches == 0:
         slots = f"{pos_embed.shape[1]} slots, {num_class_slots} of them for class tokens"
-        raise CheckpointError(f"pos_embed has {slots}: the rest is no square grid; its height and width are needed")
+        raise CheckpointError(
+            f"{prefix}pos_embed has {slots}: the rest is no square grid; its height and width are needed"
+        )
     return side, side
 
 

@@ -25,26 +25,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from arguments import DATA_SETS, INAT_CATEGORIES, some_of
+from arguments import DATA_SETS, INAT_CATEGORIES
 from augment import build_transform, counter_randomness
+from errors import BrokenImage, DataError, one_line, some_of
 from samplers import SampleKey
 
 IMAGENET_CLASSES = 1000
 DIGITS_HELD_OUT = 0.2
-
-
-class DataError(ValueError):
-    """Data that a run cannot start or go on with: one readable line that names the path.
-
-    A loader's worker process hands an exception on as text with its traceback; only the line is kept.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(message.rstrip().rsplit("DataError: ", 1)[-1])
-
-
-class BrokenImage(Exception):
-    """One image that cannot be decoded: its name and why."""
 
 
 class Source(Protocol):
@@ -168,7 +155,7 @@ def as_broken_image(name: str | Path) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise BrokenImage(f"{name}: {reason}") from error
 
 
@@ -420,7 +407,7 @@ def build_datasets(args) -> DataBundle:
     asked = args.num_classes or (IMAGENET_CLASSES if args.valid_labels else None)  # of which the data has some
     num_classes = _checked_num_classes(asked, sources.class_names)
     for source in filter(None, (sources.train, sources.val)):
-        _check_labels(source, sources.class_names)
+        _check_labels(args, source, sources.class_names)
     return DataBundle(
         train=None if sources.train is None else _dataset(args, sources.train, train=True),
         val=_dataset(args, sources.val, train=False),
@@ -463,13 +450,14 @@ def _checked_num_classes(asked: int | None, names: list[str]) -> int:
     return asked
 
 
-def _check_labels(source: Source, names: list[str]) -> None:
+def _check_labels(args, source: Source, names: list[str]) -> None:
     if len(source.labels) == 0:
-        raise DataError("a data set without images")
+        raise DataError(f"--data-set {args.data_set} --data-path {args.data_path}: a split has no images; fill it")
     low, high = source.labels.min(), source.labels.max()
     if low < 0 or high >= len(names):
         worst = int(source.labels.argmin() if low < 0 else source.labels.argmax())
-        raise DataError(f"{source.name(worst)}: label {source.labels[worst]} outside 0..{len(names) - 1}")
+        label, last = source.labels[worst], len(names) - 1
+        raise DataError(f"{source.name(worst)}: label {label} is outside 0..{last}; correct it")
 
 
 def _describe(args, sources: Sources) -> str:

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from arguments import ConfigError, size_of
-from build import as_config_error, check_model_name, create_model, vim_arguments
-from checkpoint import Checkpoint, CheckpointError, load_weights, read_checkpoint
+from arguments import size_of
+from build import check_model_name, create_model, vim_arguments
+from checkpoint import Checkpoint, load_weights, read_checkpoint
+from errors import CheckpointError, ConfigError, as_config_error
 from failures import main_memory_is_full
 from hub import DENSE_BACKBONE, grid_of
 from models_mamba import cls_token_positions
@@ -148,7 +149,7 @@ def build_backbone(args, img_size: int | tuple[int, int], taps: int | list[int],
     """
     check_model_name("--model", args.model)
     arguments = {"num_classes": 0, "img_size": img_size, "drop_path_rate": args.drop_path, "dynamic_img_size": True}
-    model = create_model(args.model, say, **arguments, **vim_arguments(args))
+    model = create_model("--model", args.model, say, **arguments, **vim_arguments(args))
     if not hasattr(model, "forward_intermediates"):
         raise ConfigError(f"--model {args.model} gives no intermediate features; take a Vim, a ViT, a ResNet, ...")
     with as_config_error(f"--model {args.model}: "):
@@ -204,13 +205,15 @@ def load_backbone(args, backbone: Backbone, say=print) -> None:
     grid = dense_grid(checkpoint, weights) if dense else grid_of(checkpoint)
     before = weights.get("pos_embed")
     try:
-        report = load_weights(backbone.model, weights, "finetune", args.pos_embed_resize, grid)
+        report = load_weights(
+            backbone.model, weights, "finetune", args.pos_embed_resize, grid, source=checkpoint.path
+        )
     except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint.path}: {error}; is it of --model {args.model}?") from error
+        raise CheckpointError(f"{error}; is it of --model {args.model}?") from error
     left_out = ", ".join(dict.fromkeys(name.rpartition(".")[0] or name for name in useless))
     slots = moved_slots(backbone.model, before) if report.pos_embed and args.pos_embed_resize == "grid" else ""
     said = [str(report), slots, f"left out: {left_out}" if left_out else ""]
-    say(f"backbone from {checkpoint.path} (SHA-256 {checkpoint.sha256[:16]}...): {'; '.join(filter(None, said))}")
+    say(f"backbone from {checkpoint.label}: {'; '.join(filter(None, said))}")
 
 
 def load_dense(args, model: DenseModel, checkpoint: Checkpoint, weights: dict[str, Tensor]) -> None:
@@ -219,9 +222,10 @@ def load_dense(args, model: DenseModel, checkpoint: Checkpoint, weights: dict[st
     own = {name.removeprefix(inner): value for name, value in weights.items() if name.startswith(inner)}
     if not own:
         raise ConfigError(f"--eval --finetune {args.finetune} is of a classifier; give a checkpoint of this program")
-    load_weights(model.backbone.model, own, "finetune", args.pos_embed_resize, dense_grid(checkpoint, own))
+    grid, file = dense_grid(checkpoint, own), checkpoint.path
+    load_weights(model.backbone.model, own, "finetune", args.pos_embed_resize, grid, source=file)
     loaded = {name: value for name, value in model.state_dict().items() if name.startswith(inner)}
-    load_weights(model, weights | loaded)
+    load_weights(model, weights | loaded, source=file)
 
 
 def dense_grid(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> tuple[int, int] | None:

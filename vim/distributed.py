@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from arguments import ConfigError
+from errors import ConfigError, PeerError
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -108,12 +108,6 @@ def finish() -> None:
         # A thread of gloo's may be waiting for the interpreter's lock, to let go of what the last backward pass gave
         # it: if the interpreter shut down meanwhile, the process would end by SIGABRT. Sleeping hands it the lock.
         time.sleep(0.1)
-
-
-class PeerError(RuntimeError):
-    """Another rank cannot go on; raised by the ranks that could. `passing`: starting again may mend it."""
-
-    passing = False
 
 
 @contextmanager

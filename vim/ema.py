@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from errors import some_of
+
 
 class WeightsEma:
     """average = decay * average + (1 - decay) * weights, after every optimiser step.
@@ -44,12 +46,12 @@ class WeightsEma:
         if state.keys() != self.shadow.keys():
             differing = sorted(state.keys() ^ self.shadow.keys())
             raise ValueError(
-                f"the average in the checkpoint is another model's: {', '.join(differing[:4])} differ"
+                f"the average in it is another model's: {some_of(differing)} differ"
             )
         for key, value in state.items():
             if value.shape != self.shadow[key].shape:
                 raise ValueError(
-                    f"the average of {key} is {tuple(value.shape)}, not {tuple(self.shadow[key].shape)}"
+                    f"its average of {key} is {tuple(value.shape)}, not {tuple(self.shadow[key].shape)}"
                 )
             self.shadow[key].copy_(value)
 

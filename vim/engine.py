@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import faults
-from arguments import CHANGES_NOTHING, ConfigError
+from arguments import CHANGES_NOTHING
 from checkpoint import Checkpoint, CheckpointWriter, load_weights
 from datasets import DataBundle, ImageDataset, build_loader
 from distributed import (
@@ -34,6 +34,7 @@ from distributed import (
     together,
 )
 from ema import WeightsEma
+from errors import ConfigError, NonFiniteError, as_config_error
 from optim import Schedule, whole_batch
 from precision import autocast
 from report import RunLog
@@ -42,10 +43,8 @@ from task import Result, Task, in_words
 
 # An optimiser's settings that flags give; its groups may hold others that are state.
 OF_FLAGS = {"betas", "eps", "momentum", "weight_decay"}
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss or gradient that is not finite, and the rule is to stop."""
+# An optimiser's state that has its parameter's shape.
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg")
 
 
 @dataclass
@@ -268,7 +267,9 @@ def fit(run: Run, data: DataBundle, log: RunLog) -> int:
         if progress.best is None and progress.epoch > 0:
             results = assess(run, val_loader)
             progress.best = leading(results).score
-            log.say(f"the checkpoint knows no best {score}; its weights have {progress.best:.2f} %")
+            log.say(
+                f"no best {score} is known of the epochs before; the weights it starts from have {progress.best:.2f} %"
+            )
             save(run, best=True)
         while progress.epoch < args.epochs:
             if train_one_epoch(run, train_loader, log):
@@ -407,10 +408,11 @@ def restore(run: Run, checkpoint: Checkpoint, grid: tuple[int, int] | None = Non
     file's position embeddings, if known.
     """
     mends = {"head": "--finetune re-makes the head", "pos_embed": "--finetune resamples the position embeddings"}
-    load_weights(run.model, checkpoint.weights("model"), old_grid=grid, mends=mends)
+    load_weights(run.model, checkpoint.weights("model"), old_grid=grid, mends=mends, source=checkpoint.path)
     known = ["weights"]
     if run.ema is not None:
-        run.ema.load_state_dict(checkpoint.model_ema or run.model.state_dict())
+        with as_config_error(f"{checkpoint.path}: "):
+            run.ema.load_state_dict(checkpoint.model_ema or run.model.state_dict())
         known += ["average"] if checkpoint.model_ema else []
     if checkpoint.optimizer is not None:
         load_optimizer(run, checkpoint)
@@ -419,8 +421,7 @@ def restore(run: Run, checkpoint: Checkpoint, grid: tuple[int, int] | None = Non
     if run.scaler.is_enabled() and checkpoint.scaler:
         run.scaler.load_state_dict(checkpoint.scaler)
     restore_progress(run, checkpoint)
-    file = f"{checkpoint.path} (SHA-256 {checkpoint.sha256[:16]}...)"
-    return f"{file}: {', '.join(known)}; goes on at {run.progress.position}{changes(run, checkpoint)}"
+    return f"{checkpoint.label}: {', '.join(known)}; goes on at {run.progress.position}{changes(run, checkpoint)}"
 
 
 def load_optimizer(run: Run, checkpoint: Checkpoint) -> None:
@@ -436,6 +437,7 @@ def load_optimizer(run: Run, checkpoint: Checkpoint) -> None:
         )
     try:
         run.optimizer.load_state_dict(checkpoint.optimizer)
+        check_moments(run.optimizer)
     except ValueError as error:
         raise ConfigError(
             f"{checkpoint.path}: its optimiser state does not fit ({error}); "
@@ -445,13 +447,22 @@ def load_optimizer(run: Run, checkpoint: Checkpoint) -> None:
         group.update(settings)
 
 
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """torch's optimisers take state of any shape. Raises ValueError where it is not that of its parameter."""
+    for parameter, state in optimizer.state.items():
+        for name in MOMENTS:
+            moment = state.get(name)
+            if moment is not None and moment.dim() == parameter.dim() and moment.shape != parameter.shape:
+                raise ValueError(f"{name} {tuple(moment.shape)} of a parameter {tuple(parameter.shape)}")
+
+
 def changes(run: Run, checkpoint: Checkpoint) -> str:
     """In words, what differs from the run that wrote an own checkpoint: it will not be the run that never stopped."""
     if "progress" not in checkpoint.extra or checkpoint.args is None:
         return ""
     before, now = vars(checkpoint.args), vars(run.args)
     flags = [
-        f"--{name.replace('_', '-')} {now[name]} (was {before[name]})"
+        f"{name} {now[name]} (was {before[name]})"
         for name in sorted(before.keys() & now.keys() - CHANGES_NOTHING)
         if before[name] != now[name]
     ]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from arguments import ConfigError, OneLineParser, positive_int
+from arguments import OneLineParser, positive_int
+from errors import ConfigError
 from failures import run_cli
 from inference import add_model_flags, load_classifier
 
@@ -84,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="export.py", description="torch.export and ONNX files of a trained model.")
     parser.add_argument("out", metavar="OUT", help="OUT.onnx, or OUT.pt2 for torch.export")
     add_model_flags(parser)
+    parser.set_defaults(device="cpu")  # where the model is traced, and its file compared with it
     add = parser.add_argument_group("export").add_argument
     add("--batch-size", default=None, type=positive_int, metavar="N", help="always N images; default: any number")
     return parser
@@ -95,7 +97,6 @@ def command(args: argparse.Namespace) -> None:
         raise ConfigError(f"{path}: the ending chooses the format; use .onnx or .pt2")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"{path}: the folder {path.absolute().parent} does not exist")
-    args.device = "cpu"
     classifier = load_classifier(args)
     model = classifier.model
     size = model.pretrained_cfg["input_size"][1:]

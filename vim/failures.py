@@ -13,11 +13,9 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from arguments import ConfigError
-from checkpoint import FULL, CheckpointError
-from datasets import DataError
-from distributed import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NONFINITE, PeerError
-from engine import NonFiniteError
+from checkpoint import FULL
+from distributed import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NONFINITE
+from errors import CheckpointError, ConfigError, DataError, NonFiniteError, PeerError
 
 # What torch says on a CPU, in a plain RuntimeError.
 CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"

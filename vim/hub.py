@@ -20,9 +20,10 @@ from timm.models._hub import generate_readme
 from torch import Tensor, nn
 
 import models_baseline  # noqa: F401  (registers its models with timm)
-from arguments import OneLineParser, nearby, size_of
+from arguments import OneLineParser, size_of
 from augment import channel_statistics, crop_ratio
-from checkpoint import Checkpoint, CheckpointError, grid_of_model, load_weights, read_checkpoint
+from checkpoint import Checkpoint, grid_of_model, load_weights, read_checkpoint
+from errors import CheckpointError, nearby, one_line
 from failures import run_cli
 from models_mamba import CLS_TOKENS, VARIANTS
 from pretrained import published_weights
@@ -62,7 +63,7 @@ def identify(checkpoint: Checkpoint, name: str | None = None) -> Identity:
     another size than `name`'s is refused.
     """
     named = name is not None
-    state_dict = checkpoint.model if checkpoint.model is not None else checkpoint.model_ema
+    state_dict = checkpoint.some_weights
     if dense := dense_program(state_dict):
         raise CheckpointError(f"{checkpoint.path} is of {dense[0]}, no classifier; evaluate it there, --eval --resume")
     name = name or getattr(checkpoint.args, "model", None)
@@ -130,8 +131,7 @@ def open_model(
         model = identity.create()
         load_weights(model, state_dict)
     except (CheckpointError, TypeError) as error:  # a TypeError where another model does not take the arguments
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{checkpoint.path} is no {identity.name}: {reason}") from error
+        raise CheckpointError(f"{checkpoint.path} is no {identity.name}: {one_line(error)}") from error
     model.pretrained_cfg = model.pretrained_cfg | preprocessing(model, checkpoint)
     return model.eval(), identity, entry
 
@@ -142,7 +142,7 @@ def grid_of(checkpoint: Checkpoint) -> tuple[int, int] | None:
     None as well for a model without position embeddings, which has no use for it, and for one that the Hub describes.
     """
     size = getattr(checkpoint.args, "input_size", None)
-    state_dict = checkpoint.model if checkpoint.model is not None else checkpoint.model_ema
+    state_dict = checkpoint.some_weights
     of_hub = str(getattr(checkpoint.args, "model", "")).startswith("hf-hub:")
     if size is None or of_hub or "pos_embed" not in state_dict:
         return None
@@ -316,7 +316,7 @@ def inspect(checkpoint: Checkpoint, name: str | None = None) -> str:
             lines.append(f"{entry:<10} {len(state_dict)} tensors, {count / 1e6:.2f} M numbers, {', '.join(dtypes)}")
     if checkpoint.epoch is not None:
         lines.append(f"epoch      {checkpoint.epoch}")
-    dense = dense_program(checkpoint.model if checkpoint.model is not None else checkpoint.model_ema)
+    dense = dense_program(checkpoint.some_weights)
     if checkpoint.best_metric is not None:
         score = f"best {dense[1] if dense else 'top-1'}"
         lines.append(f"{score:<10} {best_in_words(checkpoint)}")
@@ -411,7 +411,7 @@ def push_to_hub(model: nn.Module, repo: str, identity: Identity, source: Checkpo
         raise CheckpointError(f"--push {repo}: expected OWNER/REPO, the name of a repository on the Hub") from error
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"--push {repo}: {' '.join(str(error).split())[:200]}; it needs a network and `hf auth login`"
+            f"--push {repo}: {one_line(error, 200)}; it needs a network and `hf auth login`"
         ) from error
     return f"https://huggingface.co/{repo}"
 

@@ -13,10 +13,11 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from arguments import ConfigError
+from arguments import fastest_device
 from augment import build_transform
-from checkpoint import CheckpointError, file_digest, read_checkpoint
-from datasets import IMAGENET_CLASSES, BrokenImage, DataError, read_image, walk
+from checkpoint import file_digest, read_checkpoint
+from datasets import IMAGENET_CLASSES, read_image, walk
+from errors import BrokenImage, CheckpointError, ConfigError, DataError, one_line
 from hub import evaluation_settings, open_model
 
 
@@ -42,7 +43,7 @@ class Classifier:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that `load_classifier` reads."""
+    """The flags that `load_classifier` reads, but for the device."""
     add = parser.add_argument_group("model").add_argument
     add("--checkpoint", required=True, metavar="CKPT",
         help="a file, https://..., hf-hub:REPO[/FILE], or a folder that `checkpoint.py export` wrote")  # fmt: skip
@@ -51,7 +52,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="auto: raw, or the average where the published accuracy is the average's")  # fmt: skip
     add("--class-names", metavar="FILE", help="one name a line, or a JSON list; default: the checkpoint's own")
     add("--trust-checkpoint", action="store_true", help="unpickle although that may run code it contains")
-    add("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
+
+
+def add_device_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
 
 
 def load_classifier(args: argparse.Namespace) -> Classifier:
@@ -66,11 +70,16 @@ def load_classifier(args: argparse.Namespace) -> Classifier:
         model, identity, entry = open_model(checkpoint, args.model, args.weights)
         names = list(checkpoint.extra.get("class_names", []))
         settings = checkpoint.args or argparse.Namespace()
-        description = f"{checkpoint.path} (SHA-256 {checkpoint.sha256[:12]}...): {identity.name}, {entry}"
+        description = f"{checkpoint.label}: {identity.name}, {entry}"
     if not model.num_classes:
         raise CheckpointError(f"{args.checkpoint} has no classification head; fine-tune it first")
     if args.class_names:
         names = read_class_names(args.class_names)
+        if len(names) != model.num_classes:
+            raise DataError(
+                f"--class-names {args.class_names} has {len(names)} names, the model {model.num_classes} classes; "
+                "give one name for each class"
+            )
     names = readable_names(names, model.num_classes)
     return Classifier(model.eval().to(device), evaluation_transform(model, settings), names, description)
 
@@ -83,17 +92,17 @@ def _load_folder(folder: Path) -> tuple[nn.Module, str]:
         raise CheckpointError(f"{folder}/config.json lacks {error}: `checkpoint.py export` wrote no such") from error
     except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder} is no whole folder that `checkpoint.py export` wrote: {' '.join(str(error).split())[:200]}"
+            f"{folder} is no whole folder that `checkpoint.py export` wrote: {one_line(error, 200)}"
         ) from error
     weights = folder / "model.safetensors"
-    digest = f" (SHA-256 {file_digest(weights)[:12]}...)" if weights.is_file() else ""
+    digest = f" (SHA-256 {file_digest(weights)[:16]}...)" if weights.is_file() else ""
     return model, f"{folder}{digest}: {model.pretrained_cfg['architecture']}"
 
 
 def choose_device(name: str) -> torch.device:
     """The device called `name`; "auto" is the accelerator if there is one. Raises ConfigError."""
     if name == "auto":
-        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+        name = fastest_device()
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -117,7 +126,7 @@ def read_class_names(path: str) -> list[str]:
         text = Path(path).read_text(encoding="utf-8")
         names = json.loads(text) if path.endswith(".json") else text.splitlines()
     except (OSError, ValueError) as error:
-        raise DataError(f"--class-names {path}: {' '.join(str(error).split())}") from error
+        raise DataError(f"--class-names {path}: {one_line(error)}") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"--class-names {path}: expected a JSON list of names, or one name a line")
     return names
@@ -126,18 +135,17 @@ def read_class_names(path: str) -> list[str]:
 def readable_names(names: list[str], num_classes: int) -> list[str]:
     """A name for each class: the given ones, ImageNet-1k's for 1000 unnamed classes, else numbers.
 
-    WordNet numbers (n01440764), which ImageNet's folders are called, become words. Raises DataError for
-    another number of names than classes.
+    WordNet numbers (n01440764), which ImageNet's folders are called, become words. A model may have more classes
+    than its data had names (`--num-classes`): the rest are numbers. Raises DataError for more names than classes.
     """
-    if not names:
-        if num_classes == IMAGENET_CLASSES:
-            return ImageNetInfo().label_descriptions()
-        return [f"class {number}" for number in range(num_classes)]
-    if len(names) != num_classes:
-        raise DataError(f"{len(names)} class names for a model of {num_classes} classes")
-    synsets = set(ImageNetInfo().label_names())
+    if not names and num_classes == IMAGENET_CLASSES:
+        return ImageNetInfo().label_descriptions()
+    if len(names) > num_classes:
+        raise DataError(f"{len(names)} class names for a model of {num_classes} classes; give --class-names")
     info = ImageNetInfo()
-    return [info.label_name_to_description(name) if name in synsets else name for name in names]
+    synsets = set(info.label_names())
+    known = [info.label_name_to_description(name) if name in synsets else name for name in names]
+    return known + [f"class {number}" for number in range(len(names), num_classes)]
 
 
 def find_images(paths: list[str]) -> list[Path]:

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import distributed
 import failures
-from arguments import ConfigError, parse_args, save_arguments, size_of
+from arguments import parse_args, save_arguments, size_of
 from build import build_model, build_run, describe
 from checkpoint import Checkpoint, fetch, latest_checkpoint, load_weights, own_checkpoint, read_checkpoint
 from classification import Classification
 from datasets import IMAGENET_CLASSES, DataBundle, build_datasets
 from distributed import EXIT_DONE, EXIT_FAILED, StopAtOnce, StopSignal, World, together
 from engine import Run, build_val_loader, fit, restore, share_replaced
+from errors import ConfigError
 from hub import DENSE_BACKBONE, grid_of
 from report import RunLog
 from subsets import ClassSubset, check_valid_labels, evaluate_real, read_real_labels, real_labels_of, valid_labels
@@ -82,8 +83,9 @@ def execute(args, world: World) -> int:
         if args.finetune and not args.eval:
             checkpoint = read_checkpoint(args.finetune, args.trust_checkpoint)
             grid = grid_of(checkpoint)
-            report = load_weights(model, checkpoint.weights(), "finetune", args.pos_embed_resize, grid)
-            log.say(f"fine-tuning {checkpoint.path} (SHA-256 {checkpoint.sha256[:16]}...): {report}")
+            weights, method = checkpoint.weights(), args.pos_embed_resize
+            report = load_weights(model, weights, "finetune", method, grid, source=checkpoint.path)
+            log.say(f"fine-tuning {checkpoint.label}: {report}")
     if args.eval:
         return evaluate_checkpoint(args, world, model, data, log)
     args.num_classes = data.num_classes
@@ -188,7 +190,8 @@ def evaluate_checkpoint(args, world: World, model, data: DataBundle, log: RunLog
 
 def load_resized(args, model, checkpoint: Checkpoint, weights: dict) -> None:
     """Weights of `--finetune` that are evaluated. Raises ConfigError if the head does not fit."""
-    report = load_weights(model, weights, "finetune", args.pos_embed_resize, grid_of(checkpoint))
+    grid = grid_of(checkpoint)
+    report = load_weights(model, weights, "finetune", args.pos_embed_resize, grid, source=checkpoint.path)
     if report.remade_head:
         classes = report.head_classes
         why = f"its head is of other classes than the data's: {EVAL_MENDS['head']}" if classes else "it has no head"
@@ -243,10 +246,10 @@ def saved_weights(args, model, load: Callable) -> Iterator[tuple[str, str]]:
     for which in found or wanted[:1]:  # `weights` raises where there is none, saying what the file holds
         weights = checkpoint.weights(which)
         if args.resume:
-            load_weights(model, weights, old_grid=grid_of(checkpoint), mends=EVAL_MENDS)
+            load_weights(model, weights, old_grid=grid_of(checkpoint), mends=EVAL_MENDS, source=checkpoint.path)
         else:
             load(args, model, checkpoint, weights)
-        yield "raw" if which == "model" else "ema", f"{checkpoint.path} (SHA-256 {checkpoint.sha256[:16]}...)"
+        yield "raw" if which == "model" else "ema", checkpoint.label
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from torch import nn
 
-from arguments import ConfigError, nearby
+from errors import ConfigError, nearby
 
 COMMON_OPTIMIZERS = ("adamw", "sgd", "lamb", "lion", "muon")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "constant", "plateau", "poly", "wsd", "rsqrt", "none")

@@ -16,9 +16,9 @@ import torch
 from tqdm import tqdm
 
 from arguments import OneLineParser, positive_int
-from datasets import DataError
+from errors import DataError
 from failures import run_cli
-from inference import Classifier, add_model_flags, batches, find_images, load_classifier
+from inference import Classifier, add_device_flag, add_model_flags, batches, find_images, load_classifier
 
 FORMATS = ("table", "json", "csv")
 
@@ -27,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="predict.py", description="The most probable classes of images.")
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="images, or folders of images")
     add_model_flags(parser)
+    add_device_flag(parser)
     add = parser.add_argument_group("output").add_argument
     add("--topk", default=5, type=positive_int, metavar="K", help="classes an image")
     add("--format", default="table", choices=FORMATS, help="what is printed")

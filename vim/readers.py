@@ -23,8 +23,8 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from arguments import some_of
-from datasets import DataError, Sources, as_broken_image, decode_image
+from datasets import Sources, as_broken_image, decode_image
+from errors import DataError, one_line, some_of
 
 WDS_IMAGES = tuple(ending.removeprefix(".") for ending in IMG_EXTENSIONS)
 
@@ -170,7 +170,7 @@ def _reader(args, split: str, root: str | None, **options):
     try:
         return create_reader(args.data_set, root=root, split=split, **options)
     except Exception as error:  # the libraries raise what they like; all of it means the same to a user
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error, 300) or type(error).__name__
         where = f" --data-path {root}" if root else ""
         raise DataError(f"--data-set {args.data_set}{where}, split {split!r}: {reason}") from error
 
@@ -204,7 +204,7 @@ def _index_tar(tar: Path, label_key: str) -> Iterator[tuple[tuple[str, int, int]
     try:
         with tarfile.open(tar, "r:") as file:
             samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-            for member in file:
+            for member in filter(tarfile.TarInfo.isfile, file):
                 stem, _, ending = member.name.rpartition("/")[2].partition(".")
                 key = member.name[: len(member.name) - len(ending)]
                 samples.setdefault(key or stem, {})[ending.lower()] = member

@@ -30,9 +30,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import distributed
-from arguments import ConfigError
 from checkpoint import digest_path, set_back
 from datasets import DataBundle
+from errors import ConfigError
 from evaluation import Evaluation
 
 # What `incidents.txt` counts, and how the last line of a run calls it.
@@ -94,13 +94,17 @@ class TensorBoardTracker(Tracker):
 
 
 class WandbTracker(Tracker):
-    """Weights & Biases, resumed under the output folder's name and the number of runs before this one in it."""
+    """Weights & Biases, resumed under the output folder's path and the number of runs before this one in it."""
 
     def __init__(self, args, output_dir: Path):
         wandb = import_tracker("wandb")
         earlier = num_earlier(output_dir)
         name = f"{output_dir.name}-{earlier}" if earlier else output_dir.name
-        self.run = wandb.init(project="vision-mamba", id=name, resume="allow", dir=output_dir, config=vars(args))
+        place = hashlib.sha256(str(output_dir.resolve()).encode()).hexdigest()[:16]
+        self.run = wandb.init(
+            project="vision-mamba", id=f"{place}-{earlier}", name=name, resume="allow", dir=output_dir,
+            config=vars(args),
+        )  # fmt: skip
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.run.log(values, step=step)

@@ -15,8 +15,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from arguments import ConfigError, parse_args
+from arguments import parse_args
 from distributed import EXIT_CONFIG, EXIT_DONE, EXIT_REQUEUE
+from errors import ConfigError
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-from arguments import ConfigError
+from errors import ConfigError
 
 # Sets this stream of random numbers apart from those of augment.py: SeedSequence pads with zeros, so
 # [seed, epoch] alone would be the same stream as [seed, epoch, 0, 0].

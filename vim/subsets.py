@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from datasets import IMAGENET_CLASSES, DataError, ImageDataset
+from datasets import IMAGENET_CLASSES, ImageDataset
 from distributed import World, sum_over_ranks
+from errors import DataError, one_line
 from precision import autocast
 
 NAMED_SUBSETS = ("imagenet-a", "imagenet-r", "imagenet-v2")
@@ -47,9 +48,9 @@ def valid_labels(which: str) -> list[int]:
     else:
         try:
             text = Path(which).read_text()
-        except OSError as error:
-            names = ", ".join(NAMED_SUBSETS)
-            raise DataError(f"--valid-labels {which}: {error.strerror}; give one of {names} or a file") from error
+        except (OSError, UnicodeDecodeError) as error:
+            reason, names = getattr(error, "strerror", "is no text"), ", ".join(NAMED_SUBSETS)
+            raise DataError(f"--valid-labels {which}: {reason}; give one of {names} or a file of numbers") from error
     try:
         return [int(word) for word in text.replace(",", " ").split()]
     except ValueError as error:
@@ -59,9 +60,15 @@ def valid_labels(which: str) -> list[int]:
 def check_valid_labels(valid: list[int], class_names: list[str], num_classes: int) -> None:
     """Raises DataError unless there is one number for every class of the data, all of them the model's."""
     if len(valid) != len(class_names):
-        raise DataError(f"--valid-labels has {len(valid)} classes and the data {len(class_names)}")
-    if min(valid) < 0 or max(valid) >= num_classes:
-        raise DataError(f"--valid-labels: {max(valid)} is no class of the model, they are 0 to {num_classes - 1}")
+        raise DataError(
+            f"--valid-labels has {len(valid)} classes and the data {len(class_names)}; "
+            "give one number for each class folder"
+        )
+    wrong = [number for number in valid if not 0 <= number < num_classes]
+    if wrong:
+        raise DataError(
+            f"--valid-labels: {wrong[0]} is not a class of the model; its classes are 0 to {num_classes - 1}"
+        )
 
 
 def read_real_labels(which: str) -> list[set[int]]:
@@ -73,7 +80,7 @@ def read_real_labels(which: str) -> list[set[int]]:
             text = Path(which).read_text()
         return [set(labels) for labels in json.loads(text)]
     except (OSError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise DataError(f"--real-labels {which}: {reason}; give {BUILT_IN!r} or ReaL's real.json") from error
 
 

@@ -19,11 +19,11 @@ from matplotlib.image import AxesImage
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from arguments import ConfigError, OneLineParser, positive_int
+from arguments import OneLineParser, positive_int
 from augment import channel_statistics
-from datasets import DataError
+from errors import ConfigError, DataError
 from failures import run_cli
-from inference import Classifier, add_model_flags, find_images, load_classifier
+from inference import Classifier, add_device_flag, add_model_flags, find_images, load_classifier
 from models_mamba import VisionMamba, split_cls_tokens
 from report import literal
 
@@ -291,6 +291,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="visualize.py", description="Pictures of what a Vim looks at.")
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="images, or folders of images")
     add_model_flags(parser)
+    add_device_flag(parser)
     add = parser.add_argument_group("pictures").add_argument
     add("--output_dir", "--output-dir", required=True, metavar="DIR", help="where the PNG files go")
     add("--layer", default=-1, type=int, help="the block to look into; negative ones count from the last")

@@ -7,7 +7,8 @@
 // NaN in the results: shared memory read before it is written (every byte is 0xff when a block starts), before its
 // cp_async was waited for, or before another thread has passed a barrier. Found and reported are: deadlocks, lanes of
 // a warp in different collectives, misaligned copies, writes just behind the dynamic shared memory. Everything else
-// out of bounds is found by -fsanitize=address.
+// out of bounds is found by -fsanitize=address, and races by -fsanitize=thread (cuda_races.cpp): two threads, of one
+// block or of two, at one place of which one writes, with no barrier between them.
 #pragma once
 
 #include <float.h>
@@ -28,6 +29,23 @@
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
+#endif
+#ifdef __SANITIZE_THREAD__
+extern "C" {
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_destroy_fiber(void* fiber);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void* __tsan_get_current_fiber();
+void __tsan_acquire(void* place);
+void __tsan_release(void* place);
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+}
+#endif
+#ifndef EMULATION_UNORDERED
+#define EMULATION_UNORDERED "none"  // barriers whose names begin so order no memory: that a race is found, is tested so
 #endif
 
 #define __global__ __attribute__((visibility("default")))
@@ -77,12 +95,32 @@ constexpr int CANARY = 0;  // bytes behind the shared memory that must stay as t
 constexpr int CANARY = 4096;
 #endif
 
+#ifdef __SANITIZE_THREAD__
+constexpr bool SEES_RACES = true;
+// What is done while one of these lives is the emulation's own, and no race.
+struct Unseen {
+    Unseen() { AnnotateIgnoreReadsBegin("", 0), AnnotateIgnoreWritesBegin("", 0); }
+    ~Unseen() { AnnotateIgnoreWritesEnd("", 0), AnnotateIgnoreReadsEnd("", 0); }
+};
+static void acquire(void* place) { __tsan_acquire(place); }
+static void release(void* place) { __tsan_release(place); }
+#else
+constexpr bool SEES_RACES = false;
+struct Unseen {
+    ~Unseen() {}
+};
+static void acquire(void*) {}
+static void release(void*) {}
+#endif
+
 struct Fiber;
 
 struct Barrier {
     std::string name;
     int needed = 0;
     std::vector<Fiber*> waiting;
+    char order[2] = {};     // what was written before the barrier is seen behind it: places for two passages in turns,
+    unsigned passages = 0;  // as a thread may be at the next one while another still has to leave this one
 };
 
 // What the lanes of a warp give each other. Two of them, in turns: a lane may be one collective ahead of another.
@@ -108,6 +146,7 @@ struct Fiber {
     std::deque<std::vector<Copy>> copies;  // groups of cp_async, the open one last
     jmp_buf where;
     ucontext_t context;
+    void* sanitizer;  // the thread sanitizer's name for it
     Warp* warp;
     int lane() const { return number % LANES; }
 };
@@ -125,6 +164,8 @@ static void (*body)(void*);
 static void* body_argument;
 static ucontext_t scheduler;
 static jmp_buf scheduler_jump;
+static void* scheduler_of_sanitizer;
+static char begin_order, end_order;  // of a grid
 #ifdef __SANITIZE_ADDRESS__
 static const void* main_stack;
 static size_t main_stack_size;
@@ -139,6 +180,9 @@ static __attribute__((noinline)) void change(Fiber* from, Fiber* to) {
     __sanitizer_start_switch_fiber(&fake, to ? to->stack : main_stack, to ? STACK : main_stack_size);
     swapcontext(from ? &from->context : &scheduler, to ? &to->context : &scheduler);
     __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#elif defined(__SANITIZE_THREAD__)
+    __tsan_switch_to_fiber(to ? to->sanitizer : scheduler_of_sanitizer, 1);  // 1: orders nothing
+    swapcontext(from ? &from->context : &scheduler, to ? &to->context : &scheduler);
 #else
     // swapcontext saves the signal mask by a system call each time; it is needed for a fiber's first start only.
     if (_setjmp(from ? from->where : scheduler_jump)) return;
@@ -150,10 +194,15 @@ static __attribute__((noinline)) void change(Fiber* from, Fiber* to) {
 }
 
 static void go_on() {
-    Fiber* from = self;
-    Fiber* to = problem.empty() && !ready.empty() ? ready.front() : nullptr;
-    if (to) ready.pop_front();
-    self = to;
+    Fiber *from = self, *to = nullptr;
+    {
+        Unseen unseen;
+        if (problem.empty() && !ready.empty()) {
+            to = ready.front();
+            ready.pop_front();
+        }
+        self = to;
+    }
     if (from != to) change(from, to);
 }
 
@@ -173,32 +222,46 @@ static void fiber_main() {
     __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
     if (!main_stack) main_stack = bottom, main_stack_size = size;  // the scheduler starts the first one
 #endif
+    acquire(&begin_order);
     body(body_argument);
-    self->done = true;
+    release(&end_order);
+    {
+        Unseen unseen;
+        self->done = true;
+    }
     go_on();
     abort();
 }
 
-static void wait(Barrier& barrier) {
+// `name`: of what orders memory, as all barriers do.
+static void wait(Barrier& barrier, const char* name) {
+    Unseen unseen;
+    bool ordered = name && strncmp(name, EMULATION_UNORDERED, strlen(EMULATION_UNORDERED));
+    char* order = &barrier.order[barrier.passages % 2];
+    if (ordered) release(order);
     if (int(barrier.waiting.size()) + 1 == barrier.needed) {
         for (Fiber* fiber : barrier.waiting) {
             fiber->waits_for = nullptr;
             ready.push_back(fiber);
         }
         barrier.waiting.clear();
-        return;
+        barrier.passages++;
+    } else {
+        barrier.waiting.push_back(self);
+        self->waits_for = &barrier;
+        go_on();
     }
-    barrier.waiting.push_back(self);
-    self->waits_for = &barrier;
-    go_on();
+    if (ordered) acquire(order);
 }
 
-// Give `count` words to the warp and wait for what the other lanes give.
+// Give `count` words to the warp and wait for what the other lanes give. Of all that warps do together, sync_warp alone
+// orders memory.
 static Exchange& exchange(const char* what, const unsigned* values, int count) {
+    Unseen unseen;
     Exchange& now = self->warp->exchange[self->collectives++ % 2];
     now.what[self->lane()] = what;
     for (int i = 0; i < count; i++) now.values[self->lane()][i] = values[i];
-    wait(self->warp->barrier);
+    wait(self->warp->barrier, strcmp(what, "sync_warp") ? nullptr : what);
     if (strcmp(now.what[0], what)) fail(std::string("lanes of one warp are in ") + what + " and in " + now.what[0]);
     return now;
 }
@@ -220,7 +283,15 @@ static std::string describe_deadlock(int threads) {
     return text + " " + std::to_string(returned) + " of " + std::to_string(threads) + " have returned";
 }
 
+static char* new_shared_memory() {
+    return static_cast<char*>(aligned_alloc(16, (shared_bytes + CANARY + 15) / 16 * 16));
+}
+
 static void prepare_block(int threads) {
+    if (SEES_RACES) {  // other blocks have other shared memory
+        free(shared_memory);
+        shared_memory = new_shared_memory();
+    }
     memset(shared_memory, 0xff, shared_bytes + CANARY);
     ready.clear();
     block_barrier = {"sync_block", threads, {}};
@@ -238,6 +309,14 @@ static void prepare_block(int threads) {
         fiber.waits_for = nullptr;
         fiber.copies.assign(1, {});
         fiber.warp = &warps[i / LANES];
+#ifdef __SANITIZE_THREAD__
+        if (fiber.sanitizer) __tsan_destroy_fiber(fiber.sanitizer);  // other blocks have other threads
+        fiber.sanitizer = __tsan_create_fiber(0);
+#endif
+        if (SEES_RACES && fiber.stack) {  // what a thread of another block had on its stack
+            munmap(fiber.stack, STACK);
+            fiber.stack = nullptr;
+        }
         if (!fiber.stack) {
             void* memory = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
             if (memory == MAP_FAILED) abort();
@@ -282,11 +361,16 @@ static bool check_launch(int gx, int gy, int gz, int threads, int shared) {
 
 static const char* run_grid(int gx, int gy, int gz, int threads, int shared, void (*run)(void*), void* argument) {
     if (!check_launch(gx, gy, gz, threads, shared)) return problem.c_str();
+#ifdef __SANITIZE_THREAD__
+    scheduler_of_sanitizer = __tsan_get_current_fiber();
+#endif
+    release(&begin_order);
+    Unseen unseen;
     grid_size = {unsigned(gx), unsigned(gy), unsigned(gz)};
     block_size = {unsigned(threads), 1, 1};
     body = run, body_argument = argument;
     shared_bytes = shared;
-    shared_memory = static_cast<char*>(aligned_alloc(16, (shared + CANARY + 15) / 16 * 16));
+    shared_memory = new_shared_memory();
     self = nullptr;
     for (int z = 0; z < gz && problem.empty(); z++)
         for (int y = 0; y < gy && problem.empty(); y++)
@@ -295,6 +379,7 @@ static const char* run_grid(int gx, int gy, int gz, int threads, int shared, voi
                 run_block(threads);
             }
     free(shared_memory);
+    acquire(&end_order);
     return problem.empty() ? nullptr : problem.c_str();
 }
 
@@ -384,16 +469,20 @@ DEVICE unsigned to_tf32(float v) {
     return isnan(v) ? 0x7fffffffu : (__float_as_uint(v) + 0x1000u) & 0xffffe000u;
 }
 
-DEVICE void sync_block() { emulation::wait(emulation::block_barrier); }
+DEVICE void sync_block() { emulation::wait(emulation::block_barrier, "sync_block"); }
 DEVICE void sync_warp() { emulation::exchange("sync_warp", nullptr, 0); }
 
-DEVICE void sync_named(int id, int threads) {
-    if (id < 1 || id > 15) emulation::fail("sync_named " + std::to_string(id) + ": 1 to 15");
-    if (threads < 32 || threads % 32) emulation::fail("sync_named takes whole warps, not " + std::to_string(threads));
-    emulation::Barrier& barrier = emulation::named_barriers[id];
-    if (!barrier.waiting.empty() && barrier.needed != threads) emulation::fail(barrier.name + ": threads differ");
-    barrier.needed = threads;
-    emulation::wait(barrier);
+template <int ID, int COUNT>
+DEVICE void sync_named() {
+    if (ID < 1 || ID > 15) emulation::fail("sync_named " + std::to_string(ID) + ": 1 to 15");
+    if (COUNT < 32 || COUNT % 32) emulation::fail("sync_named takes whole warps, not " + std::to_string(COUNT));
+    emulation::Barrier& barrier = emulation::named_barriers[ID];
+    if (!barrier.waiting.empty() && barrier.needed != COUNT) emulation::fail(barrier.name + ": threads differ");
+    {
+        emulation::Unseen unseen;
+        barrier.needed = COUNT;
+    }
+    emulation::wait(barrier, "sync_named");
 }
 
 template <typename T>
@@ -404,6 +493,7 @@ DEVICE int warp_of_block() { return static_cast<int>(threadIdx.x / 32); }
 DEVICE float shfl_xor(float v, int mask) {
     if (mask < 0 || mask > 31) emulation::fail("shfl_xor by " + std::to_string(mask) + ": 0 to 31");
     unsigned word = __float_as_uint(v);
+    emulation::Unseen unseen;
     return __uint_as_float(emulation::exchange("shfl_xor", &word, 1).values[emulation::self->lane() ^ mask][0]);
 }
 
@@ -419,6 +509,7 @@ static inline float cut(double v) {
 template <int CHUNKS>
 static void multiply(float (&c)[4], unsigned (&words)[3 * CHUNKS], const char* what) {
     for (unsigned& word : words) word &= 0xffffe000u;  // the unit does not see the other bits
+    Unseen unseen;
     const auto& lanes = exchange(what, words, 3 * CHUNKS).values;
     int g = self->lane() / 4, t = self->lane() % 4;
     for (int i = 0; i < 4; i++) {
@@ -457,20 +548,31 @@ static void begin_copy(void* to, const void* from, int bytes) {
              std::to_string(shared_bytes) + " of shared memory");
     }
     memset(to, 0xff, bytes);
+    Unseen unseen;
     self->copies.back().push_back({to, from, bytes});
 }
 
+static void commit_copies() {
+    Unseen unseen;
+    self->copies.emplace_back();
+}
+
 static void wait_for_copies(size_t still_open) {
-    while (self->copies.size() > still_open + 1) {
-        for (const Copy& copy : self->copies.front()) memcpy(copy.to, copy.from, copy.bytes);
-        self->copies.pop_front();
+    std::vector<Copy> complete;
+    {
+        Unseen unseen;
+        for (; self->copies.size() > still_open + 1; self->copies.pop_front()) {
+            const std::vector<Copy>& group = self->copies.front();
+            complete.insert(complete.end(), group.begin(), group.end());
+        }
     }
+    for (const Copy& copy : complete) memcpy(copy.to, copy.from, copy.bytes);
 }
 
 }  // namespace emulation
 
 DEVICE void cp_async16(void* shared, const void* global) { emulation::begin_copy(shared, global, 16); }
 DEVICE void cp_async4(void* shared, const void* global) { emulation::begin_copy(shared, global, 4); }
-DEVICE void cp_async_commit() { emulation::self->copies.emplace_back(); }
+DEVICE void cp_async_commit() { emulation::commit_copies(); }
 template <int N>
 DEVICE void cp_async_wait() { emulation::wait_for_copies(N); }

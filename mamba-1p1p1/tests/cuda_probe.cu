@@ -84,8 +84,9 @@ extern "C" __global__ void barriers(const float* x, float* out, int fault) {
     float* buffer = reinterpret_cast<float*>(shared);
     const int thread = threadIdx.x, half = thread / 64;
     buffer[thread] = x[thread];
-    if (half == 0 || fault == 1) sync_named(1 + half, fault == 1 ? 128 : 64);  // 1: waits for too many
-    else for (int i = 0; i < 3; ++i) sync_named(2, 64);
+    if (fault == 1) half ? sync_named<2, 128>() : sync_named<1, 128>();  // 1: waits for too many
+    else if (half == 0) sync_named<1, 64>();
+    else for (int i = 0; i < 3; ++i) sync_named<2, 64>();
     float v = buffer[half * 64 + (thread + 5) % 64];
     sync_block();
     buffer[thread] = v;
@@ -97,6 +98,6 @@ extern "C" __global__ void barriers(const float* x, float* out, int fault) {
     if (fault == 5) buffer[128 + thread] = v;        // 5: behind the end
     if (fault == 6) cp_async16(buffer + 1, x);       // 6: misaligned
     if (fault == 7) cp_async16(buffer + 128, x);     // 7: a copy to behind the end
-    if (fault == 8) sync_named(0, 128);              // 8: the block's own barrier
+    if (fault == 8) sync_named<0, 128>();             // 8: the block's own barrier
     out[thread] = v;
 }

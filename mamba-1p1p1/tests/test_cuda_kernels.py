@@ -98,7 +98,7 @@ def test_mixer(name, few, monkeypatch):
     """Both cuts of the kernels, for few and for many sequences."""
     case = (CASES | LARGE)[name]
     warps = 2 * case["batch"] * case["channels"] / kernels.WARP_CHANNELS
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda: warps / (8 if few else 100))
+    monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(warps / (8 if few else 100)))
     assert kernels._shapes(case["batch"], case["channels"])[0].channels == (2 if few else 4)
     xz, ahead, behind, dy = arguments(case)
     activations, parameters = LIMITS[case["dtype"]]
@@ -148,7 +148,7 @@ def test_arguments_that_begin_anywhere():
 
 
 def test_what_is_served(monkeypatch):
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda: 132)
+    monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(132))
     sizes = {"batch": 128, "length": 197, "channels": 384, "d_state": 16, "rank": 12, "d_conv": 4}
     served = {"dtype": torch.bfloat16} | sizes
     assert kernels.serves(**served)
@@ -157,6 +157,8 @@ def test_what_is_served(monkeypatch):
         {"rank": 96}, {"length": 2**22}, {"batch": 2**16}, {"length": 2**21, "channels": 32, "batch": 2**12},
     ):  # fmt: skip
         assert not kernels.serves(**served | change), change
+    monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(132, 100 * 1024))
+    assert not kernels.serves(**served)
 
 
 # ---- with its projections ----------------------------------------------------------------------------------------
@@ -214,10 +216,10 @@ def test_block_where_triton_walks_few_sequences(cuda_backend, monkeypatch):
     """A block of too few sequences for these kernels keeps nothing either."""
     if EMULATED:
         pytest.skip("Triton's kernels run on a GPU")
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda: 10**6)
+    monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(10**6))
     tensors = block_arguments(torch.float16, requires_grad=True)
     few = torch.autograd.grad(run_block(tensors).sum(), tensors)
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda: 1)
+    monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(1))
     many = torch.autograd.grad(run_block(tensors).sum(), tensors)
     for a, b in zip(few, many):
         assert relative_error(a, b.double().cpu()) <= 1e-2

@@ -1,7 +1,7 @@
 """The kernels' machine code for sm_80, sm_90 and gfx942, compiled without a GPU: no spills, no growth.
 
 The limits are counts of instructions, not speeds: those need a GPU (`make bench-gpu`). Recorded table:
-`benchmarks/results/gpu_code.json`, rewritten by `python benchmarks/gpu_code.py --output benchmarks/results`.
+`benchmarks/results/gpu_code.json`, rewritten by `python benchmarks/gpu_code.py --out benchmarks/results`.
 """
 
 import json
@@ -26,7 +26,7 @@ SPILLED = 0 if RECORDED_VERSION else 8  # bytes: another Triton may keep one num
 def results(tmp_path_factory):
     """The table of this checkout, from a process of its own: it replaces Triton's driver."""
     folder = tmp_path_factory.mktemp("gpu_code")
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_code.py"), "--output", str(folder)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_code.py"), "--out", str(folder)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]

@@ -1,7 +1,7 @@
 """The bidirectional mixer in CUDA C++ for NVIDIA GPUs (Vision Mamba, arXiv 2401.09417, algorithm 1).
 
 Forward is three launches: both convolutions (conv.cu), both x projections (one batched matrix product), and both
-scans with gate and sum (scan.cu). Backward keeps nothing of forward: it runs it again, this time writing the states
+scans with gate and sum (scan_forward.cu). Backward keeps nothing of forward: it runs it again, this time writing the states
 at every eighth token and the gradients of the gate, and walks back. Activations are 16 bits wide, states, time steps
 and sums float32. No atomics: the same bits on every run.
 """
@@ -26,6 +26,7 @@ CONV_THREADS = 64  # of two channels each
 CONV_SEGMENT, CONV_BACKWARD_SEGMENT = 32, 64  # tokens that a thread walks
 SUM_COLUMNS = 32
 MAX_RANK = 64
+SHARED_MEMORY = 128 * 1024  # bytes of a multiprocessor, at least
 MAX_GRID = 65535  # blocks in a grid's second and third place
 
 
@@ -39,23 +40,33 @@ def serves(dtype: torch.dtype, batch: int, length: int, channels: int, d_state: 
     """Whether they serve this batch of it, too.
 
     A warp walks a whole sequence: where there is less than one of either direction for each multiprocessor, Triton's
-    kernels, which split sequences, are the better choice.
+    kernels, which split sequences, are the better choice. So they are where a multiprocessor has 100 KB of shared
+    memory (compute capability 8.6, 8.9, 12): it would hold two to four warps, for four schedulers.
     """
     if not serves_block(dtype, channels, d_state, rank, d_conv) or length * 2 * channels >= 2**31:
         return False
     if batch > MAX_GRID or length > CONV_SEGMENT * MAX_GRID:
         return False
-    return batch * channels >= WARP_CHANNELS * _multiprocessors()
+    device = _device()
+    return batch * channels >= WARP_CHANNELS * device.multiprocessors and device.shared_memory >= SHARED_MEMORY
 
 
-def _multiprocessors() -> int:
+class Device(NamedTuple):
+    """What of a GPU decides between kernels."""
+
+    multiprocessors: int
+    shared_memory: int = SHARED_MEMORY  # bytes of a multiprocessor
+
+
+def _device() -> Device:
     if runtime.emulation():
-        return 1
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+        return Device(1)
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return Device(found.multi_processor_count, found.shared_memory_per_multiprocessor)
 
 
 class Shape(NamedTuple):
-    """How a scan's kernel is cut (scan.cu)."""
+    """How a scan's kernel is cut (scan.cuh)."""
 
     channels: int  # of a thread
     warps: int  # of a block, of one direction
@@ -74,7 +85,8 @@ class Shape(NamedTuple):
     def shared(self, columns: int, padded: int, tiles: int, exchanges: int, halves: int) -> int:
         """Bytes of `warps` and what they share: `tiles` of `projected`; each warp's parameters, factors, and tiles of
         numbers on their way between lanes (`exchanges`) and of 16-bit channels (`halves`)."""
-        warp = 4 * self.width * (padded + 2 + 4 * TILE) + TILE * (4 * exchanges + 2 * halves) * (self.width + 8)
+        warp = 4 * self.width * (padded + 2 + 4 * TILE)
+        warp += TILE * (4 * exchanges * (self.width + 8) + 2 * halves * (48 if self.channels == 4 else 16))
         return tiles * TILE * (columns + 4) * 4 + self.warps * warp
 
 
@@ -84,7 +96,7 @@ def _shapes(batch: int, channels: int) -> tuple[Shape, Shape]:
     Few: twice as many of two channels hide more latency. Of those whose registers are not spilled to memory, by
     measurements of these kernels' first version and a model of this one (docs/LOG.md, 2026-11-26).
     """
-    warps = 2 * batch * channels / WARP_CHANNELS / _multiprocessors()
+    warps = 2 * batch * channels / WARP_CHANNELS / _device().multiprocessors
     return (Shape(2, 2, 16), Shape(2, 4, 12)) if warps <= 8 else (Shape(4, 2, 12), Shape(4, 2, 8))
 
 
@@ -120,12 +132,9 @@ def _half(dtype: torch.dtype) -> tuple[str, int]:
     return "HALF_IS_BF16", int(dtype == torch.bfloat16)
 
 
-def _scan_kernel(name: str, dtype: torch.dtype, rank: int, for_backward: bool, shape: Shape):
-    defines = (
-        _half(dtype), ("RANK", rank), ("FOR_BACKWARD", int(for_backward)),
-        ("CH", shape.channels), ("WARPS", shape.warps), ("RESIDENT", shape.resident),
-    )  # fmt: skip
-    return runtime.load("scan.cu", name, defines)
+def _scan_kernel(name: str, dtype: torch.dtype, rank: int, shape: Shape, *more: tuple[str, int]):
+    sizes = (("RANK", rank), ("CH", shape.channels), ("WARPS", shape.warps), ("RESIDENT", shape.resident))
+    return runtime.load(f"{name}.cu", name, (_half(dtype), *sizes, *more))
 
 
 # ---- projections -------------------------------------------------------------------------------------------------
@@ -212,29 +221,29 @@ def conv_both(xz: Tensor, parameters) -> Tensor:
 
 def _scan_forward(
     xz: Tensor, u: Tensor, projected: Tensor, parameters, scale: float, dy: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(y, and for a gradient dy: dscan, dxz of which half is written, states)."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y, and for a gradient dy: those of the scans' sum and of z side by side (B, L, 2 D), states)."""
     batch, length, double = xz.shape
     channels = double // 2
     rank = parameters[3][0].shape[1]
     y = torch.empty((batch, length, channels), dtype=xz.dtype, device=xz.device)
-    dscan = dxz = states = None
+    gradients = states = None
     if dy is not None:
-        dscan, dxz = torch.empty_like(y), torch.empty((batch, length, double), dtype=xz.dtype, device=xz.device)
+        gradients = torch.empty((batch, length, double), dtype=xz.dtype, device=xz.device)
         groups = ceil_div(length, TILE)
         states = torch.empty((2, batch, groups, channels, STATES), dtype=torch.float32, device=xz.device)
     shape = _shapes(batch, channels)[0]
     halves = 4 if dy is None else 5
     shared = 2 * shape.shared(projected.shape[-1], _padded(rank), 3, exchanges=1, halves=halves)
-    _scan_kernel("scan_forward", xz.dtype, rank, dy is not None, shape)(
+    _scan_kernel("scan_forward", xz.dtype, rank, shape, ("FOR_BACKWARD", int(dy is not None)))(
         (ceil_div(channels, shape.block), batch, 1), 2 * 32 * shape.warps, shared,
-        u, projected, xz, y, dy, dscan, dxz, states, *parameters[3], *parameters[4], *parameters[5], *parameters[6],
+        u, projected, xz, y, dy, gradients, states, *parameters[3], *parameters[4], *parameters[5], *parameters[6],
         length, channels, xz.stride(0), xz.stride(1), scale,
     )  # fmt: skip
-    return y, dscan, dxz, states
+    return y, gradients, states
 
 
-def _scan_backward(dscan: Tensor, u: Tensor, projected: Tensor, states: Tensor, parameters):
+def _scan_backward(gradients: Tensor, u: Tensor, projected: Tensor, states: Tensor, parameters):
     """(du, ddelta, shares of dB and dC, of dA, of dD, of the time step's bias)."""
     _, batch, length, channels = u.shape
     rank = parameters[3][0].shape[1]
@@ -249,9 +258,9 @@ def _scan_backward(dscan: Tensor, u: Tensor, projected: Tensor, states: Tensor, 
     dA, dD, dbias = new(2, batch, channels, STATES), new(2, batch, channels), new(2, batch, channels)
     shared = shape.shared(projected.shape[-1], _padded(rank), 2, exchanges=3, halves=4)
     shared += shape.warps * TILE // 2 * (shape.width * STATES + 2 * 128) * 4  # states and shares of a tile's halves
-    _scan_kernel("scan_backward", u.dtype, rank, True, shape)(
+    _scan_kernel("scan_backward", u.dtype, rank, shape)(
         (blocks, batch, 2), 32 * shape.warps, shared,
-        dscan, u, projected, states, du, ddelta, dBC, dA, dD, dbias,
+        gradients, u, projected, states, du, ddelta, dBC, dA, dD, dbias,
         *parameters[3], *parameters[4], *parameters[5], *parameters[6], length, channels,
     )  # fmt: skip
     return du, ddelta, dBC, dA, dD, dbias
@@ -328,11 +337,11 @@ def _backward(
     xz = _aligned(xz)
     u = conv_both(xz, parameters)
     projected = _project(u, x_proj)
-    y, dscan, dxz, states = _scan_forward(xz, u, projected, parameters, scale, _contiguous(dy))
+    y, dxz, states = _scan_forward(xz, u, projected, parameters, scale, _contiguous(dy))
     use_y(y)
     del y, dy
-    du_scan, ddelta, dBC, *sums = _scan_backward(dscan, u, projected, states, parameters)
-    del dscan, states
+    du_scan, ddelta, dBC, *sums = _scan_backward(dxz, u, projected, states, parameters)
+    del states
     du_projected, dx_proj, ddt_weight = _projections_backward(ddelta, dBC, u, projected, x_proj, parameters)
     sums += _conv_backward(xz, du_scan, du_projected, parameters, dxz)
     dA, dD, ddt_bias, dconv_weight, dconv_bias = _sums(sums, xz.dtype)

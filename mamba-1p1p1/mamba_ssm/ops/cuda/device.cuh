@@ -110,8 +110,12 @@ DEVICE float shfl_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
 
-// Barrier `id` (1 to 15) of `threads` threads, whole warps.
-DEVICE void sync_named(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// Barrier ID (1 to 15) of COUNT threads, whole warps. Constants: a number in a register makes a block claim all barriers
+// that there are, and then fewer blocks fit on a multiprocessor.
+template <int ID, int COUNT>
+DEVICE void sync_named() {
+    asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(COUNT) : "memory");
+}
 
 // Hold a value in a register: the compiler does not know how to make it again.
 template <typename T>

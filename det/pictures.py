@@ -24,7 +24,7 @@ GAP = 4  # pixels between a picture and its truth
 
 
 def colour(label: int) -> tuple[int, int, int]:
-    """Of a class, from 1: ten that are told apart easily, over and over."""
+    """Colour of a class (labels count from 1): ten distinct colours, repeated."""
     return tuple(round(255 * part) for part in colormaps["tab10"]((label - 1) % 10)[:3])
 
 

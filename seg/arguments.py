@@ -6,7 +6,6 @@ import argparse
 
 from arguments import (
     COMMON_FLAGS,
-    ConfigError,
     Program,
     Switch,
     fraction,
@@ -18,6 +17,7 @@ from arguments import (
     size_of,
     switch,
 )
+from errors import ConfigError
 from scenes import INKS
 from seg.data import DATA_SETS
 from seg.upernet import SCALES
@@ -107,7 +107,7 @@ def check(args: argparse.Namespace) -> None:
         )
 
 
-SEGMENTATION = Program(
+PROGRAM = Program(
     prog="seg/train.py",
     description="Train and evaluate UPerNet on a Vision Mamba, or on any other backbone of timm.",
     epilog="Without --data-path it trains on generated scenes of handwritten digits, which need no download.",
@@ -133,4 +133,4 @@ SEGMENTATION = Program(
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """See `arguments.parse_args`."""
-    return parse_args(argv, SEGMENTATION)
+    return parse_args(argv, PROGRAM)

@@ -1,0 +1,190 @@
+// Both selective scans of the bidirectional mixer with gate and sum (arXiv 2312.00752, sec. 3; 2401.09417, alg. 1).
+// Beside scan.cuh's macros: FOR_BACKWARD (1: backward runs forward again, which writes what that needs).
+
+#include "scan.cuh"
+
+// y = scale silu(z) (scan ahead + scan behind), each scan with its skip D u. With FOR_BACKWARD also, for the gradient
+// dy, those of the scans' sum and of z, the halves of `gradients` (batch, length, 2 channels), and `states`
+// (2, batch, tiles, channels, N): what enters every tile of either scan.
+//
+// Grid (channel blocks, batch). Half of a block's warps walk ahead, half behind, tile by tile; in the first half of
+// the way each leaves its scan in y, in the second half it finds the other's there and finishes the token. The one tile
+// in the middle is left by the warps that walk ahead.
+extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)) scan_forward(
+    const scalar_t* u, const float* projected, const scalar_t* xz, scalar_t* y,
+    const scalar_t* dy, scalar_t* gradients, float* states,
+    const float* dt_weight, const float* dt_weight_b, const float* dt_bias, const float* dt_bias_b,
+    const float* A_ahead, const float* A_behind, const float* D_ahead, const float* D_behind,
+    int64 length_, int64 channels_, int64 xz_stride_b, int64 xz_stride_l_, float scale) {
+    DYNAMIC_SHARED(shared);
+    // 32 bits reach any token of a sequence
+    const int length = static_cast<int>(length_), channels = static_cast<int>(channels_);
+    const int xz_stride_l = static_cast<int>(xz_stride_l_);
+    const int warp_of_both = warp_of_block();
+    const bool behind = warp_of_both >= WARPS;
+    const int warp = warp_of_both % WARPS, lane = threadIdx.x % 32, thread = 32 * warp + lane;
+    const int g = lane >> 2, t = lane & 3;
+    const int64 b = blockIdx.y;
+    const int first_channel = (blockIdx.x * WARPS + warp) * WIDTH, own = first_channel + CH * g;
+    const bool active = first_channel < channels;  // the last block may have idle warps
+
+    // shared memory, per direction: three tiles of `projected`; per warp parameters, steps, factors, and tiles of u (2),
+    // z, the other scan, dy
+    constexpr int TILES = 4 + FOR_BACKWARD;
+    constexpr int PER_WARP = PARAMETERS + Exchange::SIZE + ColumnFactors::SIZE + TILES * Halves::SIZE / 2;
+    float* tile_projected = reinterpret_cast<float*>(shared) + behind * (3 * PROJECTED + WARPS * PER_WARP);
+    float* mine = tile_projected + 3 * PROJECTED + warp * PER_WARP;
+    const Exchange steps{mine + PARAMETERS};
+    float* factors = steps.memory + Exchange::SIZE;
+    const ColumnFactors drives{factors + 4 * lane};
+    scalar_t* halves = reinterpret_cast<scalar_t*>(factors + ColumnFactors::SIZE);
+    const Halves tile_z{halves + 2 * Halves::SIZE}, tile_other{halves + 3 * Halves::SIZE};
+    const Halves tile_dy{halves + 4 * Halves::SIZE};
+
+    const int tiles = (length + TILE - 1) / TILE;
+    const int64 sequence = behind * int64(gridDim.y) + b;  // of (2, batch)
+    u += sequence * length * channels + first_channel;
+    projected += sequence * length * COLUMNS;
+    const scalar_t* z = xz + b * xz_stride_b + channels + first_channel;
+    y += b * length * channels;
+    if (FOR_BACKWARD) {
+        dy += b * length * channels + first_channel, gradients += 2 * b * length * channels + own;
+        states += (sequence * tiles * channels + first_channel) * N;
+    }
+    States A, h = {};
+    clear(tile_projected, 3 * PROJECTED * 4, thread, THREADS);
+    clear(factors, ColumnFactors::SIZE * 4, lane, 32);
+    clear(halves, 2 * Halves::SIZE * 2, lane, 32);
+    if (active) {
+        stage_parameters(
+            mine, (behind ? dt_weight_b : dt_weight) + int64(first_channel) * RANK,
+            (behind ? dt_bias_b : dt_bias) + first_channel, (behind ? D_behind : D_ahead) + first_channel, lane);
+        load_A(A, (behind ? A_behind : A_ahead) + first_channel * N, g, t);
+    }
+    const Places of_B = Places::as_row(PADDED, g, t), of_C = Places::as_columns(PADDED + N, g, t);
+    const int along = behind ? -1 : 1;
+    const ProjectedCopies copies(projected, along, thread);
+    Stream u_part = Halves::part(u, channels, along, lane), z_part = Halves::part(z, xz_stride_l, along, lane);
+    Stream y_part = Halves::part(y + first_channel, channels, along, lane), to_y(y + own, channels, along, t, 0);
+    Stream dy_part, to_gradients;
+    if (FOR_BACKWARD) {
+        dy_part = Halves::part(dy, channels, along, lane);
+        to_gradients = Stream(gradients, 2 * channels, along, t, 0);
+    }
+    hold(u_part.base);
+    if (!FOR_BACKWARD || STEPS < 6) hold(y_part.base);  // elsewhere no register is left for it
+    if (FOR_BACKWARD && STEPS < 6) hold(dy_part.base);
+
+    const int left = behind ? tiles / 2 : (tiles + 1) / 2;  // tiles of the first half of the way
+    auto tile_of = [&](int step) { return behind ? tiles - 1 - step : step; };
+    auto sync_direction = [&] {
+        if (WARPS == 1) sync_warp();
+        else if (behind) sync_named<2, THREADS>();
+        else sync_named<1, THREADS>();
+    };
+    // A tile's time steps and drives are made while the one before it is walked, from what was fetched during the one
+    // before that.
+    auto fetch = [&](int step, float* target) {
+        if (step < tiles) {
+            const Walk walk(tile_of(step), length, behind);
+            copies.copy(target, walk);
+            if (active) Halves{halves + step % 2 * Halves::SIZE}.copy(u_part, walk, lane);
+        }
+        cp_async_commit();
+    };
+    float *rows = tile_projected, *next_rows = rows + PROJECTED, *later_rows = next_rows + PROJECTED;
+    unsigned packed_x[2][PAIRS];
+    auto write_next = [&](Tokens& delta, int step) {
+        Tokens drive;
+        Halves{halves + step % 2 * Halves::SIZE}.read(packed_x, g, t);
+        Halves::unpack(drive, packed_x);
+        clear_rows(delta, length - tile_of(step) * TILE, t);
+        for_tokens([&](int j, int late) { drive[j][late] *= delta[j][late]; });
+        steps.write(delta, g, t);
+        drives.write(drive);
+    };
+    sync_direction();  // cleared
+    fetch(0, rows);
+    fetch(1, next_rows);
+    cp_async_wait<1>();
+    sync_direction();
+    if (active) {
+        Tokens delta;
+        project_steps(delta, rows, mine, lane);
+        for_tokens([&](int j, int late) { delta[j][late] = softplus(delta[j][late]); });
+        write_next(delta, 0);
+    }
+    for (int step = 0; step < tiles; ++step) {
+        const int tile = tile_of(step);
+        const Walk walk(tile, length, behind);
+        const bool finish = step >= left;
+        cp_async_wait<0>();
+        // the next tile is there, and the one before has been read; half way, what the other scan has left is seen
+        if (step == left) sync_block();
+        else sync_direction();
+        if (finish && active) {
+            tile_z.copy(z_part, walk, lane);
+            tile_other.copy(y_part, walk, lane);
+            if (FOR_BACKWARD) tile_dy.copy(dy_part, walk, lane);
+        }
+        cp_async_commit();
+        fetch(step + 2, later_rows);
+        if (active) {
+            if (FOR_BACKWARD) save_states(states + int64(tile) * channels * N, h, g, t);
+            Tokens delta, result, x;
+            project_steps(delta, next_rows, mine, lane);
+#pragma unroll
+            for (int late = 0; late < 2; ++late) {
+                unsigned columns[CH][4];
+                drives.read(columns, late);
+                Sums sums;
+#pragma unroll
+                for (int i = 0; i < HALF; ++i) {
+                    const int token = HALF * late + i;
+                    const float* row = rows + token * PITCH;
+                    Channels step_size;
+                    steps.read(step_size, token, g);
+                    decay(h, A, step_size);
+                    add_product(h, columns, row + of_B.at[i]);
+                    sums.add(h, row + of_C.at[i]);
+                    if (i < CH) delta[i][late] = softplus(delta[i][late]);
+                }
+                sums.finish(result, late);
+            }
+            Halves::unpack(x, packed_x);
+            sync_warp();
+            write_next(delta, step + 1);
+            Channels skip;
+            load_channels(skip, mine + WEIGHTS + WIDTH + CH * g);
+            for_tokens([&](int j, int late) { x[j][late] *= skip[j]; });
+            if (finish) {
+                cp_async_wait<1>();
+                sync_warp();
+                Tokens other, gate, incoming, slope;
+                tile_other.read(other, g, t);
+                tile_z.read(gate, g, t);
+                if (FOR_BACKWARD) tile_dy.read(incoming, g, t);
+                for_tokens([&](int j, int late) {
+                    const float v = gate[j][late], s = sigmoid(v), scaled = scale * v * s;
+                    const float total = CUT4 * result[j][late] + (x[j][late] + other[j][late]);
+                    result[j][late] = scaled * total;
+                    if (FOR_BACKWARD) {
+                        const float dy_i = incoming[j][late];
+                        slope[j][late] = scale * dy_i * total * s * (1.0f + v * (1.0f - s));
+                        incoming[j][late] = scaled * dy_i;
+                    }
+                });
+                if (FOR_BACKWARD) {
+                    store_tokens(to_gradients, incoming, walk, t);
+                    store_tokens(to_gradients, slope, walk, t, channels);
+                }
+            } else {
+                for_tokens([&](int j, int late) { result[j][late] = CUT4 * result[j][late] + x[j][late]; });
+            }
+            store_tokens(to_y, result, walk, t);
+        }
+        float* free_rows = rows;
+        rows = next_rows, next_rows = later_rows, later_rows = free_rows;
+    }
+    if (left == tiles) sync_block();  // a sequence of one tile: what walks ahead leaves it to the others
+}

@@ -1,0 +1,114 @@
+"""Races in the mixer's CUDA kernels, found without a GPU: each launch of a small mixer, compiled by g++ with its thread
+sanitizer, one fiber a CUDA thread (cuda_emulation.h, cuda_races.cpp). Arithmetic is test_cuda_kernels.py's matter.
+"""
+
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import test_cuda_kernels as mixer
+
+from mamba_ssm.ops.cuda import bimamba as kernels
+from mamba_ssm.ops.cuda import runtime
+
+TESTS = Path(__file__).parent
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("emulated_cuda"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the sanitizer is g++'s"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has compute-sanitizer"),
+]
+RACE, NONE = 66, 0  # how a program under the sanitizer ends
+
+
+def launches_of(few: bool, length: int, channels: int, monkeypatch) -> list[tuple]:
+    """(file, kernel, definitions, grid, threads, shared, arguments) of a mixer's forward and backward."""
+    case = mixer.case(length=length, channels=channels, dtype=torch.bfloat16)
+    device = kernels.Device(2 * channels / kernels.WARP_CHANNELS / (8 if few else 100))
+    launched, load = [], runtime.load
+
+    def recorded(file, name, defines=()):
+        kernel = load(file, name, defines)
+
+        def run(grid, threads, shared, *args):
+            before = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
+            launched.append((file, name, defines, grid, threads, shared, before))
+            kernel(grid, threads, shared, *args)
+
+        return run
+
+    xz, ahead, behind, dy = mixer.arguments(case)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "_device", lambda: device)
+        patch.setattr(runtime, "load", recorded)
+        kernels.bimamba_forward(xz, ahead, behind, 0.5, True)
+        kernels.bimamba_backward(dy, xz, ahead, behind, 0.5, None)
+    return launched
+
+
+def write(path: Path, file: str, name: str, grid, threads: int, shared: int, args: list) -> Path:
+    """The launch as cuda_races.cpp reads it, of at most two blocks in each place of the grid: a thread costs 1 ms."""
+    grid = [min(blocks, 2) for blocks in grid]
+    with path.open("wb") as out:
+        out.write(struct.pack("<6q", *grid, threads, shared, len(args)))
+        for code, arg in zip(runtime.parameter_formats(runtime.read_source(file), name), args):
+            if isinstance(arg, torch.Tensor):
+                content = arg.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            else:
+                content = b"" if arg is None else struct.pack(f"<{code}", arg)
+            out.write(struct.pack("<2q", len(content), code == "Q") + content)
+    return path
+
+
+def compiled(folder: Path, file: str, name: str, defines: tuple, *more: str) -> Path:
+    program = folder / f"{name}-{abs(hash((defines, more)))}"
+    flags = [f"-D{key}={value}" for key, value in (*defines, ("KERNEL", name), ("SOURCE", f'"{file}"'))]
+    if not program.exists():
+        command = ["g++", "-O1", "-g", "-std=c++17", "-fsanitize=thread", "-DVIM_EMULATION", *flags, *more]
+        command += [f"-I{runtime.FOLDER}", str(TESTS / "cuda_races.cpp"), "-o", str(program)]
+        subprocess.run(command, check=True)
+    return program
+
+
+def end_of(program: Path, launch: Path) -> tuple[int, str]:
+    done = subprocess.run([program, launch], capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stderr
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["two-channels", "four-channels"])
+def test_no_kernel_has_a_race(few, programs, tmp_path, monkeypatch):
+    """An odd and an even number of tiles, of which the last is not whole; idle warps; a sequence of one tile."""
+    seen = set()
+    for length, channels in ((17, 96), (28, 32), (5, 32)):
+        once = {launch[:3]: launch for launch in launches_of(few, length, channels, monkeypatch)}
+        for file, name, defines, *launch in once.values():
+            if name in seen and not name.startswith("scan_"):  # the others' loops are the same at any length
+                continue
+            program = compiled(programs, file, name, defines)
+            status, said = end_of(program, write(tmp_path / "launch", file, name, *launch))
+            assert status == NONE, f"{name} {dict(defines)}, {length} tokens:\n{said[:3000]}"
+            seen.add(name)
+    assert {"conv_forward", "scan_forward", "scan_backward", "conv_backward", "sum_rows"} <= seen
+
+
+@pytest.mark.parametrize("missing", ["sync_block", "sync_named", "sync_warp"])
+def test_a_missing_barrier_is_a_race(missing, programs, tmp_path, monkeypatch):
+    """The control of the test above: with any kind of barrier ordering nothing, both scans' races are found."""
+    found = {}
+    for file, name, defines, *launch in launches_of(False, 17, 96, monkeypatch):
+        if name.startswith("scan_"):
+            program = compiled(programs, file, name, defines, f'-DEMULATION_UNORDERED="{missing}"')
+            status, _ = end_of(program, write(tmp_path / "launch", file, name, *launch))
+            assert status in (NONE, RACE)
+            found[name] = found.get(name, False) or status == RACE
+    assert found == {"scan_forward": True, "scan_backward": missing != "sync_named"}, "backward has no named barriers"

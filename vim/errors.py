@@ -1,0 +1,69 @@
+"""Errors that a person can do something about. Their text is the one line that the user reads."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class ConfigError(ValueError):
+    """Arguments that cannot work, alone or together."""
+
+
+class DataError(ValueError):
+    """Data that a run cannot start or go on with; the line names the path.
+
+    A loader's worker process hands an exception on as text with its traceback; only the line is kept.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message.rstrip().rsplit("DataError: ", 1)[-1])
+
+
+class BrokenImage(Exception):
+    """One image that cannot be decoded: its name and why."""
+
+
+class CheckpointError(ValueError):
+    """A weight file that cannot be read, written or used; the line names it."""
+
+
+class StorageError(CheckpointError):
+    """A weight file that could not be written for now: starting again may help."""
+
+    passing = True
+
+
+class PeerError(RuntimeError):
+    """Another rank cannot go on; raised by the ranks that could. `passing`: starting again may help."""
+
+    passing = False
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient that is not finite, and the rule is to stop."""
+
+
+@contextmanager
+def as_config_error(prefix: str = "") -> Iterator[None]:
+    """Turn a ValueError that a user's argument caused deeper down into a ConfigError; `prefix` begins its line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(prefix + one_line(error)) from error
+
+
+def one_line(error: Exception, limit: int = 1000) -> str:
+    """An error's text without line breaks, at most `limit` characters of it."""
+    return " ".join(str(error).split())[:limit]
+
+
+def nearby(names: list[str]) -> str:
+    """A question to end a line with, which names what the user may have meant; "" without `names`."""
+    return f"; did you mean {' or '.join(names)}?" if names else ""
+
+
+def some_of(names: list[str], limit: int = 5) -> str:
+    """The first `limit` names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
