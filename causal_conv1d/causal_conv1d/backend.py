@@ -81,7 +81,7 @@ def choose(device: torch.device, dtype: torch.dtype, width: int) -> ModuleType:
     module = _forced_module(name, device.type)
     problem = module.unsupported(dtype, width)
     if problem:
-        raise NotImplementedError(f"{ENVIRONMENT_VARIABLE}={name}: {problem}")
+        raise NotImplementedError(f"{ENVIRONMENT_VARIABLE}={name}: {problem}; unset it, or use reference")
     return module
 
 
@@ -98,7 +98,7 @@ def differentiated_by_functorch() -> bool:
 
 
 def report() -> str:
-    """One line a backend: what can run here and why the others cannot; then what CPU and CUDA tensors get."""
+    """One line per backend: what can run here and why the others cannot; then what CPU and CUDA tensors get."""
     lines = []
     for name in MODULES:
         module, reason = load(name)

@@ -11,6 +11,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from causal_conv1d import backend, reference
 
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 @torch.library.custom_op("causal_conv1d::forward", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None, silu: bool) -> Tensor:
@@ -30,14 +32,15 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernels = backend.choose(x.device, x.dtype, weight.shape[1])
     with torch.autocast(x.device.type, enabled=False):
-        grads = kernels.conv_backward(dout, x, weight, bias, initial_states, silu)
-    # An op returns tensors only: an input that was None has an empty gradient.
-    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+        dx, *others = kernels.conv_backward(dout, x, weight, bias, initial_states, silu)
+    # An op returns tensors only, of a known layout: dx has x's, and an input that was None an empty gradient.
+    return dx, *(x.new_empty(0) if grad is None else grad.contiguous() for grad in others)
 
 
 @_backward.register_fake
 def _(dout, x, weight, bias, initial_states, silu):
-    return tuple(x.new_empty(0) if t is None else torch.empty_like(t) for t in (x, weight, bias, initial_states))
+    others = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (weight, bias, initial_states))
+    return torch.empty_like(x), *others
 
 
 def _setup_context(ctx, inputs, output):
@@ -56,7 +59,7 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.causal_conv1d.forward)
 def _forward_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    """Two operations a tap."""
+    """Two operations per tap."""
     batch, channels, length = x_shape
     return 2 * batch * channels * length * weight_shape[1]
 
@@ -73,7 +76,8 @@ def _silu(activation: str | None) -> bool:
     return activation is not None
 
 
-def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None = None) -> None:
+def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, **states: Tensor | None) -> None:
+    """`states`: tensors (B, D, W-1) by name."""
     if x.dim() != 3 or weight.dim() != 2 or x.shape[1] != weight.shape[0]:
         raise ValueError(
             f"x must be (B, D, L) and weight (D, W) with the same D, not {tuple(x.shape)} and {tuple(weight.shape)}"
@@ -82,15 +86,29 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, initial_states
         raise ValueError(
             f"x {tuple(x.shape)} or weight {tuple(weight.shape)} is empty: length and width must be at least 1"
         )
-    expected = {"bias": (bias, (x.shape[1],)), "initial_states": (initial_states, (*x.shape[:2], weight.shape[1] - 1))}
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, not {tuple(tensor.shape)}")
-    for name, tensor in {"x": x, "weight": weight, "bias": bias, "initial_states": initial_states}.items():
+    shapes = {"bias": (x.shape[1],)} | dict.fromkeys(states, (*x.shape[:2], weight.shape[1] - 1))
+    for name, tensor in {"bias": bias, **states}.items():
+        if tensor is not None and tuple(tensor.shape) != shapes[name]:
+            raise ValueError(f"{name} must have shape {shapes[name]}, not {tuple(tensor.shape)}")
+    _check_kinds(x, {"x": x, "weight": weight, "bias": bias, **states})
+
+
+def _check_kinds(x: Tensor, tensors: dict[str, Tensor | None]) -> None:
+    for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{name} has dtype {tensor.dtype}: the convolution takes floating-point tensors")
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move them to one device")
+
+
+def _check_integers(name: str, tensor: Tensor | None, form: str, shape: tuple[int, ...], x: Tensor) -> None:
+    if tensor is None:
+        return
+    if tensor.dtype not in INTEGERS or tuple(tensor.shape) != shape or tensor.device != x.device:
+        raise ValueError(
+            f"{name} must be signed integers {form} = {shape} on {x.device}, not {tensor.dtype} {tuple(tensor.shape)} "
+            f"on {tensor.device}"
+        )
 
 
 def causal_conv1d_fn(
@@ -105,26 +123,28 @@ def causal_conv1d_fn(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal depthwise convolution over tokens, with an optional SiLU (Mamba, arXiv 2312.00752, figure 3).
 
+        out[t] = act(bias + sum_k weight[k] x[t - (W-1) + k])
+
     Args:
-        x: (B, D, L), any strides. weight: (D, W). bias: (D,).
-        seq_idx: (B, L) integers: several sequences packed in a row, taps stay within each. Reference only.
+        x: (B, D, L), any strides; float32, bfloat16, float16 or float64. weight: (D, W). bias: (D,). Those and all
+            states: floating point of any dtype.
+        seq_idx: (B, L) signed integers: several sequences packed in a row, taps stay within each. Reference only.
         initial_states: (B, D, W-1), the tokens before the first; default zeros.
         return_final_states: also return the last W-1 tokens (B, D, W-1), the next call's `initial_states`.
-        final_states_out: where to write them.
+        final_states_out: (B, D, W-1), where to write them.
         activation: None, "silu" or "swish" (the same).
 
-    Returns out (B, D, L) in x's dtype and memory layout, or (out, final_states).
+    Returns out (B, D, L) in x's dtype and memory layout, or (out, final_states); computed in at least float32.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, NotImplementedError for another activation, for
+    seq_idx beside states, and for what a backend that CAUSAL_CONV1D_BACKEND forces does not serve.
     """
     silu = _silu(activation)
-    _check_shapes(x, weight, bias, initial_states)
+    _check_shapes(x, weight, bias, initial_states=initial_states, final_states_out=final_states_out)
     if final_states_out is not None and not return_final_states:
         raise ValueError("final_states_out is written with return_final_states=True only: give both, or neither")
     if seq_idx is not None:
-        if seq_idx.shape != (x.shape[0], x.shape[2]) or seq_idx.is_floating_point() or seq_idx.device != x.device:
-            raise ValueError(
-                f"seq_idx must be integers (B, L) = {(x.shape[0], x.shape[2])} on {x.device}, not {seq_idx.dtype} "
-                f"{tuple(seq_idx.shape)} on {seq_idx.device}"
-            )
+        _check_integers("seq_idx", seq_idx, "(B, L)", (x.shape[0], x.shape[2]), x)
         if initial_states is not None or return_final_states:
             raise NotImplementedError("seq_idx excludes initial_states and return_final_states: pass one of them")
         if backend.forced() not in (None, "reference"):
@@ -159,13 +179,18 @@ def causal_conv1d_update(
 ) -> Tensor:
     """Convolve the next token or tokens, given the cached ones, and update the cache in place.
 
-    Args:
-        x: (B, D) one token, or (B, D, S).
-        conv_state: (B, D, at least W-1), changed in place; the newest token last.
-        cache_seqlens: (B,) int: `conv_state` is a ring, of which that many tokens have been written.
-        conv_state_indices: (B,) int: row i of x continues row `conv_state_indices[i]` of conv_state.
+    `causal_conv1d_fn` (Mamba, arXiv 2312.00752, figure 3) token by token. Plain torch operations, whatever
+    CAUSAL_CONV1D_BACKEND names: there is no kernel for it.
 
-    Returns out with x's shape and dtype.
+    Args:
+        x: (B, D) one token, or (B, D, S); floating point, as weight (D, W), bias (D,) and conv_state.
+        conv_state: (B, D, at least W-1), changed in place; the newest token last.
+        activation: None, "silu" or "swish" (the same).
+        cache_seqlens: (B,) signed integers: `conv_state` is a ring, of which that many tokens have been written.
+        conv_state_indices: (B,) signed integers: row i of x continues row `conv_state_indices[i]` of conv_state.
+
+    Returns out with x's shape and dtype, computed in at least float32. Raises ValueError for shapes, dtypes or devices
+    that do not fit, NotImplementedError for another activation.
     """
     silu = _silu(activation)
     tokens = x.unsqueeze(-1) if x.dim() == 2 else x
@@ -174,7 +199,11 @@ def causal_conv1d_update(
         raise ValueError(
             f"conv_state must be (B, {weight.shape[0]}, at least {weight.shape[1] - 1}), not {tuple(conv_state.shape)}"
         )
-    state = conv_state if conv_state_indices is None else conv_state[conv_state_indices]
+    _check_kinds(x, {"conv_state": conv_state})
+    for name, integers in {"cache_seqlens": cache_seqlens, "conv_state_indices": conv_state_indices}.items():
+        _check_integers(name, integers, "(B,)", (x.shape[0],), x)
+    rows = None if conv_state_indices is None else conv_state_indices.long()
+    state = conv_state if rows is None else conv_state[rows]
     if state.shape[0] != x.shape[0]:
         raise ValueError(f"x has {x.shape[0]} rows, and there are states of {state.shape[0]}: give one for each row")
     if cache_seqlens is not None and tokens.shape[2] > conv_state.shape[2]:
@@ -182,8 +211,8 @@ def causal_conv1d_update(
             f"cache_seqlens: a ring of {conv_state.shape[2]} tokens cannot take {tokens.shape[2]} at once; split them"
         )
     out = reference.causal_conv1d_update(tokens, state, weight, bias, silu, cache_seqlens)
-    if conv_state_indices is not None:
-        conv_state[conv_state_indices] = state
+    if rows is not None:
+        conv_state[rows] = state
     return out.squeeze(-1) if x.dim() == 2 else out
 
 

@@ -9,6 +9,8 @@ from causal_conv1d import reference
 def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:
     """The last `state_len` tokens of every packed sequence, to start `causal_conv1d_update` from.
 
+    Plain torch operations, whatever CAUSAL_CONV1D_BACKEND names: there is no kernel for it.
+
     Args:
         x: (total tokens, D), the sequences one after the other.
         cu_seqlens: (B+1,) integers, the offset where each sequence starts, and the total at the end.

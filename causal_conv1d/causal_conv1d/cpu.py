@@ -83,11 +83,11 @@ def _isa() -> str:
 
 
 def unsupported(dtype: torch.dtype, width: int) -> str | None:
-    """Why the kernels do not serve this kind of call, or None."""
+    """Why these kernels do not serve such arguments, or None."""
     if dtype not in DTYPES:
-        return f"x of dtype {dtype}: the CPU kernels serve float32 and bfloat16"
+        return f"x of dtype {dtype}, the CPU kernels serve float32 and bfloat16"
     if width not in WIDTHS:
-        return f"weight: a filter of width {width}, the CPU kernels serve {', '.join(map(str, WIDTHS))}"
+        return f"weight: a filter of width {width}, the CPU kernels serve {WIDTHS[0]} to {WIDTHS[-1]}"
     return None
 
 

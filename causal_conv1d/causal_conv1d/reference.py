@@ -50,8 +50,10 @@ def causal_conv1d_packed(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx
     numbers = F.pad(seq_idx, (width - 1, 0), value=-1)
     out = x.new_zeros(x.shape, dtype=dtype)
     for k in range(width):
-        same = (numbers[:, k : k + length] == seq_idx) & (seq_idx >= 0)  # (B, L)
-        out = out + weight[:, k, None].to(dtype) * padded[..., k : k + length] * same.unsqueeze(1)
+        other = (numbers[:, k : k + length] != seq_idx) | (seq_idx < 0)  # (B, L)
+        # Filled, not multiplied by 0: NaN would stay NaN.
+        near = padded[..., k : k + length].masked_fill(other.unsqueeze(1), 0)
+        out = out + weight[:, k, None].to(dtype) * near
     if bias is not None:
         out = out + bias[:, None].to(dtype) * (seq_idx >= 0).unsqueeze(1)
     return (F.silu(out) if silu else out).to(x.dtype)
@@ -120,5 +122,6 @@ def varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:
     ends = cu_seqlens[1:, None]
     positions = ends + torch.arange(-state_len, 0, device=x.device)  # (B, state_len)
     inside = positions >= cu_seqlens[:-1, None]
-    tokens = x[positions.clamp(min=0)] * inside.unsqueeze(-1)  # (B, state_len, D)
+    # Filled, not multiplied by 0: the token of another sequence may be NaN.
+    tokens = x[positions.clamp(min=0)].masked_fill(~inside.unsqueeze(-1), 0)  # (B, state_len, D)
     return tokens.transpose(1, 2)

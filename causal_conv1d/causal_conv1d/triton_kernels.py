@@ -3,7 +3,7 @@
 
 Importing this module raises ImportError where Triton is not installed; `backend.py` reports that reason. A program
 owns a tile of tokens x channels of one sequence. Sums over tokens and batch (the gradients of weight and bias) are
-written as one share a program and added up afterwards: no atomics, the same bits on every run.
+written as one share per program and added up afterwards: no atomics, the same bits on every run.
 """
 
 import functools
@@ -41,9 +41,9 @@ def unavailable_reason() -> str | None:
 def unsupported(dtype: torch.dtype, width: int) -> str | None:
     """Why these kernels do not serve such arguments, or None."""
     if dtype not in DTYPES:
-        return f"x: dtype {dtype} is not served, only float32, bfloat16 and float16: use the reference backend"
+        return f"x of dtype {dtype}, the Triton kernels serve float32, bfloat16 and float16"
     if not 2 <= width <= 4:
-        return f"weight: a filter of width {width} is not served, only 2, 3 and 4: use the reference backend"
+        return f"weight: a filter of width {width}, the Triton kernels serve 2 to 4"
     return None
 
 
@@ -166,6 +166,11 @@ def _contiguous(*tensors):
     return (None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
+def _own_memory(view, dtype):
+    """A contiguous copy: what a registered op returns may share memory with nothing."""
+    return view.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
 def _on_its_device(form):
     """A backend form whose launches go to its first tensor's GPU: Triton launches on the current one."""
 
@@ -211,5 +216,5 @@ def conv_backward(dout, x, weight, bias, initial_states, silu):
             W=width, SILU=silu, TOKENS=BACKWARD_TOKENS, CHANNELS=CHANNELS, **_OPTIONS,
         )  # fmt: skip
     sums = shares.sum(0)  # (W + 1, D)
-    dbias = None if bias is None else sums[-1].to(bias.dtype)
-    return dx, sums[:-1].T.contiguous().to(weight.dtype), dbias, dinitial
+    dbias = None if bias is None else _own_memory(sums[-1], bias.dtype)
+    return dx, _own_memory(sums[:-1].T, weight.dtype), dbias, dinitial

@@ -89,6 +89,29 @@ def test_operator_registration(channels_last):
     torch.library.opcheck(torch.ops.causal_conv1d.backward.default, (*arguments, None, True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("D", [1, 6])
+def test_gradients_have_a_known_layout(D, dtype):
+    """dx that of x, the others contiguous, whatever their inputs' is."""
+    inputs = [t.detach() for t in random_inputs(D=D, dtype=dtype, channels_last=True)]
+    x, weight, bias, states = inputs
+    weight, states = (t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in (weight, states))
+    arguments = (torch.randn_like(x), x, weight, bias.expand(2, -1)[0], states, True)
+    torch.library.opcheck(torch.ops.causal_conv1d.backward.default, arguments)
+    dx, *others = torch.ops.causal_conv1d.backward(*arguments)
+    assert dx.stride() == x.stride() and all(grad.is_contiguous() for grad in others)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_gradient_of_a_sum(channels_last):
+    """Expanded, of one number for all."""
+    inputs = random_inputs(dtype=torch.float32, channels_last=channels_last)
+    out = causal_conv1d_fn(*inputs[:3], initial_states=inputs[3], activation="silu")
+    ones = torch.ones(()).expand_as(out)
+    grads = [torch.autograd.grad(out, inputs, dout, retain_graph=True) for dout in (ones, ones.contiguous())]
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
 def test_memory_layout_follows_the_input():
     x, weight, bias, _ = random_inputs(dtype=torch.float32, channels_last=True)
     out = causal_conv1d_fn(x, weight, bias)
@@ -124,6 +147,18 @@ def test_packed_sequences_equal_separate_ones():
     torch.testing.assert_close(packed, torch.cat(separate, -1))
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_packed_sequences_keep_what_is_not_finite_to_themselves(poison):
+    x, weight, bias, _ = (t.detach() for t in random_inputs(B=1, L=12))
+    seq_idx = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, -1, -1, -1, -1]])
+    right = causal_conv1d_fn(x, weight, bias, seq_idx=seq_idx)
+    x[..., :4] = x[..., 8:] = poison
+    out = causal_conv1d_fn(x, weight, bias, seq_idx=seq_idx)
+    assert torch.equal(out[..., 4:8], right[..., 4:8]) and not out[..., 8:].any()
+    states = causal_conv1d_varlen_states(x[0].T, torch.tensor([0, 4, 6, 12]), 3)
+    assert torch.equal(states[1, :, 1:], x[0, :, 4:6]) and not states[1, :, 0].any()
+
+
 def test_one_token_at_a_time_equals_the_whole():
     x, weight, bias, _ = random_inputs(L=7)
     whole = causal_conv1d_fn(x, weight, bias, activation="silu")
@@ -137,7 +172,13 @@ def test_one_token_at_a_time_equals_the_whole():
     [
         ({"conv_state": torch.zeros(3, 4, 5)}, "x has 2 rows, and there are states of 3"),
         ({"cache_seqlens": torch.tensor([1, 2]), "conv_state": torch.zeros(3, 4, 5)}, "there are states of 3"),
-        ({"conv_state_indices": torch.tensor([0, 1, 0])}, "there are states of 3"),
+        ({"conv_state_indices": torch.tensor([0, 1, 0])}, r"conv_state_indices must be .* \(B,\) = \(2,\)"),
+        ({"conv_state_indices": torch.tensor([True, True])}, "conv_state_indices must be .* not torch.bool"),
+        ({"cache_seqlens": torch.tensor([1.0, 2.0])}, "cache_seqlens must be signed integers .* not torch.float32"),
+        ({"cache_seqlens": torch.tensor([[1, 2]])}, r"cache_seqlens must be .* not torch.int64 \(1, 2\)"),
+        ({"cache_seqlens": torch.zeros(2, dtype=torch.int32, device="meta")}, "cache_seqlens .* on meta"),
+        ({"conv_state": torch.zeros(2, 4, 5, device="meta")}, "conv_state is on meta"),
+        ({"conv_state": torch.zeros(2, 4, 5, dtype=torch.int32)}, "conv_state has dtype torch.int32"),
         ({"cache_seqlens": torch.tensor([1, 2]), "conv_state": torch.zeros(2, 4, 3)}, "a ring of 3 tokens cannot take"),
     ],
 )
@@ -153,13 +194,14 @@ def test_a_buffer_that_would_not_be_written_is_refused():
         causal_conv1d_fn(x, weight, final_states_out=torch.empty_like(states))
 
 
-def test_update_of_chosen_cache_rows():
+@pytest.mark.parametrize("integers", [torch.int16, torch.int32, torch.int64], ids=str)
+def test_update_of_chosen_cache_rows(integers):
     x, weight, bias, _ = random_inputs(B=2, L=1)
     cache = torch.randn(5, 6, 3, dtype=torch.float64)
     rows, untouched = torch.tensor([4, 1]), cache.clone()
     expected_state = cache[rows].clone()
     expected = causal_conv1d_update(x.detach(), expected_state, weight, bias)
-    out = causal_conv1d_update(x.detach(), cache, weight, bias, conv_state_indices=rows)
+    out = causal_conv1d_update(x.detach(), cache, weight, bias, conv_state_indices=rows.to(integers))
     assert torch.equal(out, expected) and torch.equal(cache[rows], expected_state)
     assert torch.equal(cache[[0, 2, 3]], untouched[[0, 2, 3]])
 
@@ -197,9 +239,14 @@ def test_states_of_packed_sequences():
         ({"bias": torch.zeros(5)}, ValueError, "bias"),
         ({"initial_states": torch.zeros(2, 6, 4)}, ValueError, "initial_states"),
         ({"bias": torch.zeros(6, device="meta")}, ValueError, "meta"),
-        ({"seq_idx": torch.zeros(1, 9, dtype=torch.int32)}, ValueError, "seq_idx must be integers"),
-        ({"seq_idx": torch.zeros(2, 8, dtype=torch.int32)}, ValueError, "seq_idx must be integers"),
-        ({"seq_idx": torch.zeros(2, 9)}, ValueError, "seq_idx must be integers"),
+        (
+            {"final_states_out": torch.zeros(2, 6, 4), "return_final_states": True},
+            ValueError,
+            r"final_states_out must have shape \(2, 6, 3\)",
+        ),
+        ({"seq_idx": torch.zeros(1, 9, dtype=torch.int32)}, ValueError, "seq_idx must be signed integers"),
+        ({"seq_idx": torch.zeros(2, 8, dtype=torch.int32)}, ValueError, "seq_idx must be signed integers"),
+        ({"seq_idx": torch.zeros(2, 9)}, ValueError, "seq_idx must be signed integers"),
         (
             {"seq_idx": torch.zeros(2, 9, dtype=torch.int32), "return_final_states": True},
             NotImplementedError,
@@ -234,6 +281,12 @@ def test_forced_backend_that_cannot_serve(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="triton"):
         causal_conv1d_fn(torch.zeros(1, 2, 3), torch.zeros(2, 4))
+
+
+def test_the_backend_of_a_device_is_said(caplog):
+    caplog.set_level("INFO", logger="causal_conv1d")
+    assert backend._automatic.__wrapped__("xpu")[0] == "reference"
+    assert caplog.messages == ["xpu tensors: reference backend"]
 
 
 def test_report_of_backends():

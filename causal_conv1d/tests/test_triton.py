@@ -27,6 +27,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2 if INTERPRETED else 6e-3,
 # batch, channels, length, width, silu, bias, initial states, channels-last, dtype
 CASES = {
     "one-token": (1, 3, 1, 4, True, True, False, True, torch.float32),
+    "one-channel": (2, 1, 5, 4, True, True, True, False, torch.float32),
     "shorter-than-filter": (2, 5, 2, 4, True, True, True, True, torch.float32),
     "states": (3, 5, 63, 4, True, True, True, False, torch.float32),
     "two-channel-blocks": (1, 70, 65, 3, True, False, False, True, torch.float32),
@@ -88,6 +89,9 @@ def test_forward_and_gradients(case, poisoned):
         if grad is not None:
             tolerance = TOLERANCE[like.dtype]
             assert grad.dtype == like.dtype and relative_error(grad, right) <= tolerance, name
+    given = [grad for grad in grads if grad is not None]
+    assert len({grad.untyped_storage().data_ptr() for grad in given}) == len(given)
+    assert not any(grad.storage_offset() for grad in given)
 
 
 @pytest.mark.parametrize("_", [pytest.param(0, id="twice", marks=[*kernels, on_device])])

@@ -2,7 +2,9 @@
 
 import functools
 import importlib
+import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mamba_ssm as package
 from mamba_ssm import Mamba, selective_scan_fn
-from mamba_ssm.ops import backend, reference
-from mamba_ssm.ops.bimamba import DirectionParameters, _serves_block, bimamba, bimamba_block
-from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
+from mamba_ssm.ops import backend, reference, selective_scan_interface
+from mamba_ssm.ops.bimamba import DirectionParameters, _half_block_dtype, _serves_block, bimamba, bimamba_block
+from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn_no_out_proj, selective_scan_ref
 from mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, layer_norm_ref, rms_norm_fn, rms_norm_ref
+from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
 BF16 = torch.bfloat16
 
@@ -108,6 +111,50 @@ def test_scan_gradients(form, is_complex, softplus):
     assert torch.autograd.gradcheck(function, scan_inputs(form=form, is_complex=is_complex, L=4))
 
 
+def test_gradients_of_a_real_constant_matrix_beside_a_complex_A():
+    inputs = scan_inputs(form="constant", is_complex=True, L=4)
+    inputs[3] = inputs[3].detach().real.clone().requires_grad_()
+    assert torch.autograd.gradcheck(selective_scan_fn, inputs)
+
+
+@pytest.mark.parametrize("operation", ["scan", "mixer", "block", "norm"])
+def test_the_gradient_of_a_sum(operation):
+    """Expanded, of one number for all."""
+    xz, ahead, behind = mixer_inputs(D=32, dtype=torch.float32)
+    hidden, in_proj, out_proj = (torch.randn(s, requires_grad=True) for s in ((2, 5, 32), (64, 32), (32, 32)))
+    scanned, weight = scan_inputs(dtype=torch.float32), torch.ones(64, requires_grad=True)
+    out, inputs = {
+        "scan": lambda: (selective_scan_fn(*scanned, True), scanned),
+        "mixer": lambda: (bimamba(xz, ahead, behind), (xz, *ahead, *behind)),
+        "block": lambda: (
+            bimamba_block(hidden, in_proj, out_proj, ahead, behind), (hidden, in_proj, out_proj, *ahead, *behind)
+        ),
+        "norm": lambda: (rms_norm_fn(xz, weight, None), (xz, weight)),
+    }[operation]()  # fmt: skip
+    ones = torch.ones(()).expand_as(out)
+    grads = [torch.autograd.grad(out, inputs, dout, retain_graph=True) for dout in (ones, ones.contiguous())]
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("operation", ["mixer", "block"])
+def test_tensors_of_any_strides_are_read(operation):
+    """Tokens side by side where channels are expected, and parameters that are views."""
+    xz, ahead, behind = mixer_inputs(D=32, dtype=torch.float32)
+    hidden, in_proj, out_proj = (torch.randn(s) for s in ((2, 5, 32), (64, 32), (32, 32)))
+
+    def apart(tensor):
+        return tensor.detach().transpose(-1, -2).contiguous().transpose(-1, -2) if tensor.dim() > 1 else tensor.detach()
+
+    def run(form):
+        sides = [DirectionParameters(*(form(p).requires_grad_() for p in side)) for side in (ahead, behind)]
+        x = form(xz if operation == "mixer" else hidden).requires_grad_()
+        y = bimamba(x, *sides) if operation == "mixer" else bimamba_block(x, form(in_proj), form(out_proj), *sides)
+        return y, *torch.autograd.grad(y.square().sum(), (x, *sides[0], *sides[1]))
+
+    for got, want in zip(run(apart), run(lambda tensor: tensor.detach().clone())):
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("conv_bias", [True, False])
 def test_mixer_gradients(conv_bias):
     xz, ahead, behind = mixer_inputs(conv_bias=conv_bias)
@@ -149,6 +196,20 @@ def test_scan_registration(form, dtype):
     saved = torch.ops.mamba_ssm.selective_scan(*plain, True, True)[2]
     arguments = (torch.randn_like(plain[0]), None, *plain, saved, True)
     torch.library.opcheck(torch.ops.mamba_ssm.selective_scan_backward.default, arguments)
+
+
+@pytest.mark.parametrize("A_dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, torch.float32, torch.float64], ids=str)
+def test_scan_registration_of_mixed_dtypes(dtype, A_dtype):
+    """The state is as wide as u, in float32 at least, and complex with A."""
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    u, delta, A, B, C, D, z, bias = (t.detach() for t in scan_inputs(is_complex=A_dtype.is_complex))
+    plain = [u.to(dtype), delta.to(dtype), A.to(A_dtype), B.float(), C.float(), D.float(), z.to(dtype), bias.float()]
+    inputs = [t.clone().requires_grad_() for t in plain]
+    torch.library.opcheck(torch.ops.mamba_ssm.selective_scan.default, (*inputs, True, True), test_utils=tests)
+    out, last_state, saved = torch.ops.mamba_ssm.selective_scan(*plain, True, True)
+    arguments = (torch.randn_like(out), torch.randn_like(last_state), *plain, saved, True)
+    torch.library.opcheck(torch.ops.mamba_ssm.selective_scan_backward.default, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize("conv_bias", [True, False])
@@ -395,6 +456,15 @@ def test_mixer_compiles_into_one_graph_under_autocast():
         assert (grad - eager).abs().max() <= rounded * eager.abs().max()
 
 
+def test_autocast_leaves_float64_alone(monkeypatch, emulated_cuda):
+    """As on a GPU, whose block runs in autocast's 16 bits."""
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "cuda")
+    _, ahead, _ = mixer_inputs(D=32, N=16, R=4, W=4, dtype=torch.float32)
+    with torch.autocast("cpu", BF16):
+        assert _half_block_dtype(torch.zeros(2, 5, 16), ahead) == BF16
+        assert _half_block_dtype(torch.zeros(2, 5, 16, dtype=torch.float64), ahead) is None
+
+
 def test_autocast_leaves_a_model_in_bfloat16_alone():
     module = Mamba(32, bimamba_type="v2").to(BF16)
     with torch.autocast("cpu", BF16):
@@ -410,10 +480,10 @@ def test_the_residual_stream_is_float32():
     assert out.dtype == torch.bfloat16 and residual.dtype == torch.float32
 
 
+@pytest.mark.parametrize("bimamba_type", ["none", "v1", "v2"])
 @pytest.mark.parametrize(
     "options", [{}, {"if_divide_out": True}, {"bias": True, "conv_bias": False}, {"init_layer_scale": 0.1}]
 )
-@pytest.mark.parametrize("bimamba_type", ["none", "v1", "v2"])
 def test_fast_path_is_the_same_function(bimamba_type, options):
     torch.manual_seed(0)
     fast = Mamba(24, d_state=8, bimamba_type=bimamba_type, **options)
@@ -450,6 +520,123 @@ def test_bad_scan_arguments(position, value, words):
         selective_scan_fn(*inputs)
 
 
+@pytest.mark.parametrize("position, shape", [(3, (2, 4, 7)), (4, (2, 2, 4, 7)), (2, (6, 4, 1))])
+def test_complex_per_token_matrices_are_refused(position, shape):
+    inputs = [t.detach() for t in scan_inputs(is_complex=True)]
+    inputs[position] = torch.zeros(shape, dtype=torch.complex64)
+    words = "with the same D" if position == 2 else r"complex64: per token it is floating point \(..., 2 L\)"
+    with pytest.raises(ValueError, match=words):
+        selective_scan_fn(*inputs)
+
+
+@pytest.mark.parametrize("name", ["B", "C"])
+def test_a_bias_of_a_matrix_that_x_proj_does_not_give_is_refused(name):
+    D, N, R = 4, 2, 1
+    arguments = (torch.zeros(1, 2 * D, 5), torch.zeros(D, 3), None, torch.zeros(R + N, D), torch.zeros(D, R))
+    options = {name: torch.zeros(D, N), f"{name}_proj_bias": torch.zeros(N)}
+    with pytest.raises(ValueError, match=f"{name}_proj_bias .*: leave it out beside a constant {name}"):
+        mamba_inner_fn_no_out_proj(*arguments, -torch.ones(D, N), **options)
+
+
+@pytest.mark.parametrize("name", ["mamba_inner_no_out_proj_ref", "mamba_inner_ref", "bimamba_inner_ref"])
+def test_references_have_the_signature_of_their_functions(name):
+    reference = getattr(selective_scan_interface, name)
+    function = name.replace("_ref", "_fn") if "no_out_proj" not in name else "mamba_inner_fn_no_out_proj"
+    function = getattr(selective_scan_interface, function)
+    assert reference.__name__ == name and function.__name__ in reference.__doc__
+    assert inspect.signature(reference) == inspect.signature(function)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"conv_bias": None}, "conv_bias is given for one direction only: give it for both, or for neither"),
+        ({"dt_bias": None}, "dt_bias is None: only conv_bias may be"),
+        ({"conv_weight": torch.zeros(32, 1, 3)}, r"conv_weight must .*not \(32, 1, 3\)"),
+        ({"x_proj_weight": torch.zeros(8)}, r"x_proj_weight must .*not \(8,\)"),
+        ({"dt_weight": torch.zeros(32)}, r"dt_weight must .*not \(32,\)"),
+        ({"A": torch.zeros(32)}, r"A must .*not \(32,\)"),
+        ({"D": torch.zeros(())}, r"D must have shape \(32,\), not \(\)"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("operation", ["mixer", "block"])
+def test_bad_parameters_of_a_direction(operation, side, change, words):
+    xz, *sides = mixer_inputs(D=32, dtype=torch.float32)
+    sides[side] = sides[side]._replace(**change)
+    with pytest.raises(ValueError, match=words):
+        if operation == "mixer":
+            bimamba(xz, *sides)
+        else:
+            bimamba_block(torch.zeros(2, 5, 16), torch.zeros(64, 16), torch.zeros(16, 32), *sides)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"d_model": "16"}, "d_model='16' cannot be: use a whole number of at least 1"),
+        ({"expand": -1}, "expand=-1 cannot be: use a positive number"),
+        ({"expand": float("inf")}, "expand=inf cannot be: use a positive number"),
+        ({"expand": 0.001}, "expand=0.001 cannot be: use a number with expand * d_model >= 1, where d_model=16"),
+        ({"dt_min": 0}, "dt_min=0 cannot be: use a positive number"),
+        ({"dt_min": "a"}, "dt_min='a' cannot be: use a positive number"),
+        ({"dt_max": 1e-4}, "dt_max=0.0001 cannot be: use a number of at least dt_min=0.001"),
+        ({"dt_max": None}, "dt_max=None cannot be: use a number of at least dt_min=0.001"),
+        (
+            {"dt_init_backward": "same", "bimamba_type": "v1"},
+            "dt_init_backward='same' means nothing with bimamba_type='v1': leave it out, or use 'v2'",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_layer_options(options, words):
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+        Mamba(**{"d_model": 16} | options)
+
+
+def update_arguments(heads=None):
+    """state, x, dt, A, B, C, D, z, dt_bias: 2 sequences, 6 channels (of each head), 4 states, in 2 groups if any."""
+    lead, groups = ((heads,), (2,)) if heads else ((), ())
+    vector = (*lead, 6)
+    shapes = ((2, *vector, 4), (2, *vector), (2, *vector), (*vector, 4), (2, *groups, 4), (2, *groups, 4), vector)
+    names = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")
+    return {name: torch.ones(shape) for name, shape in zip(names, (*shapes, (2, *vector), vector))}
+
+
+@pytest.mark.parametrize("heads", [None, 4])
+@pytest.mark.parametrize("name", ["state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias"])
+@pytest.mark.parametrize("fault", ["shape", "dtype", "device"])
+def test_bad_update_arguments(fault, name, heads):
+    arguments = update_arguments(heads)
+    right = arguments[name]
+    arguments[name] = {"shape": right.flatten(), "dtype": right.int(), "device": right.to("meta")}[fault]
+    if right.dim() == 1 and fault == "shape":
+        arguments[name] = right[1:]
+    with pytest.raises(ValueError, match=f"{name} "):
+        selective_state_update(**arguments)
+
+
+@pytest.mark.parametrize("groups", [0, 3, 8])
+@pytest.mark.parametrize("name", ["B", "C"])
+def test_groups_of_an_update_divide_its_heads(name, groups):
+    arguments = update_arguments(heads=4) | {name: torch.ones(2, groups, 4)}
+    with pytest.raises(ValueError, match=rf"{name} must be \(B, groups, N\) .*, not \(2, {groups}, 4\)"):
+        selective_state_update(**arguments)
+
+
+def test_an_update_is_computed_in_the_widest_dtype():
+    torch.manual_seed(0)
+    arguments = {name: torch.rand_like(tensor, dtype=torch.float64) for name, tensor in update_arguments().items()}
+    narrow = {name: tensor if name == "state" else tensor.float() for name, tensor in arguments.items()}
+    narrow["state"] = narrow["state"].clone()
+    out = selective_state_update(**narrow)
+    wide = {name: tensor if name == "state" else narrow[name].double() for name, tensor in arguments.items()}
+    expected = selective_state_update(**wide)
+    assert out.dtype == torch.float32 and torch.equal(narrow["state"], wide["state"])
+    torch.testing.assert_close(out, expected.float())
+
+
 def test_bad_mixer_arguments():
     xz, ahead, behind = mixer_inputs()
     with pytest.raises(ValueError, match="L >= 1"):
@@ -470,12 +657,12 @@ def test_bad_mixer_arguments():
         Mamba(16, bimamba_type="v2").allocate_inference_cache(1, 8)
 
 
-@needs_block
 @pytest.mark.parametrize(
     "position, value, words",
     [
         (0, torch.zeros(2, 0, 32), "L >= 1"),
         (0, torch.zeros(5, 32), "hidden must be"),
+        (0, torch.zeros(2, 5, 32, dtype=torch.int32), "hidden has dtype torch.int32"),
         (1, torch.zeros(63, 32), "in_proj's weight must have shape"),
         (1, torch.zeros(64, 32, device="meta"), "in_proj's weight is on meta"),
         (2, torch.zeros(32, 32, device="meta"), "out_proj's weight is on meta"),
@@ -560,6 +747,12 @@ def test_forced_backend_that_cannot_serve(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="triton"):
         selective_scan_fn(*scan_inputs())
+
+
+def test_the_backend_of_a_device_is_said(caplog):
+    caplog.set_level("INFO", logger="mamba_ssm")
+    assert backend._automatic.__wrapped__("xpu")[0] == "reference"
+    assert caplog.messages == ["xpu tensors: reference backend"]
 
 
 def test_report_of_backends():

@@ -281,12 +281,64 @@ def test_bidirectional_mixer(case):
                 assert relative_error(grad, right) <= gradient_limit, (side, name)
 
 
+def strided(tensor):
+    """The same numbers, every second of a wider tensor's along the last axis."""
+    return torch.stack([tensor, torch.full_like(tensor, float("nan"))], dim=-1).flatten(-2)[..., ::2]
+
+
+STRIDES = {
+    "rows-apart": lambda xz: torch.cat([xz, xz], dim=-1)[..., : xz.shape[-1]],
+    "tokens-first": lambda xz: xz.transpose(1, 2).contiguous().transpose(1, 2),
+}
+
+
 def test_mixer_reads_a_strided_xz_and_saves_nothing_unasked():
-    xz, ahead, behind = mixer_arguments(mixer_case(batch=2))
-    strided = torch.cat([xz, xz], dim=-1)[..., : xz.shape[-1]]
-    y, saved = kernels.bimamba_forward(strided, ahead, behind, 1.0, False)
-    assert saved.numel() == 0
-    assert torch.equal(y, kernels.bimamba_forward(xz, ahead, behind, 1.0, True)[0])
+    """A gradient of one number for all too, as that of a sum."""
+    xz, ahead, behind = mixer_arguments(mixer_case(batch=2, length=5, width=2))
+    right, right_saved = kernels.bimamba_forward(xz, ahead, behind, 1.0, True)
+    expected = kernels.bimamba_backward(torch.ones_like(right), xz, ahead, behind, 1.0, right_saved)
+    for name, layout in STRIDES.items():
+        apart = layout(xz)
+        assert apart.stride() != xz.stride() and torch.equal(apart, xz), name
+        y, saved = kernels.bimamba_forward(apart, ahead, behind, 1.0, False)
+        assert saved.numel() == 0 and torch.equal(y, right), name
+        dy = torch.ones((), device=DEVICE).expand_as(y)
+        dxz, *grads = kernels.bimamba_backward(dy, apart, ahead, behind, 1.0, right_saved)
+        assert torch.equal(dxz, expected[0]), name
+        for side, wanted in zip(grads, expected[1:]):
+            assert all(torch.equal(a, b) for a, b in zip(side, wanted)), name
+
+
+def test_the_scan_reads_tensors_of_any_strides():
+    """Every second number of wider ones, one for all of a row, and a gradient of one number for all."""
+    arguments = scan_arguments(scan_case(batch=2, channels=4, length=5))
+    u, delta, A, B, C, D, z, bias = arguments
+    arguments = (u, delta, A, B, C[:1, :, :1].expand_as(C), D, z[..., :1].expand_as(z), bias)
+    apart = [strided(t) if 0 not in t.stride() else t for t in arguments]
+    plain = [t.contiguous() for t in arguments]
+    results = []
+    for tensors, expand in ((apart, True), (plain, False)):
+        out, last, saved = kernels.selective_scan_forward(*tensors, True, True)
+        douts = [torch.ones((), device=DEVICE).expand_as(t) for t in (out, last)]
+        douts = douts if expand else [d.contiguous() for d in douts]
+        results.append([out, last, *kernels.selective_scan_backward(*douts, *tensors, True, saved)])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_norms_read_tensors_of_any_strides(kind):
+    draw = Draw()
+    x, residual, weight, bias = draw(5, 6), draw(5, 6), draw(6), draw(6)
+    results = []
+    for form in (strided, torch.Tensor.contiguous):
+        given = [form(t) for t in (x, residual, weight, bias)]
+        out, total, mean, rstd = kernels.add_norm_forward(*given, 1e-5, kind, torch.float32)
+        ones = [form(torch.ones_like(out)) for _ in range(2)]
+        grads = kernels.add_norm_backward(
+            *ones, form(total), *given[2:], mean, rstd, kind, torch.float32, torch.float32
+        )
+        results.append([out, total, rstd, *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_parameters_of_any_dtype_are_read_as_they_are():

@@ -1,11 +1,11 @@
 """The Mamba block of the paper, and the bidirectional mixers of Vision Mamba, as one module.
 
-Symbols: E model width, D = expand * E inner width, N states a channel, R rank of the time-step projection,
+Symbols: E model width, D = expand * E inner width, N states per channel, R rank of the time-step projection,
 W convolution width, B batch, L tokens.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -41,6 +41,23 @@ def check_values(table: Iterable[tuple[str, object, bool, str]]) -> None:
             raise ValueError(f"{name}={value!r} cannot be: use {accepted}")
 
 
+def _accepted(d_model, d_state, d_conv, expand, dt_rank, dt_min, dt_max) -> Iterator[tuple[str, object, bool, str]]:
+    """Rows for `check_values`, each computed after those before it were accepted."""
+    count, positive = "a whole number of at least 1", "a positive number"
+    yield "d_model", d_model, is_count(d_model), count
+    yield "d_state", d_state, is_count(d_state), count
+    yield "d_conv", d_conv, is_count(d_conv), count
+    yield "expand", expand, _is_positive(expand), positive
+    yield "expand", expand, expand * d_model >= 1, f"a number with expand * d_model >= 1, where d_model={d_model}"
+    yield "dt_rank", dt_rank, dt_rank == "auto" or is_count(dt_rank), f"'auto' or {count}"
+    yield "dt_min", dt_min, _is_positive(dt_min), positive
+    yield "dt_max", dt_max, _is_positive(dt_max) and dt_max >= dt_min, f"a number of at least dt_min={dt_min}"
+
+
+def _is_positive(value) -> bool:
+    return isinstance(value, Real) and 0 < value < math.inf
+
+
 class InferenceCache(NamedTuple):
     """What one layer remembers between tokens."""
 
@@ -64,10 +81,11 @@ class Mamba(nn.Module):
         layer_idx: this layer's key in `inference_params.key_value_memory_dict`.
         bimamba_type: "none" one direction; "v1" a second scan of the same inputs over reversed time; "v2" a
             second direction with its own convolution and projections (all released Vim weights).
-        if_divide_out: halve the sum of both directions of "v2".
+        if_divide_out: halve the sum of both directions of "v2"; without effect elsewhere, as published.
         init_layer_scale: initial value of a learned scale (E,) of the output; None for no such parameter.
         dt_init_backward: "published" leaves the backward time-step projection at torch's default weights and a
-            zero bias, so that its time step starts at softplus(0) = 0.693; "same" initialises it as the forward.
+            zero bias, so that its time step starts at softplus(0) = 0.693; "same" initialises it as the forward; of
+            "v2" alone.
     """
 
     def __init__(
@@ -101,16 +119,12 @@ class Mamba(nn.Module):
         ):
             if value not in accepted:
                 raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, accepted))}")
-        count = "a whole number of at least 1"
-        check_values(
-            (
-                ("d_model", d_model, is_count(d_model), count),
-                ("d_state", d_state, is_count(d_state), count),
-                ("d_conv", d_conv, is_count(d_conv), count),
-                ("expand", expand, isinstance(expand, Real) and expand * d_model >= 1, "a positive number"),
-                ("dt_rank", dt_rank, dt_rank == "auto" or is_count(dt_rank), f"'auto' or {count}"),
+        check_values(_accepted(d_model, d_state, d_conv, expand, dt_rank, dt_min, dt_max))
+        if dt_init_backward != "published" and bimamba_type != "v2":
+            raise ValueError(
+                f"dt_init_backward={dt_init_backward!r} means nothing with bimamba_type={bimamba_type!r}: "
+                "leave it out, or use 'v2'"
             )
-        )
         factory = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)

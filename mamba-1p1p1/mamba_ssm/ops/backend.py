@@ -79,27 +79,32 @@ def _automatic(device_type: str) -> tuple[str, ModuleType]:
             _logger.info("%s tensors: %s backend%s", device_type, wanted, "".join(reasons))
             return wanted, module
         reasons.append(f"; the {wanted} one cannot run: {reason}")
-    if candidates:
-        _logger.warning("%s tensors: reference backend, slow%s", device_type, "".join(reasons))
+    say = _logger.warning if candidates else _logger.info
+    say("%s tensors: reference backend%s", device_type, f", slow{''.join(reasons)}" if candidates else "")
     return "reference", load("reference")[0]
 
 
 def choose(
-    op: str, device: torch.device, dtype: torch.dtype, d_state: int | None = None, d_conv: int | None = None
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    d_state: int | None = None,
+    d_conv: int | None = None,
+    width: int | None = None,
 ) -> ModuleType:
     """The backend module for an op ("selective_scan", "bimamba", "add_norm") on tensors of this kind.
 
-    What a fast backend does not serve (float64 or a complex A, say) goes to the reference when the choice is
-    automatic, and raises NotImplementedError when the backend is forced.
+    What a fast backend does not serve (float64, a complex A or a norm of very wide rows, say) goes to the reference
+    when the choice is automatic, and raises NotImplementedError when the backend is forced.
     """
     name = forced()
     if name is None:
         module = _automatic(device.type)[1]
-        return load("reference")[0] if module.unsupported(op, dtype, d_state, d_conv) else module
+        return load("reference")[0] if module.unsupported(op, dtype, d_state, d_conv, width) else module
     module = _forced_module(name, device.type)
-    problem = module.unsupported(op, dtype, d_state, d_conv)
+    problem = module.unsupported(op, dtype, d_state, d_conv, width)
     if problem:
-        raise NotImplementedError(f"{ENVIRONMENT_VARIABLE}={name}: {problem}")
+        raise NotImplementedError(f"{ENVIRONMENT_VARIABLE}={name}: {problem}; unset it, or use reference")
     return module
 
 
@@ -121,7 +126,7 @@ def differentiated_by_functorch() -> bool:
 
 
 def report() -> str:
-    """One line a backend: what can run here and why the others cannot; then what CPU and CUDA tensors get."""
+    """One line per backend: what can run here and why the others cannot; then what CPU and CUDA tensors get."""
     lines = []
     for name in MODULES:
         module, reason = load(name)

@@ -19,7 +19,7 @@ class DirectionParameters(NamedTuple):
     """What one direction owns. D inner channels, W convolution width, R time-step rank, N states."""
 
     conv_weight: Tensor  # (D, W)
-    conv_bias: Tensor | None  # (D,)
+    conv_bias: Tensor | None  # (D,), for both directions or for neither
     x_proj_weight: Tensor  # (R + 2 N, D): time step, B, C in that order
     dt_weight: Tensor  # (D, R)
     dt_bias: Tensor  # (D,)
@@ -28,100 +28,85 @@ class DirectionParameters(NamedTuple):
 
 
 COUNT = len(DirectionParameters._fields)
+_ONE = (
+    "Tensor conv_weight{0}, Tensor? conv_bias{0}, Tensor x_proj_weight{0}, Tensor dt_weight{0}, Tensor dt_bias{0}, "
+    "Tensor A{0}, Tensor D{0}"
+)
+_BOTH = f"{_ONE.format('')}, {_ONE.format('_b')}"  # the parameters of both directions in the ops' schemas
 
 
-def _kernels(xz: Tensor, A: Tensor, conv_weight: Tensor):
-    return backend.choose("bimamba", xz.device, xz.dtype, d_state=A.shape[1], d_conv=conv_weight.shape[1])
+def _directions(parameters) -> tuple[DirectionParameters, DirectionParameters]:
+    """The first 2 COUNT of an op's arguments as the parameters of both directions."""
+    return DirectionParameters(*parameters[:COUNT]), DirectionParameters(*parameters[COUNT : 2 * COUNT])
 
 
-def _saved_bytes(kernels, x: Tensor, conv_weight: Tensor, dt_weight: Tensor, A: Tensor) -> int:
+def _tensors(count: int) -> str:
+    return f"({', '.join(['Tensor'] * count)})"
+
+
+def _kernels(x: Tensor, direction: DirectionParameters):
+    d_state, d_conv = direction.A.shape[1], direction.conv_weight.shape[1]
+    return backend.choose("bimamba", x.device, x.dtype, d_state=d_state, d_conv=d_conv)
+
+
+def _saved_bytes(kernels, x: Tensor, direction: DirectionParameters) -> int:
     """x: (B, L, any width) of the activations' dtype."""
-    channels, d_state = A.shape
-    return kernels.bimamba_saved_bytes(
-        x.shape[0], x.shape[1], channels, d_state, dt_weight.shape[1], conv_weight.shape[1], x.dtype
-    )
+    rank, d_conv = direction.dt_weight.shape[1], direction.conv_weight.shape[1]
+    return kernels.bimamba_saved_bytes(x.shape[0], x.shape[1], *direction.A.shape, rank, d_conv, x.dtype)
 
 
-def _block_keeps(kernels, hidden: Tensor, in_proj: Tensor, conv_weight, dt_weight, A) -> tuple[tuple[int, ...], int]:
-    """What the block keeps for backward: the shape of xz, and bytes. Kernels without BLOCK_KEEPS make it all again."""
+def _block_keeps(kernels, hidden: Tensor, in_proj: Tensor, direction: DirectionParameters) -> tuple[tuple, int]:
+    """What the block keeps for backward: the shape of xz, and bytes. Without BLOCK_KEEPS all is recomputed."""
     if not kernels.BLOCK_KEEPS:
         return (0,), 0
-    xz_shape = (*hidden.shape[:2], in_proj.shape[0])
-    return xz_shape, _saved_bytes(kernels, hidden, conv_weight, dt_weight, A)
+    return (*hidden.shape[:2], in_proj.shape[0]), _saved_bytes(kernels, hidden, direction)
 
 
-@torch.library.custom_op("mamba_ssm::bimamba", mutates_args=())
-def _bimamba(
-    xz: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    x_proj_weight: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    conv_weight_b: Tensor,
-    conv_bias_b: Tensor | None,
-    x_proj_weight_b: Tensor,
-    dt_weight_b: Tensor,
-    dt_bias_b: Tensor,
-    A_b: Tensor,
-    D_b: Tensor,
-    scale: float,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    forward = DirectionParameters(conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D)
-    backward = DirectionParameters(conv_weight_b, conv_bias_b, x_proj_weight_b, dt_weight_b, dt_bias_b, A_b, D_b)
+@torch.library.custom_op(
+    "mamba_ssm::bimamba",
+    mutates_args=(),
+    schema=f"(Tensor xz, {_BOTH}, float scale, bool save) -> {_tensors(2)}",
+)
+def _bimamba(xz, *rest):
+    (forward, backward), (scale, save) = _directions(rest), rest[2 * COUNT :]
     with torch.autocast(xz.device.type, enabled=False):
-        return _kernels(xz, A, conv_weight).bimamba_forward(xz, forward, backward, scale, save)
+        return _kernels(xz, forward).bimamba_forward(xz, forward, backward, scale, save)
 
 
 @_bimamba.register_fake
-def _(xz, conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D, *rest):
-    save = rest[-1]
+def _(xz, *rest):
+    forward, save = _directions(rest)[0], rest[-1]
     batch, length, double = xz.shape
-    size = _saved_bytes(_kernels(xz, A, conv_weight), xz, conv_weight, dt_weight, A) if save else 0
+    size = _saved_bytes(_kernels(xz, forward), xz, forward) if save else 0
     return xz.new_empty(batch, length, double // 2), xz.new_empty(size, dtype=torch.uint8)
 
 
-@torch.library.custom_op("mamba_ssm::bimamba_backward", mutates_args=())
-def _bimamba_backward(
-    dy: Tensor,
-    xz: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    x_proj_weight: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    conv_weight_b: Tensor,
-    conv_bias_b: Tensor | None,
-    x_proj_weight_b: Tensor,
-    dt_weight_b: Tensor,
-    dt_bias_b: Tensor,
-    A_b: Tensor,
-    D_b: Tensor,
-    saved: Tensor,
-    scale: float,
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-]:  # fmt: skip
-    forward = DirectionParameters(conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D)
-    backward = DirectionParameters(conv_weight_b, conv_bias_b, x_proj_weight_b, dt_weight_b, dt_bias_b, A_b, D_b)
-    kernels = _kernels(xz, A, conv_weight)
-    check_saved(saved, _saved_bytes(kernels, xz, conv_weight, dt_weight, A))
+@torch.library.custom_op(
+    "mamba_ssm::bimamba_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor xz, {_BOTH}, Tensor saved, float scale) -> {_tensors(1 + 2 * COUNT)}",
+)
+def _bimamba_backward(dy, xz, *rest):
+    (forward, backward), (saved, scale) = _directions(rest), rest[2 * COUNT :]
+    kernels = _kernels(xz, forward)
+    check_saved(saved, _saved_bytes(kernels, xz, forward))
     with torch.autocast(xz.device.type, enabled=False):
-        dxz, forward_grads, backward_grads = kernels.bimamba_backward(dy, xz, forward, backward, scale, saved)
-    # An op returns tensors only, of a known layout: an input that was None has an empty gradient.
-    grads = (dxz, *forward_grads, *backward_grads)
-    return tuple(xz.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+        dxz, *grads = kernels.bimamba_backward(dy, xz, forward, backward, scale, saved)
+    return _op_results(xz, (dxz, *grads[0], *grads[1]))
 
 
 @_bimamba_backward.register_fake
 def _(dy, xz, *rest):
-    return tuple(xz.new_empty(0) if t is None else t.new_empty(t.shape) for t in (xz, *rest[: 2 * COUNT]))
+    return _fake_gradients(xz, (xz, *rest[: 2 * COUNT]))
+
+
+def _op_results(like: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """An op returns tensors only, of a known layout: an input that was None has an empty gradient."""
+    return tuple(like.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+
+
+def _fake_gradients(like: Tensor, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
 
 
 def _setup_context(ctx, inputs, output):
@@ -155,88 +140,50 @@ def _backward_flops(dy_shape, xz_shape, *args, out_shape=None, **kwargs) -> int:
 # ---- with its projections --------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("mamba_ssm::bimamba_block", mutates_args=())
-def _bimamba_block(
-    hidden: Tensor,
-    in_proj: Tensor,
-    out_proj: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    x_proj_weight: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    conv_weight_b: Tensor,
-    conv_bias_b: Tensor | None,
-    x_proj_weight_b: Tensor,
-    dt_weight_b: Tensor,
-    dt_bias_b: Tensor,
-    A_b: Tensor,
-    D_b: Tensor,
-    scale: float,
-    bf16_products: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    forward = DirectionParameters(conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D)
-    backward = DirectionParameters(conv_weight_b, conv_bias_b, x_proj_weight_b, dt_weight_b, dt_bias_b, A_b, D_b)
-    kernels = _kernels(hidden, A, conv_weight)
+_PROJECTED = f"Tensor hidden, Tensor in_proj, Tensor out_proj, {_BOTH}"
+
+
+@torch.library.custom_op(
+    "mamba_ssm::bimamba_block",
+    mutates_args=(),
+    schema=f"({_PROJECTED}, float scale, bool bf16_products, bool save) -> {_tensors(3)}",
+)
+def _bimamba_block(hidden, in_proj, out_proj, *rest):
+    (forward, backward), (scale, bf16_products, save) = _directions(rest), rest[2 * COUNT :]
+    kernels = _kernels(hidden, forward)
     return kernels.block_forward(hidden, in_proj, out_proj, forward, backward, scale, save, bf16_products)
 
 
 @_bimamba_block.register_fake
-def _(hidden, in_proj, out_proj, conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D, *rest):
+def _(hidden, in_proj, out_proj, *rest):
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     if not rest[-1]:
         return out, hidden.new_empty(0), hidden.new_empty(0, dtype=torch.uint8)
-    shape, size = _block_keeps(_kernels(hidden, A, conv_weight), hidden, in_proj, conv_weight, dt_weight, A)
+    forward = _directions(rest)[0]
+    shape, size = _block_keeps(_kernels(hidden, forward), hidden, in_proj, forward)
     return out, hidden.new_empty(shape), hidden.new_empty(size, dtype=torch.uint8)
 
 
-@torch.library.custom_op("mamba_ssm::bimamba_block_backward", mutates_args=())
-def _bimamba_block_backward(
-    dout: Tensor,
-    hidden: Tensor,
-    in_proj: Tensor,
-    out_proj: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    x_proj_weight: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    conv_weight_b: Tensor,
-    conv_bias_b: Tensor | None,
-    x_proj_weight_b: Tensor,
-    dt_weight_b: Tensor,
-    dt_bias_b: Tensor,
-    A_b: Tensor,
-    D_b: Tensor,
-    xz: Tensor,
-    saved: Tensor,
-    scale: float,
-    bf16_products: bool,
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-]:  # fmt: skip
-    forward = DirectionParameters(conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D)
-    backward = DirectionParameters(conv_weight_b, conv_bias_b, x_proj_weight_b, dt_weight_b, dt_bias_b, A_b, D_b)
-    kernels = _kernels(hidden, A, conv_weight)
-    check_saved(saved, _block_keeps(kernels, hidden, in_proj, conv_weight, dt_weight, A)[1])
+@torch.library.custom_op(
+    "mamba_ssm::bimamba_block_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, {_PROJECTED}, Tensor xz, Tensor saved, float scale, bool bf16_products) -> "
+    f"{_tensors(3 + 2 * COUNT)}",
+)
+def _bimamba_block_backward(dout, hidden, in_proj, out_proj, *rest):
+    (forward, backward), (xz, saved, scale, bf16_products) = _directions(rest), rest[2 * COUNT :]
+    kernels = _kernels(hidden, forward)
+    check_saved(saved, _block_keeps(kernels, hidden, in_proj, forward)[1])
     with torch.autocast(hidden.device.type, enabled=False):
         *projections, forward_grads, backward_grads = kernels.block_backward(
             dout, hidden, in_proj, out_proj, forward, backward, scale, xz, saved, bf16_products
         )
-    grads = (*projections, *forward_grads, *backward_grads)
-    return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)
+    return _op_results(hidden, (*projections, *forward_grads, *backward_grads))
 
 
 @_bimamba_block_backward.register_fake
 def _(dout, *inputs):
-    tensors = inputs[: 3 + 2 * COUNT]
-    return tuple(dout.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
+    return _fake_gradients(dout, inputs[: 3 + 2 * COUNT])
 
 
 def _setup_block_context(ctx, inputs, output):
@@ -267,30 +214,48 @@ def _block_backward_flops(dout_shape, *args, out_shape=None, **kwargs) -> int:
 
 
 def _check(xz: Tensor, forward: DirectionParameters, backward: DirectionParameters) -> None:
-    if xz.dim() != 3 or xz.shape[1] == 0 or xz.shape[2] != 2 * forward.D.shape[0]:
+    _check_parameters("xz", xz, forward, backward)
+    channels = forward.A.shape[0]
+    if xz.dim() != 3 or xz.shape[1] == 0 or xz.shape[2] != 2 * channels:
         raise ValueError(
-            f"xz must be (B, L, 2 D) with L >= 1 and D = {forward.D.shape[0]} as the parameters, not {tuple(xz.shape)}"
+            f"xz must be (B, L, 2 D) with L >= 1 and D = {channels} as the parameters, not {tuple(xz.shape)}"
         )
-    if not xz.is_floating_point():
-        raise ValueError(f"xz has dtype {xz.dtype}: the mixer takes floating-point tensors")
-    _check_parameters(xz, forward, backward)
 
 
-def _check_parameters(x: Tensor, forward: DirectionParameters, backward: DirectionParameters) -> None:
-    channels, d_state = forward.A.shape
-    rank, width = forward.dt_weight.shape[1], forward.conv_weight.shape[1]
+MATRICES = {"conv_weight": "(D, W)", "x_proj_weight": "(R + 2 N, D)", "dt_weight": "(D, R)", "A": "(D, N)"}
+
+
+def _check_parameters(name: str, x: Tensor, forward: DirectionParameters, backward: DirectionParameters) -> None:
+    """The parameters' shapes, and that they and x, the argument of that name, are floating point on one device."""
+    sides = (("forward", forward), ("backward", backward))
+    for direction, parameters in sides:
+        for field, tensor in parameters._asdict().items():
+            if tensor is None and field != "conv_bias":
+                raise ValueError(f"{direction} {field} is None: only conv_bias may be")
+    for field, form in MATRICES.items():
+        shape = tuple(getattr(forward, field).shape)
+        if len(shape) != 2:
+            raise ValueError(f"forward {field} must be {form}, not {shape}")
+    if (forward.conv_bias is None) != (backward.conv_bias is None):
+        raise ValueError("conv_bias is given for one direction only: give it for both, or for neither")
+    (channels, d_state), rank, width = forward.A.shape, forward.dt_weight.shape[1], forward.conv_weight.shape[1]
     shapes = DirectionParameters(
         (channels, width), (channels,), (rank + 2 * d_state, channels),
         (channels, rank), (channels,), (channels, d_state), (channels,),
     )  # fmt: skip
-    for direction, parameters in (("forward", forward), ("backward", backward)):
-        for name, tensor, shape in zip(DirectionParameters._fields, parameters, shapes):
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(f"{direction} {name} must have shape {shape}, not {tuple(tensor.shape)}")
-            if tensor is not None and not tensor.is_floating_point():
-                raise ValueError(f"{direction} {name} has dtype {tensor.dtype}: the mixer takes floating-point tensors")
-            if tensor is not None and tensor.device != x.device:
-                raise ValueError(f"{direction} {name} is on {tensor.device}, its input on {x.device}: move it there")
+    given = {name: x}
+    for direction, parameters in sides:
+        for field, tensor, shape in zip(DirectionParameters._fields, parameters, shapes):
+            if tensor is None:
+                continue
+            given[f"{direction} {field}"] = tensor
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{direction} {field} must have shape {shape}, not {tuple(tensor.shape)}")
+    for what, tensor in given.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{what} has dtype {tensor.dtype}: the mixer takes floating-point tensors")
+        if tensor.device != x.device:
+            raise ValueError(f"{what} is on {tensor.device}, {name} on {x.device}: move it there")
 
 
 def bimamba(xz: Tensor, forward: DirectionParameters, backward: DirectionParameters, scale: float = 0.5) -> Tensor:
@@ -303,8 +268,16 @@ def bimamba(xz: Tensor, forward: DirectionParameters, backward: DirectionParamet
         scale: 0.5 halves the sum of both directions as the published models do, 1.0 does not.
 
     Returns (B, L, D) in xz's dtype; state, time step, A and D are float32 at least.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, NotImplementedError for what a backend that
+    MAMBA_SSM_BACKEND forces does not serve.
     """
     _check(xz, forward, backward)
+    return _mixer(xz, forward, backward, scale)
+
+
+def _mixer(xz: Tensor, forward: DirectionParameters, backward: DirectionParameters, scale: float) -> Tensor:
+    """`bimamba` of checked arguments."""
     if backend.differentiated_by_functorch():
         return reference.bimamba(xz, forward, backward, scale)
     save = needs_grad(xz, *forward, *backward)
@@ -324,18 +297,20 @@ def bimamba_block(
     On a CPU in float32 a tile of tokens passes through all of it while it is in the cache. CPU autocast of float32
     weights keeps to this path: where the processor multiplies bfloat16 faster, the operands of in_proj and of
     backward's products are rounded to it, and everything else is float32, the result included. On an NVIDIA GPU with
-    16-bit activations, by autocast or not, backward keeps `hidden` alone and makes everything else again. Elsewhere it
+    16-bit activations, by autocast or not, backward keeps `hidden` alone and recomputes the rest. Elsewhere it
     is the three of them in a row.
 
     Args:
-        hidden: (B, L, E). in_proj_weight: (2 D, E), x before z. out_proj_weight: (E, D).
+        hidden: (B, L, E), floating point. in_proj_weight: (2 D, E), x before z. out_proj_weight: (E, D).
         forward, backward, scale: as of `bimamba`.
 
-    Returns (B, L, E) in hidden's dtype; under autocast in float32 on a CPU and in autocast's dtype elsewhere.
+    Returns (B, L, E) in hidden's dtype; under autocast in float32 on a CPU and in autocast's dtype elsewhere, but
+    float64 stays float64. Raises as `bimamba` does.
     """
     inputs = (hidden, in_proj_weight, out_proj_weight)
+    _check_block(*inputs, forward, backward)
     if backend.differentiated_by_functorch():
-        return F.linear(bimamba(F.linear(hidden, in_proj_weight), forward, backward, scale), out_proj_weight)
+        return _in_a_row(inputs, forward, backward, scale)
     half = _half_block_dtype(hidden, forward)
     if half is not None:
         with torch.autocast(hidden.device.type, enabled=False):
@@ -350,15 +325,17 @@ def bimamba_block(
 def _block(
     inputs: tuple, forward: DirectionParameters, backward: DirectionParameters, scale: float, bf16_products: bool
 ) -> Tensor:
-    hidden, in_proj, out_proj = inputs
     if not _runs_as_block(inputs, forward, backward):
-        return F.linear(bimamba(F.linear(hidden, in_proj), forward, backward, scale), out_proj)
+        return _in_a_row(inputs, forward, backward, scale)
     return _run_block(inputs, forward, backward, scale, bf16_products)
 
 
+def _in_a_row(inputs: tuple, forward: DirectionParameters, backward: DirectionParameters, scale: float) -> Tensor:
+    hidden, in_proj, out_proj = inputs
+    return F.linear(_mixer(F.linear(hidden, in_proj), forward, backward, scale), out_proj)
+
+
 def _run_block(inputs: tuple, forward: DirectionParameters, backward: DirectionParameters, scale, bf16_products: bool):
-    _check_block(*inputs, forward.D.shape[0])
-    _check_parameters(inputs[0], forward, backward)
     save = needs_grad(*inputs, *forward, *backward)
     return _bimamba_block(*inputs, *forward, *backward, scale, bf16_products, save)[0]
 
@@ -367,6 +344,8 @@ def _half_block_dtype(hidden: Tensor, forward: DirectionParameters) -> torch.dty
     """The 16-bit dtype in which a GPU's block runs, by autocast or by `hidden` itself; None where it does not."""
     kind = hidden.device.type
     if kind != "cuda" and not (kind == "cpu" and _emulates_cuda()):
+        return None
+    if hidden.dtype == torch.float64:  # which autocast leaves alone
         return None
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     rank, d_conv = forward.dt_weight.shape[1], forward.conv_weight.shape[1]
@@ -413,10 +392,13 @@ def _serves_block(embedding: int, channels: int, d_state: int, d_conv: int) -> b
     return hasattr(kernels, "block_unsupported") and kernels.block_unsupported(embedding, channels) is None
 
 
-def _check_block(hidden: Tensor, in_proj: Tensor, out_proj: Tensor, channels: int) -> None:
-    embedding = hidden.shape[-1]
+def _check_block(
+    hidden: Tensor, in_proj: Tensor, out_proj: Tensor, forward: DirectionParameters, backward: DirectionParameters
+) -> None:
+    _check_parameters("hidden", hidden, forward, backward)
     if hidden.dim() != 3 or hidden.shape[1] == 0:
         raise ValueError(f"hidden must be (B, L, E) with L >= 1, not {tuple(hidden.shape)}")
+    channels, embedding = forward.A.shape[0], hidden.shape[-1]
     shapes = {"in_proj": (in_proj, (2 * channels, embedding)), "out_proj": (out_proj, (embedding, channels))}
     for name, (weight, shape) in shapes.items():
         if tuple(weight.shape) != shape:

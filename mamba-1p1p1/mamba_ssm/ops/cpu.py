@@ -150,8 +150,10 @@ def _lanes() -> int:
     return _function("lanes", _isa())()
 
 
-def unsupported(op: str, dtype: torch.dtype, d_state: int | None, d_conv: int | None) -> str | None:
-    """Why the kernels do not serve this kind of call, or None."""
+def unsupported(
+    op: str, dtype: torch.dtype, d_state: int | None = None, d_conv: int | None = None, width: int | None = None
+) -> str | None:
+    """Why these kernels do not serve such arguments, or None."""
     if dtype not in DTYPES:
         return f"{op}: {argument_of_dtype(op, dtype)} of dtype {dtype}, the CPU kernels serve float32 and bfloat16"
     if d_state is not None and not 1 <= d_state <= MAX_STATES:

@@ -1,6 +1,6 @@
 """The operations in plain torch: obviously right, any dtype, any device. Every backend is tested against them.
 
-Symbols, after Gu & Dao, Mamba (arXiv 2312.00752): B batch, L tokens, D channels, N states a channel, G groups
+Symbols, after Gu & Dao, Mamba (arXiv 2312.00752): B batch, L tokens, D channels, N states per channel, G groups
 of channels that share B and C, R rank of the time-step projection, W convolution width, E model width.
 """
 
@@ -17,7 +17,9 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def unsupported(op: str, dtype: torch.dtype, d_state: int | None, d_conv: int | None) -> str | None:
+def unsupported(
+    op: str, dtype: torch.dtype, d_state: int | None = None, d_conv: int | None = None, width: int | None = None
+) -> str | None:
     """The reference serves everything."""
     return None
 
@@ -100,7 +102,8 @@ def _per_token(matrix: Tensor, channels: int, length: int, is_complex: bool) -> 
 def _per_token_gradient(grad: Tensor, matrix: Tensor, is_complex: bool) -> Tensor:
     """The adjoint of `_per_token`: (L, B, D, N) summed back to the form of `matrix`."""
     if matrix.dim() == 2:
-        return grad.sum((0, 1)).to(matrix.dtype)
+        grad = grad.sum((0, 1))
+        return (grad if matrix.is_complex() else _real(grad)).to(matrix.dtype)
     grad = collapsed_groups(grad.permute(1, 2, 3, 0), matrix_groups(matrix))  # (B, G, N, L)
     if is_complex:
         grad = torch.view_as_real(grad.contiguous()).flatten(-2)

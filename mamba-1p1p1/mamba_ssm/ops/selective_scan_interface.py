@@ -5,9 +5,6 @@ formula, so that `torch.compile(fullgraph=True)`, `torch.export` and `torch.util
 them. Which code runs inside is decided in `backend.py`. Layout of this module: (B, D, L), any strides.
 """
 
-import functools
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,7 +42,7 @@ def _selective_scan(
 @_selective_scan.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save):
     batch, channels, length = u.shape
-    state_dtype = torch.promote_types(torch.promote_types(u.dtype, torch.float32), A.dtype)
+    state_dtype = torch.promote_types(u.dtype, torch.complex64 if A.is_complex() else torch.float32)
     size = _kernels(u, A).selective_scan_saved_bytes(batch, channels, length, A.shape[1], u.dtype) if save else 0
     return (
         u.new_empty(u.shape),
@@ -140,6 +137,11 @@ def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> None:
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{name} has dtype {tensor.dtype}: the scan takes floating-point tensors")
     for name, tensor in {"A": A, "B": B, "C": C}.items():
+        if tensor.is_complex() and A.is_complex() and tensor.dim() != 2:
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)} has dtype {tensor.dtype}: per token it is floating point (..., 2 L), "
+                "real and imaginary parts interleaved, as torch.view_as_real(...).flatten(-2) gives"
+            )
         if not (tensor.is_floating_point() or (tensor.is_complex() and A.is_complex())):
             raise ValueError(f"{name} has dtype {tensor.dtype}: use floating point, or a complex A")
     (batch, channels, length), d_state = u.shape, A.shape[1]
@@ -184,14 +186,18 @@ def selective_scan_fn(
         h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t],    y[t] = <C[t], h[t]> + D u[t],    out = y silu(z)
 
     Args:
-        u, delta, z: (B, D, L), any strides; float32, bfloat16, float16 or float64.
-        A: (D, N), real, or complex (reference backend; y is then twice the real part).
+        u, delta, z: (B, D, L), any strides; float32, bfloat16, float16 or float64, each its own.
+        A: (D, N), real, or complex (reference backend; y is then twice the real part). All real tensors: floating
+            point of any dtype.
         B, C: (D, N) constant, (B, N, L) per token, or (B, G, N, L) shared by D / G channels each; with a complex
             A the constant forms are complex and the per-token ones (..., 2 L), real and imaginary interleaved.
         D, delta_bias: (D,). delta_softplus: softplus of delta + delta_bias.
         return_last_state: also return h after the last token, (B, D, N), at least float32.
 
     Returns out (B, D, L) in u's dtype, or (out, last_state). State and delta are float32 at least.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, NotImplementedError for what a backend that
+    MAMBA_SSM_BACKEND forces does not serve.
     """
     _check_scan(u, delta, A, B, C, D, z, delta_bias)
     if backend.differentiated_by_functorch():
@@ -235,6 +241,9 @@ def _projected_matrix(projected: Tensor, bias: Tensor | None, is_complex: bool) 
 
 def _scan_inputs(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias):
     """Convolve and project: (x (B, D, L), z, delta (B, D, L), B, C), whatever of B and C is not given per token."""
+    for name, matrix, bias in (("B", B, B_proj_bias), ("C", C, C_proj_bias)):
+        if matrix is not None and bias is not None:
+            raise ValueError(f"{name}_proj_bias is added to a {name} of x_proj: leave it out beside a constant {name}")
     x, z = xz.chunk(2, dim=1)
     width = conv1d_weight.shape[-1]
     weight = conv1d_weight.reshape(-1, 1, width)  # (D, W) and (D, 1, W) are both accepted
@@ -260,6 +269,32 @@ def _project_out(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tenso
     return y if weight is None else F.linear(y, weight.to(y.dtype), _to(bias, y))
 
 
+def _one_scan(scan, inputs: tuple, A, D, delta_bias, delta_softplus) -> Tensor:
+    """One direction, (B, D, L). scan: `selective_scan_fn` or `selective_scan_ref`. inputs: of `_scan_inputs`."""
+    x, z, delta, B, C = inputs
+    return scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+
+
+def _two_scans(scan, inputs: tuple, A, A_b, D, delta_bias, delta_softplus) -> Tensor:
+    """Both directions of "v1" added up, (B, D, L)."""
+    x, z, delta, B, C = inputs
+    B_b, C_b = (_reverse_time(matrix, A_b.is_complex()) for matrix in (B, C))
+    y = scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    y_b = scan(x.flip(-1), delta.flip(-1), A_b, B_b, C_b, D, z.flip(-1), delta_bias, delta_softplus)
+    return y + y_b.flip(-1)
+
+
+def _reverse_time(matrix: Tensor, is_complex: bool) -> Tensor:
+    """A per-token B or C backwards in time, interleaved complex parts in order.
+
+    The published code reverses the last axis whatever it is, so a constant (D, N) matrix gets its states
+    reversed; kept, since results of its users depend on it.
+    """
+    if is_complex and matrix.dim() > 2:
+        return matrix.unflatten(-1, (-1, 2)).flip(-2).flatten(-2)
+    return matrix.flip(-1)
+
+
 def mamba_inner_fn_no_out_proj(
     xz: Tensor,
     conv1d_weight: Tensor,
@@ -274,24 +309,22 @@ def mamba_inner_fn_no_out_proj(
     B_proj_bias: Tensor | None = None,
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
-    scan: Callable = selective_scan_fn,
 ) -> Tensor:
     """One direction of the mixer without the output projection (Mamba, arXiv 2312.00752, figure 3).
 
     Args:
-        xz: (B, 2 D, L), x in the first half, the gate z in the second.
+        xz: (B, 2 D, L), x in the first half, the gate z in the second; floating point, as all but a complex A, B, C.
         conv1d_weight: (D, 1, W) or (D, W); conv1d_bias: (D,) or None.
         x_proj_weight: (R + columns of B and C, D); delta_proj_weight: (D, R).
         A: (D, N) real or complex. B, C: (D, N) constant, or None: then x_proj gives them for each token.
-        D, delta_bias: (D,). B_proj_bias, C_proj_bias: (N,), (2 N,) if complex.
-        scan: `selective_scan_fn` or `selective_scan_ref`.
+        D, delta_bias: (D,). B_proj_bias, C_proj_bias: (N,), (2 N,) if complex, of a B or C that x_proj gives.
 
-    Returns (B, D, L).
+    Returns (B, D, L) in xz's dtype. Raises ValueError for a bias beside a constant B or C, and as `selective_scan_fn`.
     """
-    x, z, delta, B, C = _scan_inputs(
+    inputs = _scan_inputs(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
     )
-    return scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return _one_scan(selective_scan_fn, inputs, A, D, delta_bias, delta_softplus)
 
 
 def mamba_inner_fn(
@@ -310,16 +343,15 @@ def mamba_inner_fn(
     B_proj_bias: Tensor | None = None,
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
-    scan: Callable = selective_scan_fn,
 ) -> Tensor:
     """`mamba_inner_fn_no_out_proj`, then the output projection (E, D) with its bias (E,): (B, L, E).
 
     Without a weight there is no projection: (B, L, D).
     """
-    y = mamba_inner_fn_no_out_proj(
-        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight,
-        A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus, scan,
-    )  # fmt: skip
+    inputs = _scan_inputs(
+        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
+    )
+    y = _one_scan(selective_scan_fn, inputs, A, D, delta_bias, delta_softplus)
     return _project_out(y, out_proj_weight, out_proj_bias)
 
 
@@ -340,31 +372,85 @@ def bimamba_inner_fn(
     B_proj_bias: Tensor | None = None,
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
-    scan: Callable = selective_scan_fn,
 ) -> Tensor:
     """The "v1" mixer (Vision Mamba, arXiv 2401.09417, table 4): one convolution and one set of projections, then
     a second scan of the same inputs over reversed time with `A_b` (D, N). Other arguments as `mamba_inner_fn`.
     """
-    x, z, delta, B, C = _scan_inputs(
+    inputs = _scan_inputs(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
     )
-    y = scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    reversed_inputs = (_reverse_time(t, A_b.is_complex()) for t in (B, C))
-    y_b = scan(x.flip(-1), delta.flip(-1), A_b, *reversed_inputs, D, z.flip(-1), delta_bias, delta_softplus)
-    return _project_out(y + y_b.flip(-1), out_proj_weight, out_proj_bias)
+    y = _two_scans(selective_scan_fn, inputs, A, A_b, D, delta_bias, delta_softplus)
+    return _project_out(y, out_proj_weight, out_proj_bias)
 
 
-def _reverse_time(matrix: Tensor, is_complex: bool) -> Tensor:
-    """A per-token B or C backwards in time, interleaved complex parts in order.
+def mamba_inner_no_out_proj_ref(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+) -> Tensor:
+    """`mamba_inner_fn_no_out_proj` with `selective_scan_ref`, the loop over tokens, for comparison."""
+    inputs = _scan_inputs(
+        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
+    )
+    return _one_scan(selective_scan_ref, inputs, A, D, delta_bias, delta_softplus)
 
-    The published code reverses the last axis whatever it is, so a constant (D, N) matrix gets its states
-    reversed; kept, since results of its users depend on it.
-    """
-    if is_complex and matrix.dim() > 2:
-        return matrix.unflatten(-1, (-1, 2)).flip(-2).flatten(-2)
-    return matrix.flip(-1)
+
+def mamba_inner_ref(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor | None,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+) -> Tensor:
+    """`mamba_inner_fn` with `selective_scan_ref`, the loop over tokens, for comparison."""
+    inputs = _scan_inputs(
+        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
+    )
+    y = _one_scan(selective_scan_ref, inputs, A, D, delta_bias, delta_softplus)
+    return _project_out(y, out_proj_weight, out_proj_bias)
 
 
-mamba_inner_no_out_proj_ref = functools.partial(mamba_inner_fn_no_out_proj, scan=selective_scan_ref)
-mamba_inner_ref = functools.partial(mamba_inner_fn, scan=selective_scan_ref)
-bimamba_inner_ref = functools.partial(bimamba_inner_fn, scan=selective_scan_ref)
+def bimamba_inner_ref(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor | None,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    A_b: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+) -> Tensor:
+    """`bimamba_inner_fn` with `selective_scan_ref`, the loop over tokens, for comparison."""
+    inputs = _scan_inputs(
+        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
+    )
+    y = _two_scans(selective_scan_ref, inputs, A, A_b, D, delta_bias, delta_softplus)
+    return _project_out(y, out_proj_weight, out_proj_bias)

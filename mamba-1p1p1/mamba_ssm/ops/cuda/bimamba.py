@@ -1,9 +1,9 @@
 """The bidirectional mixer in CUDA C++ for NVIDIA GPUs (Vision Mamba, arXiv 2401.09417, algorithm 1).
 
 Forward is three launches: both convolutions (conv.cu), both x projections (one batched matrix product), and both
-scans with gate and sum (scan_forward.cu). Backward keeps nothing of forward: it runs it again, this time writing the states
-at every eighth token and the gradients of the gate, and walks back. Activations are 16 bits wide, states, time steps
-and sums float32. No atomics: the same bits on every run.
+scans with gate and sum (scan_forward.cu). Backward keeps nothing of forward: it runs it again, this time writing the
+states at every eighth token and the gradients of the gate, and walks back (scan_backward.cu). Activations are 16 bits
+wide, states, time steps and sums float32. No atomics: the same bits on every run.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The CUDA backend's door: what `ops/backend.py` loads on NVIDIA GPUs.
+"""Entry points of the CUDA backend, loaded by `ops/backend.py` on NVIDIA GPUs.
 
 The bidirectional mixer with 16-bit activations runs in CUDA C++ (`bimamba.py`), everything else in Triton.
 ImportError where Triton is not installed.

@@ -2,7 +2,7 @@
 """What the Triton kernels of this package share: availability, launch options, small device functions.
 
 Importing this module raises ImportError where Triton is not installed; `ops/backend.py` reports that reason.
-Kernels are written for 1, 2 or 4 adjacent channels a thread in one warp, and keep every state in registers.
+Kernels are written for 1, 2 or 4 adjacent channels per thread in one warp, and keep every state in registers.
 """
 
 import functools
@@ -43,7 +43,7 @@ def interpreted() -> bool:
 
 
 def is_amd() -> bool:
-    """Whether kernels are compiled for an AMD GPU, with 64 lanes a warp."""
+    """Whether kernels are compiled for an AMD GPU, with 64 lanes per warp."""
     return not interpreted() and triton.runtime.driver.active.get_current_target().backend == "hip"
 
 
@@ -70,6 +70,11 @@ def options(num_warps: int = 1) -> dict:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors as kernels read what they are given no strides of."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 def own_memory(view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -21,7 +21,7 @@ def _add_norm(
     kind: str,
     residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = backend.choose("add_norm", x.device, x.dtype)
+    kernels = backend.choose("add_norm", x.device, x.dtype, width=x.shape[1])
     out, total, mean, rstd = kernels.add_norm_forward(x, residual, weight, bias, eps, kind, residual_dtype)
     return out, total, x.new_empty(0, dtype=rstd.dtype) if mean is None else mean, rstd
 
@@ -51,7 +51,7 @@ def _add_norm_backward(
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = backend.choose("add_norm", dout.device, x_dtype)
+    kernels = backend.choose("add_norm", dout.device, x_dtype, width=dout.shape[1])
     mean = mean if kind == "layer" else None
     grads = kernels.add_norm_backward(
         dout, dresidual_out, residual_out, weight, bias, mean, rstd, kind, x_dtype, residual_dtype
@@ -95,7 +95,8 @@ _add_norm.register_autograd(_autograd, setup_context=_setup_context)
 @register_flop_formula(torch.ops.mamba_ssm.add_norm)
 def _forward_flops(x_shape, *args, out_shape=None, **kwargs) -> int:
     """Add, square, sum, scale, weight."""
-    return 5 * x_shape.numel() if hasattr(x_shape, "numel") else 5 * x_shape[0] * x_shape[1]
+    rows, width = x_shape
+    return 5 * rows * width
 
 
 @register_flop_formula(torch.ops.mamba_ssm.add_norm_backward)
@@ -144,13 +145,18 @@ def layer_norm_fn(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm (arXiv 1607.06450), or RMSNorm (arXiv 1910.07467), of x + residual over the last axis.
 
+        out = (s - mean(s) [LayerNorm only]) rstd(s) weight + bias,    s = x + residual
+
     Args:
-        x, residual: (..., E). weight, bias: (E,).
+        x, residual: (..., E), float32, bfloat16, float16 or float64, each its own. weight, bias: (E,), floating point.
         prenorm: also return the sum, the residual stream of a pre-norm network; in residual's dtype, or, without
             a residual, in float32 if `residual_in_fp32` and in x's dtype otherwise.
 
     Returns out with x's shape and dtype, or (out, sum). Statistics are float32 at least. Backward reads the sum: as
     with the published function, it is not to be changed in place.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, NotImplementedError for what a backend that
+    MAMBA_SSM_BACKEND forces does not serve.
     """
     kind = "rms" if is_rms_norm else "layer"
     return _norm(x, weight, bias, residual, eps, prenorm, residual_in_fp32, kind)
@@ -165,7 +171,7 @@ def rms_norm_fn(
     residual_in_fp32: bool = False,
     eps: float = 1e-6,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`layer_norm_fn` with `is_rms_norm`."""
+    """RMSNorm (arXiv 1910.07467, eq. 4) of x + residual: `layer_norm_fn` with `is_rms_norm`, dtypes and errors too."""
     return _norm(x, weight, bias, residual, eps, prenorm, residual_in_fp32, "rms")
 
 

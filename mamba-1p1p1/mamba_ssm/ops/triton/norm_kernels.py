@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mamba_ssm.ops.triton.common import int64, interpreted, on_its_device, options
+from mamba_ssm.ops.triton.common import contiguous, int64, on_its_device, options
 
 MAX_WIDTH = 16384
 
@@ -76,10 +76,6 @@ def add_norm_backward_kernel(
 
 
 def _block(width: int) -> dict:
-    if width > MAX_WIDTH:
-        raise NotImplementedError(
-            f"rows of width {width}: these kernels take at most {MAX_WIDTH}; MAMBA_SSM_BACKEND=reference takes any"
-        )
     block = triton.next_power_of_2(width)
     return {"BLOCK": block, **options(num_warps=min(max(block // 256, 1), 8))}
 
@@ -87,10 +83,10 @@ def _block(width: int) -> dict:
 def _programs(rows: int, width: int, device: torch.device) -> int:
     """Programs of backward: few, so that there are few shares to sum, but enough to keep memory busy.
 
-    A program waits for the 10 to 14 bytes a column of one row at a time: with 8 for each multiprocessor, rows of 192
+    A program waits for the 10 to 14 bytes per column of one row at a time: with 8 for each multiprocessor, rows of 192
     had 15 of the 23 kB in flight that 4.3 TB/s need, and reached half of that rate (H200).
     """
-    if interpreted():
+    if device.type != "cuda":  # Triton's interpreter
         return min(rows, 2)
     each = min(max(3072 // width, 8), 32)
     return min(rows, each * torch.cuda.get_device_properties(device).multi_processor_count)
@@ -99,6 +95,7 @@ def _programs(rows: int, width: int, device: torch.device) -> int:
 @on_its_device
 def add_norm_forward(x, residual, weight, bias, eps, kind, residual_dtype):
     """Backend form on rows (M, E): (out, x + residual in residual_dtype, mean (M,) or None, rstd (M,))."""
+    x, residual, weight, bias = contiguous(x, residual, weight, bias)
     rows, width = x.shape
     out, residual_out = torch.empty_like(x), torch.empty_like(x, dtype=residual_dtype)
     mean = torch.empty(rows, dtype=torch.float32, device=x.device) if kind == "layer" else None
@@ -114,6 +111,7 @@ def add_norm_forward(x, residual, weight, bias, eps, kind, residual_dtype):
 @on_its_device
 def add_norm_backward(dout, dresidual_out, residual_out, weight, bias, mean, rstd, kind, x_dtype, residual_dtype):
     """Gradients of `add_norm_forward`: (dx, dresidual or None, dweight, dbias or None)."""
+    dout, dresidual_out, residual_out, weight = contiguous(dout, dresidual_out, residual_out, weight)
     rows, width = dout.shape
     dx = torch.empty_like(dout, dtype=x_dtype)
     dresidual = None if residual_dtype is None else torch.empty_like(dout, dtype=residual_dtype)

@@ -7,7 +7,7 @@ backward direction reads token L-1-i at position i, so nothing is ever flipped.
 
 - The time step comes in tiles of tokens: loaded, or projected from its R low-rank columns by a small matrix
   product; biased, put through softplus, and written to the program's scratch, from where the recurrence reads one
-  row a token. A comes times log2(e): `exp(delta A)` is one product and one `exp2`.
+  row per token. A comes times log2(e): `exp(delta A)` is one product and one `exp2`.
 - B and C of two neighbouring states are one 64-bit load where they are adjacent float32.
 - Backward restarts from states that forward saved every CHUNK tokens. Inside a chunk one pass writes the state
   before every group of GROUP tokens to scratch, a second one walks the groups from last to first with the
@@ -48,7 +48,7 @@ TILE = 16  # tokens of one staged piece of the time step; divides CHUNK
 GROUP = 4  # tokens unrolled together; divides TILE
 STATES_AT_A_TIME = 2  # of backward
 MIN_COLUMNS = 8
-FORWARD_BLOCK = 64  # channels a program of forward: two a thread on NVIDIA, one on AMD
+FORWARD_BLOCK = 64  # channels per program of forward: two per thread on NVIDIA, one on AMD
 MAX_STATES = 32
 
 
@@ -103,7 +103,7 @@ def _read_sequence(
     base, strides, direction, b, first_channel, lane, length, BLOCK: tl.constexpr, WIDE: tl.constexpr,
     PAIRED: tl.constexpr,
 ):  # fmt: skip
-    """`_sequence` of a tensor that is read; PAIRED bfloat16 as 32-bit words, which take one instruction a value."""
+    """`_sequence` of a tensor that is read; PAIRED bfloat16 as 32-bit words: one instruction per value."""
     if PAIRED:
         base, step = _sequence(base, strides, direction, b, first_channel, length, WIDE)
         words = base.to(tl.pointer_type(tl.int32)) + tl.arange(0, BLOCK // 2)
@@ -259,7 +259,9 @@ def _staged(scratch, first, repeated, lane, BLOCK: tl.constexpr, GROUP: tl.const
 
 @triton.jit
 def _staged_once(scratch, first, repeated, lane, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """`_staged` where no row is read twice: the rare zeros are written, the common row is only read."""
+    """As `_staged`, where each row is read only once: repeated rows are first overwritten with zeros, so that the
+    common case is a plain load.
+    """
     rows = scratch + (first - repeated) * BLOCK + lane
     if repeated > 0:
         for k in tl.static_range(GROUP - 1):
@@ -322,7 +324,7 @@ def _zeros(N: tl.constexpr, BLOCK: tl.constexpr):
 def _matrix(base, strides, b, d, channels, group, direction, length, VARIABLE: tl.constexpr, WIDE: tl.constexpr):
     """(pointer at position 0, step, stride between states) of B or C.
 
-    Per token: a scalar pointer. Constant: one pointer a channel, which stands still.
+    Per token: a scalar pointer. Constant: one pointer per channel, which stands still.
     """
     if VARIABLE:  # strides of (direction, batch, group, state, token)
         start, step = _walk(length, strides[4], direction == 1, WIDE)
@@ -354,7 +356,7 @@ def _follow(
 def _retreat(
     g, A, delta, dy, C, C_stride, N: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr
 ):  # fmt: skip
-    """What GROUP positions and those after them send to the state before them."""
+    """The gradient of the state before GROUP positions, from `g`, that of the state after them."""
     new = ()
     for n in tl.static_range(0, N, 2):
         c = _pairs(C, C_stride, n, N, PACKED, GROUP)
@@ -489,7 +491,7 @@ def scan_forward_kernel(
 
 @triton.jit
 def _apart(value, PER_THREAD: tl.constexpr):
-    """The PER_THREAD adjacent channels of a thread: as many vectors, in registers already."""
+    """Split a vector into PER_THREAD vectors, one for each channel of a thread; no data moves between threads."""
     if PER_THREAD == 1:
         return (value,)
     elif PER_THREAD == 2:
@@ -584,7 +586,10 @@ def _mark_groups(
     N: tl.constexpr, AT_A_TIME: tl.constexpr, B_PACKED: tl.constexpr, PAIRED: tl.constexpr,
     BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The states before each group of a chunk, into `marks`, which has those before the first; A in units of log2."""
+    """Write the state before each group of a chunk to `marks`, whose first entry is already there.
+
+    A is already times log2(e).
+    """
     for j in range(0, groups - 1):
         at = start + j * GROUP
         x = _rows(_pointers(u, u_step, at, GROUP), mask, GROUP, PAIRED)
@@ -954,7 +959,7 @@ def chain_kernel(
 
 
 class ScanInputs(NamedTuple):
-    """The tensors of one launch: views with a leading axis of directions, parameters once a direction."""
+    """The tensors of one launch: views with a leading axis of directions, parameters once per direction."""
 
     u: Tensor  # (directions, B, D, L)
     delta: Tensor  # the same, or (directions, B, R, L) with dt_weight
@@ -979,7 +984,7 @@ class Grid(NamedTuple):
     batch: int
     channels: int
     length: int
-    block: int  # channels a program
+    block: int  # channels per program
     blocks: int  # programs across the channels
     segments: int
     segment_chunks: int
@@ -1041,7 +1046,7 @@ def _distance(B: Tensor, C: Tensor) -> int:
 
 
 def _common(inputs: ScanInputs, grid: Grid, read: tuple[Tensor, ...] = (), written: tuple = ()) -> dict:
-    """Arguments that every kernel takes by name; `read`, `written`: tensors of it that are not among the inputs."""
+    """Arguments that every scan kernel takes. `read`, `written`: what the kernel reads and writes beside `inputs`."""
     rank = 0 if inputs.dt_weight[0] is None else inputs.dt_weight[0].shape[1]
     return {
         "delta": inputs.delta,

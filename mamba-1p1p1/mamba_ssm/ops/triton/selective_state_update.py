@@ -5,6 +5,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def _check(state: Tensor, others: dict[str, Tensor | None]) -> None:
+    """`others`: the tensors of `selective_state_update` beside the state, by name."""
+    if state.dim() not in (3, 4):
+        raise ValueError(f"state must be (B, D, N) or (B, heads, D, N), not {tuple(state.shape)}")
+    batch, *heads, channels, d_state = state.shape
+    vector = (*heads, channels)
+    token = (batch, *vector)
+    shapes = {"x": token, "dt": token, "A": (*vector, d_state), "D": vector, "z": token, "dt_bias": vector}
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        given, wanted = tuple(tensor.shape), shapes.get(name, (batch, d_state))
+        if name in ("B", "C") and heads:
+            if len(given) != 3 or given[::2] != wanted or given[1] == 0 or heads[0] % given[1]:
+                raise ValueError(
+                    f"{name} must be (B, groups, N) = ({batch}, groups, {d_state}) with groups dividing the {heads[0]} "
+                    f"heads of state, not {given}"
+                )
+        elif given != wanted:
+            raise ValueError(f"{name} must have shape {wanted} beside a state of {tuple(state.shape)}, not {given}")
+    for name, tensor in {"state": state, **others}.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}: the update takes floating-point tensors")
+        if tensor is not None and tensor.device != state.device:
+            raise ValueError(f"{name} is on {tensor.device} and state on {state.device}: move them to one device")
+
+
 def selective_state_update(
     state: Tensor,
     x: Tensor,
@@ -17,27 +44,27 @@ def selective_state_update(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
 ) -> Tensor:
-    """Advance the state by one token, in place, and return the output of that token.
+    """Advance the state by one token, in place, and return that token's output (Mamba, arXiv 2312.00752, eq. 2).
+
+        h = exp(dt A) h + dt B x,    y = <C, h> + D x,    out = y silu(z)
+
+    Plain torch operations, whatever MAMBA_SSM_BACKEND names: there is no kernel for it.
 
     Args:
-        state: (B, D, N), or (B, heads, D, N); changed in place.
+        state: (B, D, N), or (B, heads, D, N); changed in place. All tensors: floating point of any dtype.
         x, dt, z: (B, D), or (B, heads, D). A: (D, N), or (heads, D, N). D, dt_bias: (D,), or (heads, D).
         B, C: (B, N), or (B, groups, N) with groups dividing heads.
+        dt_softplus: softplus of dt + dt_bias.
 
-    Returns (B, D), or (B, heads, D), in x's dtype; computed in at least float32.
+    Returns (B, D), or (B, heads, D), in x's dtype; computed in x's and state's, in float32 at least. Raises ValueError
+    for shapes, dtypes or devices that do not fit.
     """
-    if state.dim() not in (3, 4) or x.shape != state.shape[:-1] or dt.shape != x.shape:
-        raise ValueError(
-            f"state must be (B, D, N) or (B, heads, D, N) and x, dt without N, not {tuple(state.shape)}, "
-            f"{tuple(x.shape)}, {tuple(dt.shape)}"
-        )
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    _check(state, {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias})
+    dtype = torch.promote_types(torch.promote_types(x.dtype, state.dtype), torch.float32)
     if state.dim() == 3:  # no heads: one group of all channels
         B, C = B[..., None, :], C[..., None, :]  # (B, 1, N)
     else:
         heads = state.shape[1]
-        if B.shape[1] == 0 or heads % B.shape[1]:
-            raise ValueError(f"the {B.shape[1]} groups of B must divide the {heads} heads of state")
         B, C = (m.repeat_interleave(heads // m.shape[1], dim=1).unsqueeze(-2) for m in (B, C))  # (B, heads, 1, N)
     delta = dt.to(dtype)
     if dt_bias is not None:
