@@ -57,7 +57,7 @@ def read(source: CocoSource, index: int):
     try:
         return source.read(index)
     except BrokenImage as error:
-        raise DataError(f"{error}; mend the file, or take the image out of {source.title}") from error
+        raise DataError(f"{error}; repair the file, or take the image out of {source.title}") from error
 
 
 def collate(items: list[Item]) -> tuple[list[Tensor], list[dict]]:

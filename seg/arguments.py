@@ -97,7 +97,9 @@ def resolve(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     require_weights(args, "--crop-size")
     if args.data_set != "SCENES" and not args.data_path:
-        raise ConfigError(f"--data-set {args.data_set} needs --data-path DIR; without one only SCENES can be had")
+        raise ConfigError(
+            f"--data-set {args.data_set} needs --data-path DIR; without --data-path only SCENES can be used"
+        )
     if min(args.eval_scales) <= 0:
         raise ConfigError(f"--eval-scales {min(args.eval_scales):g}: expected ratios above 0")
     side, stride = min(size_of(args.crop_size)), args.window_stride

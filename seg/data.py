@@ -86,7 +86,7 @@ class FolderSource:
         try:
             image = read_image(path)
         except BrokenImage as error:
-            raise DataError(f"{error}; mend the file, or take it and its label away") from error
+            raise DataError(f"{error}; repair the file, or take it and its label away") from error
         label = self._classes(read_label(label_path), label_path)
         if label.shape != image.size[::-1]:
             raise DataError(
@@ -102,7 +102,7 @@ class FolderSource:
         if wrong.any():
             raise DataError(
                 f"{path} has the label value {values[wrong].max()}: {self.num_classes} classes are numbered "
-                f"{first} to {self.num_classes - 1 + first}, and {IGNORED} is ignored; mend it or give --num-classes"
+                f"{first} to {self.num_classes - 1 + first}, and {IGNORED} is ignored; repair it or give --num-classes"
             )
         if self.reduce_zero_label:
             values = np.where((values == 0) | (values == IGNORED), IGNORED, values - 1)

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from datasets import DataBundle
-from report import literal
+from drawing import literal
 from seg.evaluation import Segmented
 from seg.views import IGNORED
 

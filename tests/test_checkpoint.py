@@ -281,7 +281,7 @@ def test_strict_loading_lists_what_does_not_fit_and_changes_nothing():
     assert "\n" not in message and equal(model.state_dict(), before)
 
 
-MENDS = {"head": "a head of {classes} classes", "pos_embed": "another grid"}
+HINTS = {"head": "a head of {classes} classes", "pos_embed": "another grid"}
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ MENDS = {"head": "a head of {classes} classes", "pos_embed": "another grid"}
 def test_a_mend_is_named_where_it_is_enough(file, advice):
     """Neither a missing name nor another width goes away by re-making the head."""
     with pytest.raises(CheckpointError) as caught:
-        load_weights(vim(), filled(vim(**file)), mends=MENDS)
+        load_weights(vim(), filled(vim(**file)), hints=HINTS)
     assert str(caught.value).endswith(advice) and (bool(advice) or "(another" not in str(caught.value))
 
 
@@ -307,7 +307,7 @@ def test_strict_loading_wants_the_grid_where_it_is_known():
     """As many patches have the same shapes, whichever way they lie."""
     weights = filled(vim(img_size=(32, 128)))
     with pytest.raises(CheckpointError, match=r"pos_embed \(file 2 x 8 patches, model 8 x 2\) \(another grid\)$"):
-        load_weights(vim(img_size=(128, 32)), weights, old_grid=(2, 8), mends=MENDS)
+        load_weights(vim(img_size=(128, 32)), weights, old_grid=(2, 8), hints=HINTS)
     assert str(load_weights(vim(img_size=(128, 32)), weights)) == "every weight loaded"
     assert str(load_weights(vim(img_size=(32, 128)), weights, old_grid=(2, 8))) == "every weight loaded"
     without = vim(img_size=(128, 32), pos_embed=False)

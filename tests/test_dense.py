@@ -172,7 +172,7 @@ def test_a_model_that_is_none_is_refused():
         build_backbone(arguments("--model", "vim_two_blocks"), 32, 4)
     with pytest.raises(ConfigError, match="--model efficientvit_m0: it cannot tell its head from the rest"):
         build_backbone(arguments("--model", "efficientvit_m0"), 64, 4)
-    with pytest.raises(ConfigError, match="--dt-init-backward is for a Vim; deit_nano_patch4_32 is none"):
+    with pytest.raises(ConfigError, match="--dt-init-backward is for a Vim; deit_nano_patch4_32 is not one"):
         build_backbone(arguments("--model", "deit_nano_patch4_32", "--dt-init-backward", "same"), 32, 4)
 
 

@@ -243,7 +243,7 @@ def test_an_image_of_another_size_than_its_annotations_is_one_line(tmp_path):
 def test_an_image_that_cannot_be_read_is_one_line(tmp_path):
     source = one_image(tmp_path, det_sets.annotation(7, 3, (2, 2, 12, 12)))
     (tmp_path / "val2017" / "000000000007.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"000000000007.png: .*; mend the file, or take the image out of"):
+    with pytest.raises(DataError, match=r"000000000007.png: .*; repair the file, or take the image out of"):
         read(source, 0)
 
 

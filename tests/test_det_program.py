@@ -295,7 +295,7 @@ def test_a_damaged_image_ends_the_run_with_its_name(coco, capsys):
     (coco / "train2017" / "000000000102.png").write_bytes(b"no image")
     assert det("--data-path", coco) == 4
     error = capsys.readouterr().err
-    assert "000000000102.png" in error and "mend the file" in error and error.count("\n") == 1
+    assert "000000000102.png" in error and "repair the file" in error and error.count("\n") == 1
 
 
 def test_a_flag_of_another_program_is_refused(capsys):

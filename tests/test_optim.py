@@ -138,10 +138,10 @@ def test_unknown_names_are_refused_with_near_ones():
         schedule("--sched", "cosin")
     with pytest.raises(ConfigError, match=r"--sched wsd: .*requires 0 < decay_epochs <= epochs"):
         schedule("--sched", "wsd", "--epochs", "8", "--decay-epochs", "9")
-    with pytest.raises(ConfigError, match="--opt adamww is no optimiser of timm; did you mean"):
+    with pytest.raises(ConfigError, match="--opt adamww is not an optimiser of timm; did you mean"):
         build_optimizer(run_args("--opt", "adamww"), torch.nn.Linear(1, 1), 1e-3)
     assert set(COMMON_OPTIMIZERS) <= set(list_optimizers())
-    with pytest.raises(ConfigError, match="--opt nope is no optimiser of timm; common ones are adamw, sgd"):
+    with pytest.raises(ConfigError, match="--opt nope is not an optimiser of timm; common ones are adamw, sgd"):
         build_optimizer(run_args("--opt", "nope"), torch.nn.Linear(1, 1), 1e-3)
 
 

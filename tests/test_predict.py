@@ -142,7 +142,7 @@ def test_a_place_for_the_output_that_is_not_there_is_said_before_the_work(photos
     [
         ("model.safetensors", "", "header too small"),
         ("config.json", "{}", "config.json lacks 'architecture'"),
-        ("config.json", "{", "no whole folder"),
+        ("config.json", "{", "not a complete folder"),
         ("config.json", '{"architecture": "vim_of_mine"}', "vim_of_mine"),
         ("config.json", '{"architecture": "vim_nano_patch4_32", "pretrained_cfg": {}, "model_args": {"a": 3}}', "'a'"),
     ],

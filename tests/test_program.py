@@ -22,7 +22,7 @@ from checkpoint import read_checkpoint
 from classification import Classification
 from helpers import write_image_folder
 from main import main
-from report import RUN_FILES, matching
+from run_folder import RUN_FILES, matching
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = "--device cpu --input-size 8 --batch-size 128 --num_workers 0 --warmup-epochs 1 --lr 4e-3"
@@ -278,7 +278,8 @@ def test_weights_are_evaluated_at_another_resolution(tmp_path, capsys):
     model.reset_classifier(7)
     torch.save({"model": model.state_dict()}, tmp_path / "seven.pth")
     text = refusal(capsys, 4, larger, "--finetune", tmp_path / "seven.pth")
-    assert "its head is of other classes than the data's: if the data are some of its classes, --num-classes 7" in text
+    assert "its head is of other classes than the data's: if the data's classes are the first" in text
+    assert "add --num-classes 7; " in text
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--finetune"])
@@ -286,8 +287,11 @@ def test_the_mend_for_a_head_of_more_classes_mends(flag, tmp_path, capsys):
     model = timm.create_model("vim_nano_patch4_32", img_size=8, num_classes=12)
     torch.save({"model": model.state_dict()}, tmp_path / "twelve.pth")
     evaluation = ("--eval", flag, tmp_path / "twelve.pth")
-    mend = "if the data are some of its classes, --num-classes 12 for the first ones, else --valid-labels"
-    assert mend in refusal(capsys, 4, VIM, *evaluation)
+    hint = (
+        "if the data's classes are the first of the model's, add --num-classes 12; "
+        "if they are others of them, add --valid-labels"
+    )
+    assert hint in refusal(capsys, 4, VIM, *evaluation)
     assert run(VIM, *evaluation, "--num-classes", "12") == 0
 
 
@@ -420,7 +424,7 @@ def refusal(capsys, code: int, flags: str, *more) -> str:
         ("--model vim_nano_patch4_32 --attn-only", "has no attention layers; leave it out"),
         ("--model deit_nano_patch4_32 --dt-init-backward same", "--dt-init-backward is for a Vim"),
         ("--model deit_nano_patch4_32 --no-decay-ssm", "--no-decay-ssm: deit_nano_patch4_32 has no state-space"),
-        ("--model deit_nano_patch4_32 --opt adamww", "--opt adamww is no optimiser of timm; did you mean adamw"),
+        ("--model deit_nano_patch4_32 --opt adamww", "--opt adamww is not an optimiser of timm; did you mean adamw"),
         ("--model deit_nano_patch4_32 --opt sgd --momentum 0", "--opt sgd: Nesterov momentum requires"),
         ("--model deit_nano_patch4_32 --sched cos", "--sched cos is not one of"),
         ("--model deit_nano_patch4_32 --batch-size 9", "a batch of 9"),

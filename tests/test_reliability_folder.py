@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import report
+import run_folder
 from checkpoint import latest_checkpoint, read_checkpoint
 from distributed import EXIT_CONFIG, EXIT_REQUEUE
 from errors import ConfigError
@@ -40,7 +41,7 @@ def busy(tmp_path):
 @pytest.mark.parametrize("resume", ["", "--resume auto"])
 def test_a_second_run_in_a_folder_is_refused(resume, busy, monkeypatch, capsys):
     folder, process = busy
-    monkeypatch.setattr(report, "LOCK_SECONDS", 0)
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0)
     before = sorted(folder.iterdir())
     assert run(f"{QUICK} {resume}", folder) == EXIT_CONFIG
     said = capsys.readouterr().err
@@ -52,7 +53,7 @@ def test_a_second_run_in_a_folder_is_refused(resume, busy, monkeypatch, capsys):
 def test_a_folder_is_free_as_soon_as_its_run_was_killed(busy, monkeypatch):
     """Loader processes, which may outlive it for some seconds, do not hold the lock."""
     folder, process = busy
-    monkeypatch.setattr(report, "LOCK_SECONDS", 0)
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0)
     process.kill()
     process.join()
     assert run(f"{QUICK} --epochs 1 --resume auto", folder) == 0
@@ -118,14 +119,14 @@ def test_a_second_command_of_a_repeated_job_is_its_own(tmp_path, monkeypatch, ca
 def test_a_lock_that_a_dead_machine_left_does_not_stop_its_run(busy, monkeypatch, capsys):
     """A file server lets go of it late; the scheduler has started the same command again."""
     folder, _ = busy
-    monkeypatch.setattr(report, "LOCK_SECONDS", 0)
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0)
     noted = (folder / "run.lock").read_text()
-    log = report.RunLog(run_args("--output_dir", str(folder)), True)
+    taken = run_folder.RunFolder(run_args("--output_dir", str(folder)), True, print)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     with pytest.raises(ConfigError, match=f"is in use by {noted.splitlines()[0]}: stop that run"):
-        log.claim()
-    (folder / "run.lock").write_text(f"process 1 on gone\n{log.launch}\n")
-    assert log.claim()
+        taken.claim()
+    (folder / "run.lock").write_text(f"process 1 on gone\n{taken.launch}\n")
+    assert taken.claim()
     assert "run.lock is still held by this run's earlier process: going on" in capsys.readouterr().out
 
 

@@ -136,7 +136,7 @@ def test_a_rank_that_lost_one_which_no_restart_mends_is_not_restarted_either(tmp
     process = launch([main_program(tmp_path), *f"{QUICK} --batch-size 64".split()], VIM_FAULT="oom@3:1")
     text, _ = process.communicate(timeout=240)
     assert process.returncode == distributed.EXIT_CONFIG, text
-    assert "error: out of memory" in text and "error: another rank is gone" in text
+    assert "error: out of memory" in text and "error: another rank died" in text
 
 
 END = """
@@ -239,7 +239,7 @@ def test_outside_the_launcher_exit_codes_are_the_programs_own(monkeypatch, tmp_p
 
 
 def test_the_launcher_is_told_what_no_restart_mends(monkeypatch, tmp_path):
-    """By the ranks of the last meeting: those of one before it have been started again."""
+    """By the ranks of the last group: those of one before it have been started again."""
     path = str(tmp_path / "codes")
     monkeypatch.setenv(distributed.EXIT_CODE_FILE, path)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
@@ -282,7 +282,7 @@ def submitit(monkeypatch):
 
 def test_a_submitted_job_resumes_by_itself_and_is_warned_in_time(submitit, tmp_path, capsys):
     flags = ["--model", "vim_tiny_patch16_224", "--output_dir", str(tmp_path)]
-    assert run_with_submitit.submit(["--nodes", "2", "--ngpus", "4", "--", *flags]) == 0
+    assert run_with_submitit.main(["--nodes", "2", "--ngpus", "4", "--", *flags]) == 0
     assert submitit["what"].flags == [*flags, "--resume", "auto"]
     wanted = {"nodes": 2, "ntasks_per_node": 4, "gpus_per_node": 4, "signal_delay_s": 300}
     assert submitit["parameters"].items() >= wanted.items() and "partition" not in submitit["parameters"]
@@ -291,14 +291,21 @@ def test_a_submitted_job_resumes_by_itself_and_is_warned_in_time(submitit, tmp_p
 
 @pytest.mark.parametrize("flags", [["--epochs", "3"], ["--eval", "--output_dir", "x"]])
 def test_flags_that_cannot_work_are_refused_before_the_queue(flags, submitit, capsys):
-    assert run_with_submitit.submit(["--", *flags]) == distributed.EXIT_CONFIG
+    assert run_with_submitit.main(["--", *flags]) == distributed.EXIT_CONFIG
     assert capsys.readouterr().err.startswith("error: --") and "what" not in submitit
 
 
 def test_without_submitit_the_package_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    assert run_with_submitit.submit(["--", "--output_dir", "x"]) == distributed.EXIT_CONFIG
+    assert run_with_submitit.main(["--", "--output_dir", "x"]) == distributed.EXIT_CONFIG
     assert "pip install submitit" in capsys.readouterr().err
+
+
+def test_a_wrong_number_of_nodes_is_one_line(capsys):
+    with pytest.raises(SystemExit) as left:
+        run_with_submitit.main(["--nodes", "0", "--", "--output_dir", "x"])
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and "--nodes: 0 is not a positive whole number" in said and said.count("\n") == 1
 
 
 SCONTROL = """#!/bin/sh

@@ -203,7 +203,7 @@ def test_two_ranks_of_which_one_was_killed_resume_bit_for_bit(two_ranks, tmp_pat
     """The other one is told by the broken connection and ends with one line, soon."""
     flags = f"{QUICK} --batch-size 64 --checkpoint-steps 3 --resume auto --output_dir {tmp_path}"
     assert end(start_ranks(flags, tmp_path / "out", VIM_FAULT="kill@14:1"), 60) == [1, -signal.SIGKILL]
-    assert "error: another rank is gone" in (tmp_path / "out.0").read_text()
+    assert "error: another rank died" in (tmp_path / "out.0").read_text()
     assert read_checkpoint(latest_checkpoint(tmp_path)).step >= 9
     assert end(start_ranks(flags, tmp_path / "out")) == [0, 0]
     assert differing(two_ranks, tmp_path) == []

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import drawing
 import report
 from datasets import build_datasets
 from engine import StepResult
@@ -164,7 +165,7 @@ def test_a_tracker_that_is_not_installed_says_how_to_install_it(name, tmp_path, 
 
 def test_where_no_terminal_is_a_line_comes_now_and_then(tmp_path, capsys):
     log = a_log("", "--log-every", "2", "--epochs", "9")
-    with log.progress(epoch=3, steps=5, done=0, images_per_step=8) as bar:
+    with log.meter(epoch=3, steps=5, done=0, images_per_step=8) as bar:
         for _ in range(5):
             bar.advance(loss=1.5, lr=1e-3)
     lines = capsys.readouterr().out.splitlines()
@@ -175,7 +176,7 @@ def test_where_no_terminal_is_a_line_comes_now_and_then(tmp_path, capsys):
 def test_on_a_terminal_there_is_a_bar(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     log = a_log("", "--epochs", "9")
-    with log.progress(epoch=0, steps=3, done=1, images_per_step=8) as bar:
+    with log.meter(epoch=0, steps=3, done=1, images_per_step=8) as bar:
         for _ in range(2):
             bar.advance(loss=1.5, lr=1e-3)
         bar.bar.refresh()
@@ -185,7 +186,7 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch, capsys):
 
 
 def test_other_ranks_show_no_progress(capsys):
-    with a_log("", "--log-every", "1", is_main=False).progress(0, 2, 0, 8) as bar:
+    with a_log("", "--log-every", "1", is_main=False).meter(0, 2, 0, 8) as bar:
         bar.advance(1.0, 1e-3)
     assert capsys.readouterr() == ("", "")
 
@@ -193,7 +194,7 @@ def test_other_ranks_show_no_progress(capsys):
 def test_speed_counts_what_this_process_did(monkeypatch):
     now = iter([100.0, 104.0, 104.0])
     monkeypatch.setattr(report.time, "perf_counter", lambda: next(now))
-    bar = report.Progress("", steps=10, done=6, images_per_step=32, every=1)
+    bar = report.SpeedMeter("", steps=10, done=6, images_per_step=32, every=1)
     bar.advance(1.0, 1.0)
     bar.advance(1.0, 1.0)
     assert bar.images_per_second == 2 * 32 / 4
@@ -244,9 +245,9 @@ def test_a_name_is_drawn_as_it_is(name):
         figure.savefig(file)
         return file.getvalue()
 
-    assert drawn(report.literal(name)) == drawn(name, parse_math=False)
+    assert drawn(drawing.literal(name)) == drawn(name, parse_math=False)
 
 
 def test_a_class_that_only_the_model_has_is_numbered():
-    assert report.class_name(["cat", "dog"], 1) == "dog"
-    assert report.class_name(["cat", "dog"], 7) == "class 7"
+    assert drawing.class_name(["cat", "dog"], 1) == "dog"
+    assert drawing.class_name(["cat", "dog"], 7) == "class 7"

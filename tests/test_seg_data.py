@@ -170,7 +170,7 @@ def test_a_damaged_file_is_named(folder, kind):
     path = folder / kind / "train" / "south" / "0.png"
     path.write_bytes(path.read_bytes()[:60])
     line = refused(folder)
-    assert str(path) in line and ("mend the file" in line or "write it again" in line)
+    assert str(path) in line and ("repair the file" in line or "write it again" in line)
 
 
 def test_empty_and_missing_folders_are_named(folder, tmp_path):

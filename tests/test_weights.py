@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import build
 import hub
+import identity
 import main
 import models_mamba
 import predict
@@ -141,8 +142,8 @@ def test_a_state_dict_alone_tells_its_registered_name(tmp_path, name):
         shapes = timm.create_model(name, depth=2).state_dict()
     state = {key: torch.empty(value.shape) for key, value in shapes.items()}
     torch.save(state, tmp_path / "weights.pth")
-    identity = hub.identify(read_checkpoint(tmp_path / "weights.pth"))
-    assert (identity.name, identity.arguments) == (name, {"depth": 2})
+    found = identity.identify(read_checkpoint(tmp_path / "weights.pth"))
+    assert (found.name, found.arguments) == (name, {"depth": 2})
 
 
 ODD = [
@@ -159,7 +160,7 @@ def test_an_unusual_model_is_rebuilt_from_its_file(tmp_path, odd):
     args = argparse.Namespace(input_size=odd.get("img_size", TWO_BLOCKS["img_size"]))
     torch.save({"model": model.state_dict(), "args": args}, tmp_path / "odd.pth")
     checkpoint = read_checkpoint(tmp_path / "odd.pth")
-    rebuilt = hub.identify(checkpoint).create()
+    rebuilt = identity.identify(checkpoint).create()
     load_weights(rebuilt, checkpoint.weights())
     assert rebuilt.patch_embed.img_size == model.patch_embed.img_size
     images = torch.randn(1, model.in_chans, *model.patch_embed.img_size)
@@ -256,7 +257,7 @@ def test_a_size_without_a_grid_needs_no_telling(tmp_path):
     """Hiera has position embeddings, and patches that overlap and tell no grid."""
     args = argparse.Namespace(model="hiera_tiny_224", input_size=(64, 96))
     path = write_checkpoint(tmp_path, model={"pos_embed": torch.zeros(1, 384, 96)}, args=args)
-    assert hub.grid_of(read_checkpoint(path)) is None
+    assert identity.grid_of(read_checkpoint(path)) is None
 
 
 def test_an_export_into_a_file_is_one_line(tmp_path, capsys):
@@ -270,12 +271,12 @@ def test_fine_tuning_from_a_rectangle_on_the_hub_finds_its_grid_in_the_file(tmp_
     model = timm.create_model("vim_two_blocks", img_size=(8, 12), num_classes=10)
     args = argparse.Namespace(model="vim_two_blocks", input_size=(8, 12), num_classes=10)
     file = hub_cache("someone/else", "rectangle.pth", {"model": model.state_dict(), "args": args})
-    assert hub.grid_of(read_checkpoint(file)) == (2, 3)
-    assert hub.grid_of(read_checkpoint(write_checkpoint(tmp_path))) is None
+    assert identity.grid_of(read_checkpoint(file)) == (2, 3)
+    assert identity.grid_of(read_checkpoint(write_checkpoint(tmp_path))) is None
     resnet = {"model": timm.create_model("resnet18").state_dict(), "args": argparse.Namespace(
         model="resnet18", input_size=(64, 96))}  # fmt: skip
     torch.save(resnet, tmp_path / "resnet.pth")
-    assert hub.grid_of(read_checkpoint(tmp_path / "resnet.pth")) is None, "it has no position embeddings"
+    assert identity.grid_of(read_checkpoint(tmp_path / "resnet.pth")) is None, "it has no position embeddings"
     flags = f"{QUICK} --epochs 1 --input-size 16x8 --no-model-ema --finetune hf-hub:someone/else/rectangle.pth"
     assert main.main(flags.split()) == 0
     text = capsys.readouterr().out
@@ -347,7 +348,7 @@ def test_a_file_of_another_model_than_told_is_one_line(tmp_path, capsys, name, e
 def test_a_file_of_something_else_is_one_line(tmp_path, capsys, content, expected):
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=expected):
-        hub.identify(read_checkpoint(tmp_path / "other.pth"))
+        identity.identify(read_checkpoint(tmp_path / "other.pth"))
     assert hub.main(["inspect", str(tmp_path / "other.pth")]) == 4
     assert capsys.readouterr().err.count("\n") == 1
     assert hub.main(["inspect", str(tmp_path / "other.pth"), "--model", "vim_tny_patch16_224"]) == 4
@@ -356,7 +357,7 @@ def test_a_file_of_something_else_is_one_line(tmp_path, capsys, content, expecte
 
 @pytest.mark.parametrize("given", ["vim_tiny", "VIM_TINY_PATCH16_224", "Vim-tiny-midclstok", "vim_tiny_patch-16"])
 def test_near_names_are_first_those_that_begin_so(given):
-    assert hub.near_names(given)[0] == "vim_tiny_patch16_224"
+    assert identity.near_names(given)[0] == "vim_tiny_patch16_224"
 
 
 @pytest.mark.parametrize(
@@ -370,11 +371,11 @@ def test_an_unknown_tag_is_one_line_with_the_known_ones(name, tags, tmp_path, ca
     words = f"{path}: the model '{name}.foo' has the unknown tag 'foo'; {name} has {tags}\n"
     assert capsys.readouterr().err == f"error: {words}"
     for known in (name, "vim_tiny_patch16_224.hustvl_in1k", "resnet18", "resnet18.a1_in1k"):
-        assert hub.name_problem(known) == ""
+        assert identity.name_problem(known) == ""
 
 
 def test_the_grid_of_a_square_is_known_from_the_runs_arguments(tmp_path):
     for size, grid in ((16, (4, 4)), ((8, 32), (2, 8)), (None, None)):
         model = small_model(img_size=size or 16).state_dict()
         path = write_checkpoint(tmp_path, model=model, args=argparse.Namespace(input_size=size))
-        assert hub.grid_of(read_checkpoint(path)) == grid
+        assert identity.grid_of(read_checkpoint(path)) == grid

@@ -28,7 +28,7 @@ READERS = ("wds/", "hfds/", "hfids/")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 NOT_SAVED = ("config",)
-# Of a run's numbers: a resumed run may have others of these and be the same run.
+# Flags that do not change a run's numbers: a resumed run may differ in them.
 CHANGES_NOTHING = {
     "bad_image_share", "checkpoint_steps", "config", "data_path", "device", "dist_eval", "dist_timeout", "dist_url",
     "distributed", "eval", "eval_weights", "finetune", "if_continue_inf", "keep_checkpoints", "loader_timeout",
@@ -121,7 +121,7 @@ def image_size(text: str) -> int | tuple[int, int]:
     try:
         sides = [positive_int(side) for side in text.split("x")]
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text} is no size; give 224, or 192x256 (height x width)") from None
+        raise argparse.ArgumentTypeError(f"{text} is not a size; give 224, or 192x256 (height x width)") from None
     if len(sides) > 2:
         raise argparse.ArgumentTypeError(f"{text} has {len(sides)} sides; give 224, or 192x256 (height x width)")
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
@@ -254,12 +254,17 @@ def add_data_flags(parser) -> None:
         help=f"{', '.join(DATA_SETS)}, wds/, hfds/NAME or hfids/NAME; IMNET is any image folder with train/ and "
         "val/; CIFAR has 100 classes; default IMNET, or DIGITS if there is no --data-path",
     )
-    add("--train-split", default="train", metavar="NAME", help="of wds/, hfds/, hfids/")
-    add("--val-split", default="validation", metavar="NAME", help="of wds/, hfds/, hfids/")
+    add("--train-split", default="train", metavar="NAME", help="split name for wds/, hfds/, hfids/")
+    add("--val-split", default="validation", metavar="NAME", help="split name for wds/, hfds/, hfids/")
     add("--image-key", default="image", metavar="NAME", help="column of the images, of hfds/ and hfids/")
     add("--label-key", default="", metavar="NAME", help="column or JSON field of the class number; the reader's own")
     add("--inat-category", default="name", choices=INAT_CATEGORIES, help="what INAT calls a class")
-    add("--bad-image", default="raise", choices=("raise", "replace"), help="what an unreadable picture does")
+    add(
+        "--bad-image",
+        default="raise",
+        choices=("raise", "replace"),
+        help="what to do with an unreadable picture: stop, or replace it",
+    )
     add("--bad-image-share", default=0.01, type=fraction, help="share of replaced pictures that ends the run")
     switch(add, "repeated-aug", True, "each image three times per pass, differently augmented")
     add(
@@ -357,7 +362,14 @@ def add_schedule_flags(parser) -> None:
     switch(add, "unscale-lr", False, "take --lr as it is, whatever the batch")
     add("--sched", default="cosine", metavar="NAME", help="any schedule of timm")
     switch(add, "sched-on-updates", False, "change the learning rate at every step, not every epoch")
-    add("--lr-noise", default=None, type=float, nargs="+", metavar="FRACTION", help="noise on/off epochs")
+    add(
+        "--lr-noise",
+        default=None,
+        type=float,
+        nargs="+",
+        metavar="FRACTION",
+        help="add noise to the rate from this share of the epochs on (two values: from, to)",
+    )
     add("--lr-noise-pct", default=0.67, type=natural_float, metavar="PERCENT", help="largest noise")
     add("--lr-noise-std", default=1.0, type=natural_float, metavar="STD", help="of the noise before it is limited")
     add("--warmup-lr", default=1e-6, type=natural_float, help="the first epoch's")
@@ -390,9 +402,9 @@ def add_augmentation_flags(parser) -> None:
     add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="RandAugment; `none` for off")
     add("--train-interpolation", default="bicubic", choices=INTERPOLATIONS, help="of resized crops")
     add("--reprob", default=0.25, type=fraction, metavar="P", help="random erasing")
-    add("--remode", default="pixel", choices=("pixel", "rand", "const"), help="what erases")
+    add("--remode", default="pixel", choices=("pixel", "rand", "const"), help="what fills an erased box")
     add("--recount", default=1, type=positive_int, help="erased boxes")
-    switch(add, "resplit", False, "of timm's augmentation splits, which this recipe has not: refused")
+    switch(add, "resplit", False, "of timm's augmentation splits, which this program does not have: refused")
     switch(add, "ThreeAugment", False, "DeiT III: one of grey, solarise, blur, then colour jitter")
     switch(add, "src", False, "DeiT III's simple random crop instead of a random resized one")
 
@@ -411,7 +423,12 @@ def add_mixup_flags(parser) -> None:
     )
     add("--mixup-prob", default=1.0, type=fraction, metavar="P", help="of mixing at all")
     add("--mixup-switch-prob", default=0.5, type=fraction, metavar="P", help="of cutmix when both are on")
-    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares a ratio")
+    add(
+        "--mixup-mode",
+        default="batch",
+        choices=("batch", "pair", "elem"),
+        help="one mixing ratio per batch, per pair or per image",
+    )
 
 
 def add_loss_flags(parser) -> None:
@@ -430,7 +447,7 @@ def add_loss_flags(parser) -> None:
         "--distillation-type",
         default="none",
         choices=("none", "soft", "hard"),
-        help="what a teacher gives: odds or a label",
+        help="what the teacher gives: probabilities (soft) or one label (hard)",
     )
     add("--distillation-alpha", default=0.5, type=fraction, help="the teacher's share of the loss")
     add("--distillation-tau", default=1.0, type=positive_float, help="temperature of soft distillation")
@@ -477,7 +494,8 @@ def add_device_flags(parser) -> None:
         choices=("bfloat16", "float16"),
         help="of mixed precision; float16 also scales the loss. The scan's state stays float32",
     )
-    switch(add, "deterministic", False, "the same bits at every run, some operations slower")
+    slower = "the same bits at every run, some operations slower; segmentation and detection may refuse it on a GPU"
+    switch(add, "deterministic", False, slower)
 
 
 def add_reliability_flags(parser) -> None:
@@ -660,12 +678,17 @@ def require_weights(args: argparse.Namespace, size: str = "--input-size") -> Non
 def check_classifier(args: argparse.Namespace) -> None:
     require_weights(args)
     if args.data_set != "DIGITS" and not args.data_set.startswith(("hfds/", "hfids/")) and not args.data_path:
-        raise ConfigError(f"--data-set {args.data_set} needs --data-path DIR; without one only DIGITS can be had")
+        raise ConfigError(
+            f"--data-set {args.data_set} needs --data-path DIR; without --data-path only DIGITS can be used"
+        )
     for flag in PUBLISHED_RANDOM:
         if getattr(args, f"if_{flag}"):
-            raise ConfigError(f"--if_{flag}: no published weights were trained so, and none can be; leave it out")
+            raise ConfigError(
+                f"--if_{flag}: no published weights were trained with it, and this program does not implement it; "
+                "leave it out"
+            )
     if args.resplit:
-        raise ConfigError("--resplit belongs to augmentation splits, which this recipe has not; leave it out")
+        raise ConfigError("--resplit belongs to augmentation splits, which this program does not have; leave it out")
     if args.distillation_type != "none" and not args.teacher_path:
         raise ConfigError(f"--distillation-type {args.distillation_type} needs --teacher-path CKPT")
     if args.distillation_type != "none" and args.cosub:

@@ -24,7 +24,8 @@ from errors import ConfigError
 # At or below this many pixels a side, images are taken whole (CIFAR, digits): no zooming crop.
 SMALL_SIDE = 32
 
-# An image of more than so many times the length that a crop sees of it loses its ends before it is enlarged.
+# Longest side allowed, in multiples of what the crop shows; more is cut off before resizing, or 1 x 20000 pixels would
+# fill gigabytes.
 LONGEST = 32
 
 # First words of timm's augmentation policies, such as rand-m9-mstd0.5-inc1.

@@ -21,7 +21,7 @@ from distributed import World, together
 from ema import WeightsEma
 from engine import Run
 from errors import ConfigError, as_config_error
-from hub import grid_of, name_problem
+from identity import grid_of, name_problem
 from losses import build_criterion
 from mamba_ssm.ops import backend
 from optim import Schedule, build_optimizer, scaled_lr, whole_batch
@@ -29,11 +29,11 @@ from precision import build_scaler
 from samplers import TrainSampler
 from task import Task
 
-# What not every timm model takes; where one does not, it is said and left out.
+# Arguments that not every timm model has; where one is missing it is left out, with a line in the log.
 OPTIONAL_ARGUMENTS = ("img_size", "drop_path_rate", "drop_rate", "dynamic_img_size")
 UNEXPECTED = re.compile(r"unexpected keyword argument(?:\(s\): \[| )('\w+'(?:, '\w+')*)")  # Python's words, timm's
-# What mends weights that a teacher cannot have, as `load_weights` wants it.
-TEACHER_MENDS = {
+# What to do about weights that a teacher cannot have, as `load_weights` wants it.
+TEACHER_HINTS = {
     "head": "a teacher must know the data's classes: fine-tune it on them first",
     "pos_embed": "a teacher sees images of --input-size: fine-tune it at that size first",
 }
@@ -69,7 +69,7 @@ def vim_arguments(args) -> dict:
     if is_vim(args.model):
         return {"dt_init_backward": args.dt_init_backward}
     if args.dt_init_backward != "published":
-        raise ConfigError(f"--dt-init-backward is for a Vim; {args.model} is none, leave it out")
+        raise ConfigError(f"--dt-init-backward is for a Vim; {args.model} is not one, leave it out")
     return {}
 
 
@@ -125,7 +125,7 @@ def build_teacher(args, num_classes: int, device: torch.device, say=print) -> nn
     checkpoint = read_checkpoint(args.teacher_path, args.trust_checkpoint)
     with as_config_error("--teacher-path "):
         grid, file = grid_of(checkpoint), args.teacher_path
-        load_weights(teacher, checkpoint.weights("model"), old_grid=grid, mends=TEACHER_MENDS, source=file)
+        load_weights(teacher, checkpoint.weights("model"), old_grid=grid, hints=TEACHER_HINTS, source=file)
     return teacher.to(device).eval().requires_grad_(False)
 
 

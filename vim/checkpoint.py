@@ -1,4 +1,4 @@
-"""Weight files: the only module that reads or writes them.
+"""Training checkpoints: reading, writing, and fitting weights into models.
 
 Reading runs no code: torch's safe loader with `argparse.Namespace` as the one extra class, or safetensors.
 Every failure is one `CheckpointError` line. Writing is atomic, and a SHA-256 beside each file lets a resume
@@ -40,6 +40,9 @@ from pretrained import PUBLISHED, unwrap_state_dict
 HUB_FILES = {weights.repo: weights.file for name, weights in PUBLISHED.items() if "stride8" not in name}
 HUB_DEFAULT_FILE = "model.safetensors"
 
+# A file's two sets of weights, as flags and logs call them: the name of their entry.
+ENTRIES = {"raw": "model", "ema": "model_ema"}
+
 # Exact types that the safe loader gives back: it would refuse subclasses, such as a numpy float or an enum.
 PLAIN_TYPES = (type(None), bool, int, float, complex, str, torch.Size, torch.device, torch.dtype)
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)\.pth")
@@ -77,13 +80,17 @@ class Checkpoint:
         return f"{self.path} (SHA-256 {self.sha256[:16]}...)"
 
     @property
+    def some_entry(self) -> str:
+        """That of the raw weights, or of the averaged ones where those are all."""
+        return ENTRIES["raw" if self.model is not None else "ema"]
+
+    @property
     def some_weights(self) -> dict[str, torch.Tensor]:
-        """The raw weights, or the averaged ones where those are all."""
-        return self.model if self.model is not None else self.model_ema
+        return getattr(self, self.some_entry)
 
     def weights(self, which: str = "model") -> dict[str, torch.Tensor]:
         """The state dict "model" or "model_ema". Raises CheckpointError if the file lacks it."""
-        if which not in ("model", "model_ema"):
+        if which not in ENTRIES.values():
             raise ValueError(f"which={which!r}: expected 'model' or 'model_ema'")
         found = getattr(self, which)
         if found is None:
@@ -266,7 +273,7 @@ def load_weights(
     mode: str = "strict",
     pos_embed_resize: str = "grid",
     old_grid: tuple[int, int] | None = None,
-    mends: Mapping[str, str] | None = None,
+    hints: Mapping[str, str] | None = None,
     source: str | Path = "",
 ) -> LoadReport:
     """Copy a state dict into `model`; nothing is copied when an error is raised.
@@ -277,7 +284,7 @@ def load_weights(
             convolution of an RGB model to other channels, and is strict otherwise.
         pos_embed_resize: see `resize_pos_embed`; a same grid is the identity.
         old_grid: (H, W) of the file's `pos_embed`, where known; "finetune" takes a square unless given.
-        mends: what the user can do, in words, where nothing but "head" or "pos_embed" does not fit; "{classes}" in
+        hints: what the user can do, in words, where nothing but "head" or "pos_embed" does not fit; "{classes}" in
             them are those of the file's head.
         source: the weights' file, which begins an error's line.
 
@@ -304,20 +311,20 @@ def load_weights(
     if mode == "strict" and old_grid is not None:
         report.mismatched += _other_grid(model, old_grid)
     if report.problems:
-        advice = _advice(model, state_dict, report, mends or {})
+        advice = _advice(model, state_dict, report, hints or {})
         raise CheckpointError(f"{prefix}the weights do not fit the model: {report.problems}{advice}")
     model.load_state_dict(state_dict, strict=False)
     return report
 
 
-def _advice(model: nn.Module, state_dict: Mapping, report: LoadReport, mends: Mapping[str, str]) -> str:
-    """Of `mends` what would make these weights fit, in brackets; "" where that is not enough."""
+def _advice(model: nn.Module, state_dict: Mapping, report: LoadReport, hints: Mapping[str, str]) -> str:
+    """Of `hints` what would make these weights fit, in brackets; "" where that is not enough."""
     names, heads = [each.partition(" ")[0] for each in report.mismatched], head_parameter_names(model)
     wrong = dict.fromkeys("head" if name in heads else name for name in names)
-    if report.missing or report.unexpected or not wrong.keys() <= mends.keys():
+    if report.missing or report.unexpected or not wrong.keys() <= hints.keys():
         return ""
     classes = next((len(state_dict[name]) for name in names if name in heads), None)
-    return f" ({'; '.join(mends[each].format(classes=classes) for each in wrong)})"
+    return f" ({'; '.join(hints[each].format(classes=classes) for each in wrong)})"
 
 
 def grid_of_model(model: nn.Module) -> tuple[int, int] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,15 +13,23 @@ from distributed import World
 from evaluation import Evaluation, evaluate
 from losses import DistillationLoss
 from report import RunLog
+from subsets import ClassSubset, evaluate_real
 
 
 @dataclass
 class Classification:
-    """Batches (images (B, C, H, W), labels (B,)); see `task.Task`."""
+    """Batches (images (B, C, H, W), labels (B,)); see `task.Task`.
 
-    criterion: DistillationLoss
+    criterion, mixup: of training; None where nothing is trained, mixup also where nothing is mixed.
+    valid: the numbers of the model's classes that the data's are, where they are not the first ones.
+    real: the ReaL labels of the images that are evaluated, see `subsets.real_labels_of`.
+    """
+
+    criterion: DistillationLoss | None
     mixup: CountedMixup | None
     num_classes: int
+    valid: list[int] | None = None
+    real: list[set[int]] | None = None
 
     score_name = "top-1"
     score_column = "acc1"
@@ -43,7 +51,13 @@ class Classification:
         return self.criterion(images, outputs, targets)
 
     def evaluate(self, model: nn.Module, loader, args, world: World) -> Evaluation:
-        return evaluate(model, loader, args, world, self.num_classes)
+        net, num_classes = model, self.num_classes
+        if self.valid is not None:
+            net, num_classes = ClassSubset(model, self.valid).to(world.device), len(self.valid)
+        result = evaluate(net, loader, args, world, num_classes)
+        if self.real is None:
+            return result
+        return replace(result, real=evaluate_real(model, loader, args, world, self.real))
 
     def pictures(self, log: RunLog, result: Evaluation, data: DataBundle) -> None:
         log.pictures(result, data)

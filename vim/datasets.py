@@ -1,8 +1,8 @@
-"""Where images come from: folders, CIFAR, iNaturalist, scikit-learn's digits. Nothing else knows.
+"""Where images come from: folders, CIFAR, iNaturalist, digits (other formats: readers.py).
 
 A *source* knows names, labels and how to read one image; an `ImageDataset` adds the transform, the counted
 randomness and the policy for images that cannot be read. All that can be known to be wrong before the first
-step is found by `build_datasets` and raised as one `DataError` line that names the path and the mend.
+step is found by `build_datasets` and raised as one `DataError` line that names the path and what to do.
 """
 
 import json
@@ -130,7 +130,7 @@ class ImageDataset(Dataset):
     def _count_broken(self, index: int, error: BrokenImage) -> None:
         """Say a broken image once; raise if the policy or the share of broken ones says so."""
         if self.on_broken == "raise":
-            raise DataError(f"{error}; mend or remove the file, or use --bad-image replace") from error
+            raise DataError(f"{error}; repair or remove the file, or use --bad-image replace") from error
         if self.replaced[index]:
             return
         self.replaced[index] = True
@@ -257,10 +257,10 @@ def _images_below(folder: Path, name: str) -> list[str]:
     return found
 
 
-def _existing_folder(path: Path, mend: str) -> Path:
+def _existing_folder(path: Path, hint: str) -> Path:
     if not path.is_dir():
         what = "is not a folder" if path.exists() else "does not exist"
-        raise DataError(f"{path} {what}; {mend}")
+        raise DataError(f"{path} {what}; {hint}")
     return path
 
 
@@ -270,16 +270,16 @@ def image_folder_sources(root: Path, need_train: bool) -> Sources:
     Classes are train's, and val's images are labelled by class name. Without training, a missing train
     folder leaves val to define the classes.
     """
-    mend = "--data-path takes the folder that holds train/ and val/"
-    _existing_folder(root, mend)
+    hint = "--data-path takes the folder that holds train/ and val/"
+    _existing_folder(root, hint)
     there = sorted(entry.name for entry in os.scandir(root))
     if not need_train and not {"train", "val"} & set(there) and any((root / name).is_dir() for name in there):
         classes = scan_classes(root)  # as ImageNet-A, -R, -V2 and -Sketch unpack
         names, remark = list(classes), "; no val/, its folders are classes"
         return Sources(None, _labelled(root, classes, names), names, remark)
-    mend = f"{mend}, and {root} holds: {some_of(there) or 'nothing'}"
-    val = scan_classes(_existing_folder(root / "val", mend))
-    train = scan_classes(_existing_folder(root / "train", mend)) if need_train else None
+    hint = f"{hint}, and {root} holds: {some_of(there) or 'nothing'}"
+    val = scan_classes(_existing_folder(root / "val", hint))
+    train = scan_classes(_existing_folder(root / "train", hint)) if need_train else None
     names = list(train or val)
     if not need_train and (root / "train").is_dir():
         names = class_folders(root / "train")
@@ -308,12 +308,12 @@ def cifar_sources(root: Path, kind: type[CIFAR10], need_train: bool) -> Sources:
     """CIFAR-10 or CIFAR-100 (Krizhevsky 2009) as torchvision unpacks it below `root`."""
     name = kind.__name__
     call = f"torchvision.datasets.{name}('{root}', download=True)"
-    mend = f'fetch it with python -c "import torchvision; {call}"'
-    _existing_folder(root / kind.base_folder, mend)
+    hint = f'fetch it with python -c "import torchvision; {call}"'
+    _existing_folder(root / kind.base_folder, hint)
     try:
         sets = [kind(str(root), train=train) for train in ((True, False) if need_train else (False,))]
     except RuntimeError as error:  # torchvision compared the files' digests
-        raise DataError(f"{root / kind.base_folder}: a file is missing or damaged; {mend}") from error
+        raise DataError(f"{root / kind.base_folder}: a file is missing or damaged; {hint}") from error
     sources = [ArraySource(f"{name} {'train' if s.train else 'test'}", s.data, s.targets) for s in sets]
     return Sources(sources[0] if need_train else None, sources[-1], list(sets[-1].classes))
 
@@ -343,8 +343,8 @@ def _read_json(path: Path):
     try:
         return json.loads(path.read_text())
     except OSError as error:
-        mend = "--data-path takes the folder with iNaturalist's JSON files"
-        raise DataError(f"{path} cannot be read ({error.strerror}); {mend}") from error
+        hint = "--data-path takes the folder with iNaturalist's JSON files"
+        raise DataError(f"{path} cannot be read ({error.strerror}); {hint}") from error
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON ({error}); fetch it again") from error
 

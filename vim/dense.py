@@ -6,6 +6,7 @@ places. Weights of a trained classifier fit in; what of them a backbone has no u
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -18,10 +19,10 @@ from build import check_model_name, create_model, vim_arguments
 from checkpoint import Checkpoint, load_weights, read_checkpoint
 from errors import CheckpointError, ConfigError, as_config_error
 from failures import main_memory_is_full
-from hub import DENSE_BACKBONE, grid_of
+from identity import DENSE_BACKBONE, grid_of
 from models_mamba import cls_token_positions
 
-PREFIX = "backbone."
+PREFIX = DENSE_BACKBONE.removesuffix("model.")
 
 
 class Backbone(nn.Module):
@@ -102,7 +103,7 @@ def _moved(group, prefix: str):
     """Patterns of a timm group matcher, for names that begin with `prefix`."""
     if isinstance(group, list | tuple):
         return [(_moved(pattern, prefix), suffix) for pattern, suffix in group]
-    return None if group is None else f"^{prefix.replace('.', chr(92) + '.')}(?:{group.replace('^', '')})"
+    return None if group is None else f"^{re.escape(prefix)}(?:{group.replace('^', '')})"
 
 
 def choose_taps(strides: list[int], taps: int | list[int]) -> list[int]:

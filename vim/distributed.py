@@ -30,7 +30,7 @@ EXIT_NONFINITE = 3
 EXIT_CONFIG = 4
 EXIT_REQUEUE = 75
 
-# Where `launch.py` wants to be told the ranks' exit codes: lines of a meeting of ranks, and of a code once it is known.
+# Where `launch.py` wants to be told the ranks' exit codes: lines of a group of ranks, and of a code once it is known.
 EXIT_CODE_FILE = "VIM_EXIT_CODE_FILE"
 
 # See samplers.ORDER_STREAM: one stream of random numbers per purpose.
@@ -142,7 +142,7 @@ def leave(code: int) -> int:
     one which has told such an end.
     """
     path = tell(code)
-    if path is None or (code == EXIT_FAILED and told_end(path, _meeting()) is None):
+    if path is None or (code == EXIT_FAILED and told_end(path, _group()) is None):
         return code
     return EXIT_DONE
 
@@ -156,22 +156,22 @@ def tell(code: int | None) -> str | None:
     if path is not None:
         os.makedirs(os.path.dirname(path), exist_ok=True)  # what cleans /tmp may have taken it
         with open(path, "a") as file:
-            file.write(f"{_meeting()} {'' if code is None else code}\n")
+            file.write(f"{_group()} {'' if code is None else code}\n")
     return path
 
 
-def told_end(path: str, meeting: str | None = None) -> int | None:
-    """The first exit code told in `path`, by ranks of a meeting or of the last one, that a restart cannot mend."""
+def told_end(path: str, group: str | None = None) -> int | None:
+    """The first exit code told in `path`, by ranks of a group or of the last one, that a restart cannot mend."""
     if not os.path.exists(path):
         return None
     with open(path) as file:
         lines = [line.split() for line in file]
-    codes = [int(code) for met, *told in lines if met == (meeting or lines[-1][0]) for code in told]
+    codes = [int(code) for met, *told in lines if met == (group or lines[-1][0]) for code in told]
     return next((code for code in codes if code not in (EXIT_DONE, EXIT_FAILED)), None)
 
 
-def _meeting() -> str:
-    """Names the ranks that torchrun has started together: another port, or another count, after each restart."""
+def _group() -> str:
+    """A name for this group of ranks; it changes at each restart."""
     names = ("TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
     return ":".join(os.environ.get(name, "") for name in names)
 

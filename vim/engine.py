@@ -1,8 +1,8 @@
 """The visible loop: one training step, one epoch, one evaluation.
 
 A run's randomness is a function of counters (seed, epoch, step, rank), and all that changes while it runs is
-in `Progress` and the state dicts beside it. So a run that is stopped anywhere and resumed is the run that
-never was.
+in `Progress` and the state dicts beside it. A run that is stopped anywhere and resumed gives the same bits as
+one that was never stopped.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def check_tolerated(run: Run, loss: float, norm: float) -> None:
         return
     raise NonFiniteError(
         f"step {progress.step - 1} of epoch {progress.epoch + 1}: loss {loss}, gradient norm {norm}, "
-        f"{progress.skipped_in_row} such step(s) in a row; the weights were not touched by them. "
+        f"{progress.skipped_in_row} such step(s) in a row; the weights are unchanged. "
         "Lower --lr, set --clip-grad, use --amp-dtype bfloat16 or --no_amp, or allow it with --nonfinite skip"
     )
 
@@ -243,13 +243,13 @@ def train_one_epoch(run: Run, loader, log: RunLog) -> bool:
     """Train to the end of the epoch, or until some rank is asked to stop: then True."""
     args, progress = run.args, run.progress
     done = run.batches_done // args.accum_steps
-    with log.progress(progress.epoch, run.steps_per_epoch, done, whole_batch(args, run.world.size)) as bar:
+    with log.meter(progress.epoch, run.steps_per_epoch, done, whole_batch(args, run.world.size)) as meter:
         for result in training_steps(run, loader):
-            bar.advance(result.loss, result.lr)
+            meter.advance(result.loss, result.lr)
             if not result.finite:
                 log.say(f"step {progress.step} left out: loss {result.loss}, norm {result.grad_norm}")
             if progress.step % args.log_every == 0:
-                log.step(progress.step, result, bar.images_per_second)
+                log.step(progress.step, result, meter.images_per_second)
             if result.stop:
                 return True
             if args.checkpoint_steps and progress.step % args.checkpoint_steps == 0:
@@ -407,8 +407,8 @@ def restore(run: Run, checkpoint: Checkpoint, grid: tuple[int, int] | None = Non
     `--start_epoch` counts. The average starts at the weights where the file has none. `grid`: (H, W) of the
     file's position embeddings, if known.
     """
-    mends = {"head": "--finetune re-makes the head", "pos_embed": "--finetune resamples the position embeddings"}
-    load_weights(run.model, checkpoint.weights("model"), old_grid=grid, mends=mends, source=checkpoint.path)
+    hints = {"head": "--finetune re-makes the head", "pos_embed": "--finetune resamples the position embeddings"}
+    load_weights(run.model, checkpoint.weights("model"), old_grid=grid, hints=hints, source=checkpoint.path)
     known = ["weights"]
     if run.ema is not None:
         with as_config_error(f"{checkpoint.path}: "):

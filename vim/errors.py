@@ -1,7 +1,9 @@
 """Errors that a person can do something about. Their text is the one line that the user reads."""
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 
 class ConfigError(ValueError):
@@ -51,6 +53,14 @@ def as_config_error(prefix: str = "") -> Iterator[None]:
         raise
     except ValueError as error:
         raise ConfigError(prefix + one_line(error)) from error
+
+
+def import_optional(name: str, needed_by: str) -> ModuleType:
+    """A package that `needed_by` alone needs. Raises ConfigError with the command that installs it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ConfigError(f"{needed_by}: the package is not installed; pip install {name}") from None
 
 
 def one_line(error: Exception, limit: int = 1000) -> str:

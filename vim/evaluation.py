@@ -28,7 +28,10 @@ class Mistake:
 
 @dataclass
 class Evaluation:
-    """Exact results over all images: percentages, mean loss, table of (label, predicted) counts, mistakes."""
+    """Exact results over all images: percentages, mean loss, table of (label, predicted) counts, mistakes.
+
+    real: top-1 by ReaL's labels and the number of images that have any, where it was asked for.
+    """
 
     images: int
     top1: float
@@ -36,6 +39,7 @@ class Evaluation:
     loss: float
     confusion: torch.Tensor | None
     mistakes: list[Mistake]
+    real: tuple[float, int] | None = None
 
     @property
     def score(self) -> float:
@@ -43,7 +47,8 @@ class Evaluation:
 
     @property
     def words(self) -> str:
-        return f"top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} %, loss {self.loss:.4f}"
+        real = f", ReaL top-1 {self.real[0]:.2f} % of {self.real[1]:,} images" if self.real else ""
+        return f"top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} %, loss {self.loss:.4f}{real}"
 
     def row(self, prefix: str) -> dict[str, float]:
         return {f"{prefix}loss": self.loss, f"{prefix}acc1": self.top1, f"{prefix}acc5": self.top5}

@@ -98,7 +98,7 @@ def lost_rank(error: RuntimeError) -> str:
     if not isinstance(error, dist.DistError) and "gloo" not in str(error):
         return ""
     return (
-        f"another rank is gone or waited for in vain ({first_sentence(error)}); its own lines say why; "
+        f"another rank died or did not answer in time ({first_sentence(error)}); its own log says why; "
         "--resume auto goes on from the last checkpoint"
     )
 

@@ -18,7 +18,7 @@ from augment import build_transform
 from checkpoint import file_digest, read_checkpoint
 from datasets import IMAGENET_CLASSES, read_image, walk
 from errors import BrokenImage, CheckpointError, ConfigError, DataError, one_line
-from hub import evaluation_settings, open_model
+from identity import evaluation_settings, open_model
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Classifier:
         try:
             return self.transform(read_image(path))
         except BrokenImage as error:
-            raise DataError(f"{error}; mend or remove the file") from error
+            raise DataError(f"{error}; repair or remove the file") from error
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -89,10 +89,12 @@ def _load_folder(folder: Path) -> tuple[nn.Module, str]:
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except KeyError as error:
-        raise CheckpointError(f"{folder}/config.json lacks {error}: `checkpoint.py export` wrote no such") from error
+        raise CheckpointError(
+            f"{folder}/config.json lacks {error}; export the folder again with `checkpoint.py export`"
+        ) from error
     except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder} is no whole folder that `checkpoint.py export` wrote: {one_line(error, 200)}"
+            f"{folder} is not a complete folder written by `checkpoint.py export`: {one_line(error, 200)}"
         ) from error
     weights = folder / "model.safetensors"
     digest = f" (SHA-256 {file_digest(weights)[:16]}...)" if weights.is_file() else ""

@@ -15,22 +15,23 @@ import distributed
 import failures
 from arguments import parse_args, save_arguments, size_of
 from build import build_model, build_run, describe
-from checkpoint import Checkpoint, fetch, latest_checkpoint, load_weights, own_checkpoint, read_checkpoint
+from checkpoint import ENTRIES, Checkpoint, fetch, latest_checkpoint, load_weights, own_checkpoint, read_checkpoint
 from classification import Classification
 from datasets import IMAGENET_CLASSES, DataBundle, build_datasets
 from distributed import EXIT_DONE, EXIT_FAILED, StopAtOnce, StopSignal, World, together
 from engine import Run, build_val_loader, fit, restore, share_replaced
 from errors import ConfigError
-from hub import DENSE_BACKBONE, grid_of
+from identity import DENSE_BACKBONE, grid_of
 from report import RunLog
-from subsets import ClassSubset, check_valid_labels, evaluate_real, read_real_labels, real_labels_of, valid_labels
+from subsets import check_valid_labels, read_real_labels, real_labels_of, valid_labels
 from summary import summary
-from task import Result, Task, in_words
+from task import Task, in_words
 
 RESAMPLED = "--finetune instead of --resume resamples the position embeddings"
-# What mends weights that cannot be evaluated, as `load_weights` wants it.
-EVAL_MENDS = {
-    "head": "if the data are some of its classes, --num-classes {classes} for the first ones, else --valid-labels",
+# What to do about weights that cannot be evaluated, as `load_weights` wants it.
+EVAL_HINTS = {
+    "head": "if the data's classes are the first of the model's, add --num-classes {classes}; if they are others of "
+    "them, add --valid-labels",
     "pos_embed": RESAMPLED,
     f"{DENSE_BACKBONE}pos_embed": RESAMPLED,
 }
@@ -127,8 +128,8 @@ def resume(run: Run, log: RunLog) -> None:
     """
     count = distributed.num_restarts()
     with together():
-        path = where_from(run, log, again=log.claim() and count > 0) if run.world.is_main else None
-        log.own()
+        path = where_from(run, log, again=log.folder.claim() and count > 0) if run.world.is_main else None
+        log.folder.own()
     path = distributed.from_main(path)
     with together():
         if path:
@@ -156,14 +157,14 @@ def where_from(run: Run, log: RunLog, again: bool) -> Path | str | None:
         return path or named
     file = fetch(named) if named else None
     if file and own_checkpoint(run.args.output_dir, file):
-        log.set_back(file.resolve())
+        log.folder.set_back(file.resolve())
     else:
-        log.make_room(f"--resume {named} is not of it" if named else "there is no --resume")
+        log.folder.make_room(f"--resume {named} is not of it" if named else "there is no --resume")
     return named
 
 
 def newest(run: Run, log: RunLog) -> Path | None:
-    """The newest whole checkpoint in --output_dir; the damaged ones are said."""
+    """The newest whole checkpoint in --output_dir; damaged ones are reported."""
     return latest_checkpoint(
         run.args.output_dir, on_rejected=lambda reason: log.incident("fallback", run.progress.step, reason)
     )
@@ -171,21 +172,13 @@ def newest(run: Run, log: RunLog) -> Path | None:
 
 def evaluate_checkpoint(args, world: World, model, data: DataBundle, log: RunLog) -> int:
     """`--eval`: the raw and averaged weights of `--resume`, those of `--eval-weights` that it holds."""
-    net, task = model, Classification(None, None, data.num_classes)
+    task = Classification(None, None, data.num_classes)
     if args.valid_labels:
-        valid = valid_labels(args.valid_labels)
-        check_valid_labels(valid, data.class_names, data.num_classes)
-        net, task.num_classes = ClassSubset(model, valid).to(world.device), len(valid)
-    real = real_labels_of(data.val, read_real_labels(args.real_labels)) if args.real_labels else None
-
-    def evaluate(name: str, loader) -> tuple[Result, str]:
-        result, more = task.evaluate(net, loader, args, world), ""
-        if real is not None:
-            share, counted = evaluate_real(model, loader, args, world, real)
-            more = f"; {name} weights: ReaL top-1 {share:.2f} % of {counted:,} images"
-        return result, more
-
-    return evaluate_saved(args, world, model, task, data, log, evaluate)
+        task.valid = valid_labels(args.valid_labels)
+        check_valid_labels(task.valid, data.class_names, data.num_classes)
+    if args.real_labels:
+        task.real = real_labels_of(data.val, read_real_labels(args.real_labels))
+    return evaluate_saved(args, world, model, task, data, log)
 
 
 def load_resized(args, model, checkpoint: Checkpoint, weights: dict) -> None:
@@ -194,62 +187,50 @@ def load_resized(args, model, checkpoint: Checkpoint, weights: dict) -> None:
     report = load_weights(model, weights, "finetune", args.pos_embed_resize, grid, source=checkpoint.path)
     if report.remade_head:
         classes = report.head_classes
-        why = f"its head is of other classes than the data's: {EVAL_MENDS['head']}" if classes else "it has no head"
+        why = f"its head is of other classes than the data's: {EVAL_HINTS['head']}" if classes else "it has no head"
         raise ConfigError(f"--eval --finetune {args.finetune}: {why.format(classes=classes)}")
 
 
 def evaluate_saved(
-    args,
-    world: World,
-    model,
-    task: Task,
-    data: DataBundle,
-    log: RunLog,
-    evaluate: Callable | None = None,
-    load: Callable = load_resized,
+    args, world: World, model, task: Task, data: DataBundle, log: RunLog, load: Callable = load_resized
 ) -> int:
-    """`--eval` of any task; returns the exit code.
-
-    Args:
-        evaluate: (name of the weights that `model` now has, loader) -> (Result, what else to say); by default
-            the task's evaluation.
-        load: gives `model` the weights of `--finetune`, like `load_resized`.
-    """
+    """`--eval` of any task; returns the exit code. `load` gives `model` the weights of `--finetune`."""
     loader = build_val_loader(data.val, args, world, task.collate)
-    results, extra = {}, ""
-    for name, file in saved_weights(args, model, load):  # noqa: B007 - they are of one file
-        if evaluate is None:
-            results[name] = task.evaluate(model, loader, args, world)
-        else:
-            results[name], more = evaluate(name, loader)
-            extra += more
+    with together():
+        checkpoint = saved_checkpoint(args)
+    results = {}
+    for name in saved_weights(args, model, checkpoint, load):
+        results[name] = task.evaluate(model, loader, args, world)
     share_replaced(data.val, world)
     broken = f", {data.val.num_replaced} of them unreadable" if data.val.num_replaced else ""
-    log.say(f"{file}: {len(data.val):,} images{broken}; {in_words(results)}{extra}")
+    log.say(f"{checkpoint.label}: {len(data.val):,} images{broken}; {in_words(results)}")
     task.pictures(log, next(iter(results.values())), data)
     return EXIT_DONE
 
 
-def saved_weights(args, model, load: Callable) -> Iterator[tuple[str, str]]:
-    """Give `model` the weights of `--resume`, one set of `--eval-weights` that it holds after the other.
+def saved_checkpoint(args) -> Checkpoint:
+    """The file that `--eval` evaluates: of `--resume`, else of `--finetune`."""
+    path = latest_checkpoint(args.output_dir) if args.resume == "auto" else args.resume or args.finetune
+    if path is None:
+        raise ConfigError(f"--resume auto: there is no checkpoint in --output_dir {args.output_dir} to evaluate")
+    return read_checkpoint(path, args.trust_checkpoint)
 
-    Those of `--finetune` may be of another image size: `load` resamples position embeddings. Yields "raw" or "ema",
-    and the file's name and digest. Raises CheckpointError if there is no such set.
+
+def saved_weights(args, model, checkpoint: Checkpoint, load: Callable) -> Iterator[str]:
+    """Give `model` the weights of a file, one set of `--eval-weights` that it holds after the other.
+
+    Those of `--finetune` may be of another image size: `load` resamples position embeddings. Yields "raw" or "ema".
+    Raises CheckpointError if there is no such set.
     """
-    with together():
-        path = latest_checkpoint(args.output_dir) if args.resume == "auto" else args.resume or args.finetune
-        if path is None:
-            raise ConfigError(f"--resume auto: there is no checkpoint in --output_dir {args.output_dir} to evaluate")
-        checkpoint = read_checkpoint(path, args.trust_checkpoint)
-    wanted = {"raw": ["model"], "ema": ["model_ema"], "both": ["model", "model_ema"]}[args.eval_weights]
-    found = [which for which in wanted if getattr(checkpoint, which) is not None]
-    for which in found or wanted[:1]:  # `weights` raises where there is none, saying what the file holds
-        weights = checkpoint.weights(which)
+    wanted = list(ENTRIES) if args.eval_weights == "both" else [args.eval_weights]
+    found = [name for name in wanted if getattr(checkpoint, ENTRIES[name]) is not None]
+    for name in found or wanted[:1]:  # `weights` raises where there is none, saying what the file holds
+        weights = checkpoint.weights(ENTRIES[name])
         if args.resume:
-            load_weights(model, weights, old_grid=grid_of(checkpoint), mends=EVAL_MENDS, source=checkpoint.path)
+            load_weights(model, weights, old_grid=grid_of(checkpoint), hints=EVAL_HINTS, source=checkpoint.path)
         else:
             load(args, model, checkpoint, weights)
-        yield "raw" if which == "model" else "ema", checkpoint.label
+        yield name
 
 
 if __name__ == "__main__":

@@ -88,13 +88,14 @@ def split_cls_tokens(x: Tensor, cls_token: str) -> tuple[Tensor, Tensor]:
 
 def insert_cls_tokens(patches: Tensor, cls_tokens: Tensor, cls_token: str) -> Tensor:
     """Put class tokens (B, 0 to 2, E) into their places among patches (B, M, E): (B, L, E)."""
+    if _choose("cls_token", cls_token, CLS_TOKENS) == "none":
+        return patches
+    if cls_token == "head":
+        return torch.cat([cls_tokens, patches], dim=1)
+    if cls_token == "double":
+        return torch.cat([cls_tokens[:, :1], patches, cls_tokens[:, 1:]], dim=1)
     half = patches.shape[1] // 2
-    return {
-        "middle": lambda: torch.cat([patches[:, :half], cls_tokens, patches[:, half:]], dim=1),
-        "head": lambda: torch.cat([cls_tokens, patches], dim=1),
-        "double": lambda: torch.cat([cls_tokens[:, :1], patches, cls_tokens[:, 1:]], dim=1),
-        "none": lambda: patches,
-    }[cls_token]()
+    return torch.cat([patches[:, :half], cls_tokens, patches[:, half:]], dim=1)
 
 
 def resample_pos_embed(
@@ -467,7 +468,9 @@ class VisionMamba(nn.Module):
         if self.global_pool == "token":
             positions = self.cls_token_position(x.shape[1] - len(CLS_TOKENS[self.cls_token_design]))
             return x[:, positions[0]] if len(positions) == 1 else x[:, list(positions)].mean(1)
-        return {"mean": x.mean(1), "last": x[:, -1], "max": x.amax(1)}[self.global_pool]
+        if self.global_pool == "mean":
+            return x.mean(1)
+        return x[:, -1] if self.global_pool == "last" else x.amax(1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, L, E) -> logits (B, num_classes), or with `pre_logits` the pooled feature (B, E)."""
@@ -628,8 +631,9 @@ def _register(name: str, arguments: dict) -> None:
                 pretrained_cfg_overlay=(pretrained_cfg_overlay or {}) | copied,
                 feature_cfg={"out_indices": 3, "feature_cls": "getter"}, **(arguments | kwargs),
             )  # fmt: skip
-        for module in model.modules() if copied else ():  # a feature extractor holds the model; neither keeps the file
-            getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
+        if copied:
+            for module in model.modules():  # a feature extractor holds the model; neither keeps the file
+                getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
         return model
 
     entrypoint.__name__ = entrypoint.__qualname__ = name

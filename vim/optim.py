@@ -44,7 +44,7 @@ def build_optimizer(args, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     if name not in list_optimizers():
         near = difflib.get_close_matches(name, list_optimizers(), n=3)
         hint = nearby(near) or f"; common ones are {', '.join(COMMON_OPTIMIZERS)}"
-        raise ConfigError(f"--opt {args.opt} is no optimiser of timm{hint}")
+        raise ConfigError(f"--opt {args.opt} is not an optimiser of timm{hint}")
     info = get_optimizer_info(name)
     wanted = info.num_betas if info.has_betas else 0
     if args.opt_betas is not None and len(args.opt_betas) != wanted:

@@ -181,7 +181,7 @@ def _reader(args, split: str, root: str | None, **options):
 def _open_wds(args, split: str) -> tuple[TarSource, list[str]]:
     root = Path(args.data_path or "").expanduser()
     if not args.data_path or not root.is_dir():
-        raise DataError(f"--data-set wds/ needs --data-path, the folder with the shards; {root} is none")
+        raise DataError(f"--data-set wds/ needs --data-path, the folder with the shards; {root} is not a folder")
     names_shards = "tar" in split or ".." in split  # as timm tells them from a split's name
     if not names_shards and not any((root / name).is_file() for name in ("_info.json", "info.json")):
         raise DataError(

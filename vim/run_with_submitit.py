@@ -15,19 +15,24 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from arguments import parse_args
-from distributed import EXIT_CONFIG, EXIT_DONE, EXIT_REQUEUE
-from errors import ConfigError
+from arguments import OneLineParser, parse_args, positive_int
+from distributed import EXIT_DONE, EXIT_REQUEUE
+from errors import ConfigError, import_optional
+from failures import run_cli
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--ngpus", default=8, type=int, help="GPUs, and so ranks, of each node")
-    parser.add_argument("--nodes", default=1, type=int, help="nodes")
-    parser.add_argument("--timeout", default=1440, type=int, help="minutes until a job is stopped and queued again")
-    parser.add_argument("--cpus-per-gpu", default=10, type=int, help="for the loader's processes")
+    parser = OneLineParser(
+        prog="run_with_submitit.py", description=__doc__.splitlines()[0].partition(":")[0], allow_abbrev=False
+    )
+    parser.add_argument("--ngpus", default=8, type=positive_int, help="GPUs, and so ranks, of each node")
+    parser.add_argument("--nodes", default=1, type=positive_int, help="nodes")
+    parser.add_argument(
+        "--timeout", default=1440, type=positive_int, help="minutes until a job is stopped and queued again"
+    )
+    parser.add_argument("--cpus-per-gpu", default=10, type=positive_int, help="for the loader's processes")
     parser.add_argument("--partition", default=None, help="SLURM's partition; default: the cluster's")
-    parser.add_argument("--save-seconds", default=300, type=int, help="warning before the end, to save in")
+    parser.add_argument("--save-seconds", default=300, type=positive_int, help="warning before the end, to save in")
     parser.add_argument("flags", nargs="+", metavar="-- FLAGS", help="main.py's flags, --output_dir among them")
     return parser
 
@@ -78,19 +83,10 @@ def training(flags: list[str]) -> tuple[Training, Path]:
     return Training([*flags, *resume]), Path(args.output_dir)
 
 
-def submit(argv: list[str]) -> int:
-    """Submit the job and say its number; returns the exit code."""
-    args = build_parser().parse_args(argv)
-    try:
-        import submitit
-    except ImportError:
-        print("error: run_with_submitit.py needs submitit; pip install submitit", file=sys.stderr)
-        return EXIT_CONFIG
-    try:
-        what, folder = training(args.flags)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+def submit(args: argparse.Namespace) -> None:
+    """Submit the job and say its number."""
+    submitit = import_optional("submitit", "run_with_submitit.py needs submitit")
+    what, folder = training(args.flags)
     executor = submitit.SlurmExecutor(folder=folder / "slurm")
     executor.update_parameters(
         job_name="vim",
@@ -104,8 +100,12 @@ def submit(argv: list[str]) -> int:
     )
     job = executor.submit(what)
     print(f"submitted job {job.job_id}; its logs go to {folder / 'slurm'}")
-    return EXIT_DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; returns the exit code."""
+    return run_cli(submit, build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":
-    sys.exit(submit(sys.argv[1:]))
+    sys.exit(main())

@@ -23,7 +23,7 @@ class Result(Protocol):
     """How good a model is."""
 
     score: float  # in percent, the higher the better: what the best checkpoint follows
-    words: str  # the numbers that everybody asks for first
+    words: str  # a one-line summary
 
     def row(self, prefix: str) -> dict[str, float]:
         """Columns of an epoch's log, their names beginning with `prefix`."""
@@ -56,5 +56,5 @@ class Task(Protocol):
 
 
 def in_words(results: dict[str, Result]) -> str:
-    """The numbers that everybody asks for first, of "raw" and "ema" weights."""
+    """A one-line summary, of "raw" and "ema" weights."""
     return ", ".join(f"{name} weights: {result.words}" for name, result in results.items())

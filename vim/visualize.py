@@ -8,6 +8,7 @@ Exit codes: 0 done, 2 wrong flag, 4 an image or a checkpoint that cannot be used
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,11 +22,11 @@ from tqdm import tqdm
 
 from arguments import OneLineParser, positive_int
 from augment import channel_statistics
+from drawing import literal
 from errors import ConfigError, DataError
 from failures import run_cli
 from inference import Classifier, add_device_flag, add_model_flags, find_images, load_classifier
 from models_mamba import VisionMamba, split_cls_tokens
-from report import literal
 
 # Beyond this length the whole matrix takes minutes and shows nothing; the class token's row is always drawn.
 LONGEST_MATRIX = 800
@@ -150,18 +151,28 @@ def receptive_fields(model: VisionMamba, images: Tensor) -> dict[str, Tensor]:
     """
     height, width = model.patch_embed.grid_size
     middle = height // 2 * width + width // 2
-    fields = {}
-    for title in ("what the head reads", "the middle patch"):
-        total = torch.zeros_like(images[0, 0])
-        for image in images.split(1):
-            image = image.clone().requires_grad_()
-            tokens = model.forward_features(image)  # (1, L, E)
-            patches, _ = split_cls_tokens(tokens, model.cls_token_design)
-            token = model._pool(tokens) if title == "what the head reads" else patches[:, middle]
-            (gradient,) = torch.autograd.grad(token.sum(), image)
-            total += gradient[0].abs().sum(0)
-        fields[title] = total / total.max().clamp_min(1e-30)
-    return fields
+
+    def head(tokens: Tensor) -> Tensor:
+        return model.forward_head(tokens, pre_logits=True)
+
+    def middle_patch(tokens: Tensor) -> Tensor:
+        return split_cls_tokens(tokens, model.cls_token_design)[0][:, middle]
+
+    return {
+        "what the head reads": receptive_field(model, images, head),
+        "the middle patch": receptive_field(model, images, middle_patch),
+    }
+
+
+def receptive_field(model: VisionMamba, images: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
+    """Of the token (1, E) that `read` takes from all tokens (1, L, E): (H, W), 1 at its largest."""
+    total = torch.zeros_like(images[0, 0])
+    for image in images.split(1):
+        image = image.clone().requires_grad_()
+        token = read(model.forward_features(image))
+        (gradient,) = torch.autograd.grad(token.sum(), image)
+        total += gradient[0].abs().sum(0)
+    return total / total.max().clamp_min(1e-30)
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------

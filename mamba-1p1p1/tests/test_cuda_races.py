@@ -106,7 +106,7 @@ def test_a_missing_barrier_is_a_race(missing, programs, tmp_path, monkeypatch):
     """The control of the test above: with any kind of barrier ordering nothing, both scans' races are found."""
     found = {}
     for file, name, defines, *launch in launches_of(False, 17, 96, monkeypatch):
-        if name.startswith("scan_"):
+        if name.startswith("scan_") and dict(defines).get("FOR_BACKWARD") != 0:
             program = compiled(programs, file, name, defines, f'-DEMULATION_UNORDERED="{missing}"')
             status, _ = end_of(program, write(tmp_path / "launch", file, name, *launch))
             assert status in (NONE, RACE)

@@ -613,8 +613,8 @@ def test_every_kernel_of_the_package_is_launched(package_launches):
 @compiles
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_no_register_is_spilled_to_memory(package_launches, gpu_code, arch):
-    """The package's kernels compile without a GPU, and keep everything in registers."""
+def test_no_register_is_spilled_and_no_barrier_is_numbered_by_one(package_launches, gpu_code, arch):
+    """The package's kernels compile without a GPU. A barrier numbered by a register claims all that there are."""
     code = {
         (file, defines): runtime.compile_cubin(runtime.read_source(file), defines, arch)
         for file, defines in {(file, defines) for file, _, defines in package_launches}
@@ -624,3 +624,10 @@ def test_no_register_is_spilled_to_memory(package_launches, gpu_code, arch):
     }
     spilling = {key: use for key, use in used.items() if use["spill_bytes"]}
     assert not spilling, "\n".join(f"{name} {dict(defines)}: {use}" for (name, defines), use in spilling.items())
+    barriers = {
+        instruction
+        for file, name, defines in package_launches
+        for _, instruction in gpu_code.disassemble(code[file, defines], name)
+        if "BAR.SYNC" in instruction
+    }
+    assert barriers and not any(re.search(r"BAR\.SYNC\S* U?R\d", each) for each in barriers), barriers
