@@ -77,7 +77,7 @@ class Checkpoint:
     @property
     def label(self) -> str:
         """The file and the beginning of its digest, for a log."""
-        return f"{self.path} (SHA-256 {self.sha256[:16]}...)"
+        return with_digest(self.path, self.sha256)
 
     @property
     def some_entry(self) -> str:
@@ -97,6 +97,10 @@ class Checkpoint:
             held = some_of(self.keys) or "a state dict alone"
             raise CheckpointError(f"{self.path} holds no {which!r}; it holds: {held}")
         return found
+
+
+def with_digest(path: Path, sha256: str) -> str:
+    return f"{path} (SHA-256 {sha256[:16]}...)"
 
 
 def read_checkpoint(path: str | Path, trust: bool = False) -> Checkpoint:

@@ -269,17 +269,21 @@ def _project_out(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tenso
     return y if weight is None else F.linear(y, weight.to(y.dtype), _to(bias, y))
 
 
-def _one_scan(scan, inputs: tuple, A, D, delta_bias, delta_softplus) -> Tensor:
-    """One direction, (B, D, L). scan: `selective_scan_fn` or `selective_scan_ref`. inputs: of `_scan_inputs`."""
-    x, z, delta, B, C = inputs
-    return scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+def _inner(
+    scan, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, A_b, B, C, D, delta_bias, B_proj_bias,
+    C_proj_bias, delta_softplus,
+) -> Tensor:  # fmt: skip
+    """The mixers below up to the output projection, (B, D, L). scan: `selective_scan_fn` or `selective_scan_ref`.
 
-
-def _two_scans(scan, inputs: tuple, A, A_b, D, delta_bias, delta_softplus) -> Tensor:
-    """Both directions of "v1" added up, (B, D, L)."""
-    x, z, delta, B, C = inputs
-    B_b, C_b = (_reverse_time(matrix, A_b.is_complex()) for matrix in (B, C))
+    With A_b both directions of "v1" added up, without it one direction.
+    """
+    x, z, delta, B, C = _scan_inputs(
+        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
+    )
     y = scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    if A_b is None:
+        return y
+    B_b, C_b = (_reverse_time(matrix, A_b.is_complex()) for matrix in (B, C))
     y_b = scan(x.flip(-1), delta.flip(-1), A_b, B_b, C_b, D, z.flip(-1), delta_bias, delta_softplus)
     return y + y_b.flip(-1)
 
@@ -321,10 +325,10 @@ def mamba_inner_fn_no_out_proj(
 
     Returns (B, D, L) in xz's dtype. Raises ValueError for a bias beside a constant B or C, and as `selective_scan_fn`.
     """
-    inputs = _scan_inputs(
-        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
-    )
-    return _one_scan(selective_scan_fn, inputs, A, D, delta_bias, delta_softplus)
+    return _inner(
+        selective_scan_fn, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, None, B, C, D,
+        delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
+    )  # fmt: skip
 
 
 def mamba_inner_fn(
@@ -348,10 +352,10 @@ def mamba_inner_fn(
 
     Without a weight there is no projection: (B, L, D).
     """
-    inputs = _scan_inputs(
-        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
-    )
-    y = _one_scan(selective_scan_fn, inputs, A, D, delta_bias, delta_softplus)
+    y = _inner(
+        selective_scan_fn, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, None, B, C, D,
+        delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
+    )  # fmt: skip
     return _project_out(y, out_proj_weight, out_proj_bias)
 
 
@@ -376,10 +380,10 @@ def bimamba_inner_fn(
     """The "v1" mixer (Vision Mamba, arXiv 2401.09417, table 4): one convolution and one set of projections, then
     a second scan of the same inputs over reversed time with `A_b` (D, N). Other arguments as `mamba_inner_fn`.
     """
-    inputs = _scan_inputs(
-        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
-    )
-    y = _two_scans(selective_scan_fn, inputs, A, A_b, D, delta_bias, delta_softplus)
+    y = _inner(
+        selective_scan_fn, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, A_b, B, C, D,
+        delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
+    )  # fmt: skip
     return _project_out(y, out_proj_weight, out_proj_bias)
 
 
@@ -399,10 +403,10 @@ def mamba_inner_no_out_proj_ref(
     delta_softplus: bool = True,
 ) -> Tensor:
     """`mamba_inner_fn_no_out_proj` with `selective_scan_ref`, the loop over tokens, for comparison."""
-    inputs = _scan_inputs(
-        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
-    )
-    return _one_scan(selective_scan_ref, inputs, A, D, delta_bias, delta_softplus)
+    return _inner(
+        selective_scan_ref, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, None, B, C, D,
+        delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
+    )  # fmt: skip
 
 
 def mamba_inner_ref(
@@ -423,10 +427,10 @@ def mamba_inner_ref(
     delta_softplus: bool = True,
 ) -> Tensor:
     """`mamba_inner_fn` with `selective_scan_ref`, the loop over tokens, for comparison."""
-    inputs = _scan_inputs(
-        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
-    )
-    y = _one_scan(selective_scan_ref, inputs, A, D, delta_bias, delta_softplus)
+    y = _inner(
+        selective_scan_ref, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, None, B, C, D,
+        delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
+    )  # fmt: skip
     return _project_out(y, out_proj_weight, out_proj_bias)
 
 
@@ -449,8 +453,8 @@ def bimamba_inner_ref(
     delta_softplus: bool = True,
 ) -> Tensor:
     """`bimamba_inner_fn` with `selective_scan_ref`, the loop over tokens, for comparison."""
-    inputs = _scan_inputs(
-        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
-    )
-    y = _two_scans(selective_scan_ref, inputs, A, A_b, D, delta_bias, delta_softplus)
+    y = _inner(
+        selective_scan_ref, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, A_b, B, C, D,
+        delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
+    )  # fmt: skip
     return _project_out(y, out_proj_weight, out_proj_bias)

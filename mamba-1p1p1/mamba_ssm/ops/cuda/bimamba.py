@@ -85,8 +85,8 @@ class Shape(NamedTuple):
     def shared(self, columns: int, padded: int, tiles: int, exchanges: int, halves: int) -> int:
         """Bytes of `warps` and what they share: `tiles` of `projected`; each warp's parameters, factors, and tiles of
         numbers on their way between lanes (`exchanges`) and of 16-bit channels (`halves`)."""
-        warp = 4 * self.width * (padded + 2 + 4 * TILE)
-        warp += TILE * (4 * exchanges * (self.width + 8) + 2 * halves * (48 if self.channels == 4 else 16))
+        row = self.width + (16 if self.channels == 4 else 0)  # scan.cuh's Halves::ROW
+        warp = 4 * self.width * (padded + 2 + 4 * TILE) + TILE * (4 * exchanges * (self.width + 8) + 2 * halves * row)
         return tiles * TILE * (columns + 4) * 4 + self.warps * warp
 
 
