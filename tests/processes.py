@@ -1,4 +1,4 @@
-"""Runs of the program in processes of their own, one or several ranks over gloo, for tests that kill them.
+"""The program, or a test's function, in processes of its own: one or several ranks over gloo.
 
 A fork server imports the program once; a run then starts within a fraction of a second.
 """
@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -24,6 +25,7 @@ import torch
 import report
 import tiny  # noqa: F401  (registers the tests' model)
 from checkpoint import read_checkpoint
+from main import main
 
 QUICK = (
     "--device cpu --model vim_two_blocks --input-size 8 --batch-size 128 --num_workers 0 --epochs 2 --warmup-epochs 0 "
@@ -32,26 +34,29 @@ QUICK = (
 PICTURES = ("draw_curves", "draw_confusion", "draw_mistakes")
 STEPS = 11  # of an epoch, with 1,437 digits in batches of 128 images
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["processes", "main"])
+IMPORTED_LATE = ["sklearn.datasets", "sklearn.model_selection", "torch.utils.tensorboard"]  # by a run, not by main.py
+CONTEXT.set_forkserver_preload(["processes", *IMPORTED_LATE])
+Program = Callable[[list[str]], int | None]  # of the flags; the exit code
 
 
-def start(flags: str, out: Path, rank: int = 0, size: int = 1, **environment: str):
-    """Begin `main.py FLAGS` in a new process; what it prints goes to the file `out`."""
+def start(flags: str, out: Path, rank: int = 0, size: int = 1, program: Program = main, **environment: str):
+    """Begin `main.py FLAGS`, or another program, in a new process; what it prints goes to the file `out`."""
     if size > 1:
         meeting = out.with_name(f"{out.name.rpartition('.')[0]}.meeting")
         flags = f"--dist_url file://{meeting} {flags}"
         environment |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-    process = CONTEXT.Process(target=_main, args=(shlex.split(flags), out, environment))
+    process = CONTEXT.Process(target=_run, args=(program, shlex.split(flags), out, environment))
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the server's own imports need it
         process.start()
     atexit.register(process.kill)  # before multiprocessing's own, which waits for it
     return process
 
 
-def start_ranks(flags: str, out: Path, size: int = 2, **environment: str) -> list:
+def start_ranks(flags: str, out: Path, size: int = 2, program: Program = main, **environment: str) -> list:
     """`start` for every rank; rank R prints to `out`.R and they meet in a file that must not be there yet."""
     out.with_name(f"{out.name}.meeting").unlink(missing_ok=True)
-    return [start(flags, out.with_name(f"{out.name}.{rank}"), rank, size, **environment) for rank in range(size)]
+    outs = [out.with_name(f"{out.name}.{rank}") for rank in range(size)]
+    return [start(flags, outs[rank], rank, size, program, **environment) for rank in range(size)]
 
 
 def end(processes: list, seconds: float = 120) -> list[int]:
@@ -79,7 +84,7 @@ def wait_for_a_step(process, out: Path) -> None:
         time.sleep(0.01)
 
 
-def _main(flags: list[str], out: Path, environment: dict[str, str]) -> None:
+def _run(program: Program, flags: list[str], out: Path, environment: dict[str, str]) -> None:
     os.setpgid(0, 0)  # as launchers start it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(environment)
@@ -87,12 +92,10 @@ def _main(flags: list[str], out: Path, environment: dict[str, str]) -> None:
     descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    from main import main
-
     for picture in PICTURES:
         setattr(report, picture, lambda *arguments: None)
     try:
-        code = main(flags)
+        code = program(flags) or 0
     except Exception:
         traceback.print_exc()
         code = 1

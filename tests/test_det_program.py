@@ -26,10 +26,10 @@ from det.program import build_detector, check_deterministic, main
 from distributed import World
 from errors import ConfigError
 from optim import build_optimizer
+from processes import end, start_ranks
 from scenes import Scenes
 
 ROOT = Path(__file__).resolve().parents[1]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 MODEL = (
     "--device cpu --model vim_two_blocks --pyramid-channels 8 --pyramid-scales 1 0.5 --anchor-sizes 16 24 32 "
     "--rpn-convs 1 --box-convs 0 --box-width 16 --mask-convs 1 --proposals 20 --roi-samples 8 --roi-side 96"
@@ -37,8 +37,8 @@ MODEL = (
 QUICK = f"{MODEL} --num_workers 0 --batch-size 2 --epochs 2 --lr 1e-3 --warmup-steps 1 --drop-path 0.2 --log-every 1"
 
 
-def det(*flags, quick=QUICK, size=48):
-    return main([*quick.split(), "--input-size", str(size), *map(str, flags)])
+def det(*flags, size=48):
+    return main([*QUICK.split(), "--input-size", str(size), *map(str, flags)])
 
 
 @pytest.fixture
@@ -146,22 +146,15 @@ def test_mixed_precision_trains_and_evaluates(detector, coco, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_share_training_and_evaluation(coco, tmp_path, capsys):
     """Each image is detected in once: two ranks and one process come to the same precisions."""
-    flags = ["--data-path", str(coco), "--input-size", "48", "--epochs", "1", "--score-threshold", "0"]
-    quick = QUICK.replace("vim_two_blocks", "vim_nano_patch4_32")  # which torchrun's processes know
-    command = [*TORCHRUN, str(ROOT / "det" / "train.py"), *quick.split()]
-    done = subprocess.run(
-        [*command, *flags, "--output_dir", str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("instances_train2017.json: 5 images") == 1, "one rank speaks for all"
+    flags = f"--data-path {coco} --input-size 48 --epochs 1 --score-threshold 0"
+    ranks = start_ranks(f"{QUICK} {flags} --output_dir {tmp_path}", tmp_path / "out", program=main)
+    assert end(ranks) == [0, 0]
+    said = ["instances_train2017.json: 5 images" in (tmp_path / f"out.{rank}").read_text() for rank in (0, 1)]
+    assert said == [True, False], "one rank speaks for all"
     (row,) = rows(tmp_path)
     assert row["step"] == 1  # five images, two ranks of two
     alone = ("--eval", "--resume", tmp_path / "checkpoint.pth", "--output_dir", tmp_path / "alone")
-    assert det(*flags, *alone, quick=quick) == 0
+    assert det(*flags.split(), *alone) == 0
     assert f"box AP {row['test_box_AP']:.2f} " in capsys.readouterr().out
 
 

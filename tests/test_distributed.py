@@ -1,6 +1,6 @@
 """Several processes: the same gradients as one, exact shared counts, one decision for all.
 
-Real processes over gloo, started by torchrun as users do.
+Real processes over gloo; some are started by torchrun, as users do.
 """
 
 import json
@@ -12,17 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import Subset
 
 import distributed
 from arguments import parse_args
-from build import build_model
+from build import build_model, build_run
 from checkpoint import load_weights, read_checkpoint
-from datasets import build_datasets
-from engine import build_val_loader
-from errors import ConfigError
+from datasets import build_datasets, build_loader
+from engine import build_val_loader, training_step
+from errors import ConfigError, NonFiniteError
 from evaluation import evaluate
 from helpers import run_args
 from main import main
+from processes import end, start, start_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -32,15 +34,6 @@ SGD = (
 )
 
 
-def environment(**more: str) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | more
-
-
-def two_ranks(program, *flags) -> subprocess.CompletedProcess:
-    command = [*TORCHRUN, str(program), *map(str, flags)]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
-
-
 def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
@@ -48,8 +41,7 @@ def rows(folder: Path) -> list[dict]:
 @pytest.mark.slow
 def test_two_ranks_take_the_steps_of_one_process_with_twice_the_batch(tmp_path):
     """SGD without momentum, so the weights are the start minus the sum of gradients; the same images a step."""
-    done = two_ranks("vim/main.py", *SGD.split(), "--batch-size", 64, "--output_dir", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
+    assert end(start_ranks(f"{SGD} --batch-size 64 --output_dir {tmp_path / 'two'}", tmp_path / "out")) == [0, 0]
     assert main([*SGD.split(), "--batch-size", "128", "--output_dir", str(tmp_path / "one")]) == 0
     two, one = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("two", "one"))
     assert two.step == one.step == 11
@@ -58,45 +50,31 @@ def test_two_ranks_take_the_steps_of_one_process_with_twice_the_batch(tmp_path):
             torch.testing.assert_close(getattr(two, weights)[key], value, rtol=2e-4, atol=2e-5)
     (row_two,), (row_one,) = rows(tmp_path / "two"), rows(tmp_path / "one")
     assert row_two["train_loss"] == pytest.approx(row_one["train_loss"], rel=1e-5)
-    assert done.stdout.count("DIGITS: ") == 1, "one rank speaks for all"
+    assert ["DIGITS: " in (tmp_path / f"out.{rank}").read_text() for rank in (0, 1)] == [True, False], "one speaks"
 
 
-GRADIENTS = """
-import sys
-import torch
-from torch.nn.parallel import DistributedDataParallel
-sys.path.insert(0, "vim")
-import distributed
-from arguments import parse_args
-from augment import build_mixup
-from build import build_model, build_run
-from datasets import build_datasets, build_loader
-
-model, batch, folder = sys.argv[1:]
-args = parse_args(f"--device cpu --model {model} --input-size 8 --num_workers 0 --batch-size {batch} "
-                  "--mixup 0 --cutmix 0 --drop-path 0".split())
-world = distributed.start(args)
-distributed.seed_everything(args.seed, deterministic=False)
-data = build_datasets(args)
-run = build_run(args, world, build_model(args, data.num_classes), data)
-run.sampler.set_epoch(0)
-images, labels = next(iter(build_loader(data.train, run.sampler, args, train=True)))
-run.task.criterion(images, run.net(images), labels).backward()
-if world.is_main:
-    torch.save({name: p.grad for name, p in run.model.named_parameters()}, f"{folder}/{world.size}.pt")
-distributed.finish()
-"""
+def save_gradients(flags: list[str]) -> None:
+    """A program: the first batch's gradients, into <number of ranks>.pt in the output folder."""
+    args = parse_args(flags)
+    world = distributed.start(args)
+    distributed.seed_everything(args.seed, deterministic=False)
+    data = build_datasets(args)
+    run = build_run(args, world, build_model(args, data.num_classes), data)
+    run.sampler.set_epoch(0)
+    images, labels = next(iter(build_loader(data.train, run.sampler, args, train=True)))
+    run.task.criterion(images, run.net(images), labels).backward()
+    if world.is_main:
+        gradients = {name: p.grad for name, p in run.model.named_parameters()}
+        torch.save(gradients, f"{args.output_dir}/{world.size}.pt")
+    distributed.finish()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["vim_nano_patch4_32", "deit_nano_patch4_32"])
 def test_two_ranks_have_the_gradients_of_one_process_with_twice_the_batch(model, tmp_path):
-    program = tmp_path / "gradients.py"
-    program.write_text(GRADIENTS)
-    done = two_ranks(program, model, 16, tmp_path)
-    assert done.returncode == 0, done.stderr
-    alone = [sys.executable, str(program), model, "32", str(tmp_path)]
-    subprocess.run(alone, cwd=ROOT, env=environment(), check=True, timeout=300)
+    flags = f"{SGD.replace('deit_nano_patch4_32', model)} --output_dir {tmp_path} --batch-size"
+    ranks = start_ranks(f"{flags} 16", tmp_path / "out", program=save_gradients)
+    assert end([*ranks, start(f"{flags} 32", tmp_path / "alone", program=save_gradients)]) == [0, 0, 0]
     two, one = torch.load(tmp_path / "2.pt"), torch.load(tmp_path / "1.pt")
     assert two.keys() == one.keys()
     for name, gradient in one.items():
@@ -104,57 +82,41 @@ def test_two_ranks_have_the_gradients_of_one_process_with_twice_the_batch(model,
         torch.testing.assert_close(two[name], gradient, rtol=1e-4, atol=1e-5 * largest + 1e-9)
 
 
+def save_counts(flags: list[str]) -> None:
+    """A program: what an evaluation of 359 images finds, into <number of ranks>.json in the output folder."""
+    args = parse_args(flags)
+    world = distributed.start(args)
+    data = build_datasets(args)
+    model = build_model(args, data.num_classes)
+    load_weights(model, read_checkpoint(args.resume).model)
+    loader = build_val_loader(Subset(data.val, range(359)), args, world)
+    found = evaluate(model, loader, args, world, data.num_classes)
+    if world.is_main:
+        mistakes = [(m.index, m.label, m.predicted) for m in found.mistakes]
+        counts = {"images": found.images, "top1": found.top1, "top5": found.top5, "loss": found.loss,
+                  "confusion": found.confusion.tolist(), "mistakes": mistakes}  # fmt: skip
+        Path(args.output_dir, f"{world.size}.json").write_text(json.dumps(counts))
+    distributed.finish()
+
+
 @pytest.mark.slow
 def test_shared_evaluation_counts_every_image_once(tmp_path):
     """359 images do not divide by two; accuracy, loss and mistakes are those of one process."""
-    evaluation = f"{SGD} --batch-size 50 --eval --resume {tmp_path / 'run' / 'checkpoint.pth'}"
-    assert main([*SGD.split(), "--batch-size", "128", "--output_dir", str(tmp_path / "run")]) == 0
-    program = tmp_path / "count.py"
-    program.write_text(COUNT)
-    done = two_ranks(program, *evaluation.split(), "--dist-eval")
-    assert done.returncode == 0, done.stderr
-    alone = [sys.executable, str(program), *evaluation.split()]
-    one = subprocess.run(alone, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=True)
-    found, expected = json.loads(done.stdout), json.loads(one.stdout)
+    assert main([*SGD.split(), "--batch-size", "128", "--output_dir", str(tmp_path)]) == 0
+    flags = f"{SGD} --batch-size 50 --eval --resume {tmp_path / 'checkpoint.pth'} --output_dir {tmp_path}"
+    ranks = start_ranks(f"{flags} --dist-eval", tmp_path / "out", program=save_counts)
+    assert end([*ranks, start(flags, tmp_path / "alone", program=save_counts)]) == [0, 0, 0]
+    found, expected = (json.loads((tmp_path / name).read_text()) for name in ("2.json", "1.json"))
     assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-12)
     assert found == expected
     assert found["images"] == 359 and sum(map(sum, found["confusion"])) == 359
-
-
-COUNT = """
-import json, sys
-import torch
-from torch.utils.data import Subset
-sys.path.insert(0, "vim")
-import distributed
-from arguments import parse_args
-from build import build_model
-from checkpoint import load_weights, read_checkpoint
-from datasets import build_datasets
-from engine import build_val_loader
-from evaluation import evaluate
-
-args = parse_args()
-world = distributed.start(args)
-data = build_datasets(args)
-model = build_model(args, data.num_classes)
-load_weights(model, read_checkpoint(args.resume).model)
-loader = build_val_loader(Subset(data.val, range(359)), args, world)
-found = evaluate(model, loader, args, world, data.num_classes)
-if world.is_main:
-    mistakes = [(m.index, m.label, m.predicted) for m in found.mistakes]
-    print(json.dumps({"images": found.images, "top1": found.top1, "top5": found.top5, "loss": found.loss,
-                      "confusion": found.confusion.tolist(), "mistakes": mistakes}))
-distributed.finish()
-"""
 
 
 @pytest.mark.slow
 def test_ranks_evaluate_with_the_batch_statistics_that_are_saved(tmp_path):
     """Batch norm's running statistics are of a rank's own images; a checkpoint holds the first rank's."""
     flags = f"{SGD.replace('deit_nano_patch4_32', 'resnet10t')} --batch-size 64 --output_dir {tmp_path}"
-    done = two_ranks("vim/main.py", *flags.split(), "--dist-eval", "--eval-weights", "both")
-    assert done.returncode == 0, done.stderr
+    assert end(start_ranks(f"{flags} --dist-eval --eval-weights both", tmp_path / "out")) == [0, 0]
     args = parse_args(flags.split())
     data = build_datasets(args)
     model, world = build_model(args, data.num_classes), distributed.World(0, 1, torch.device("cpu"))
@@ -165,70 +127,55 @@ def test_ranks_evaluate_with_the_batch_statistics_that_are_saved(tmp_path):
         assert evaluate(model, loader, args, world, data.num_classes).loss == pytest.approx(row[column], rel=1e-6)
 
 
-DECISION = """
-import sys
-import torch
-sys.path.insert(0, "vim")
-import distributed, engine, errors
-from arguments import parse_args
-from build import build_model, build_run
-from datasets import build_datasets
-
-args = parse_args(sys.argv[2:])
-world = distributed.start(args)
-data = build_datasets(args)
-torch.manual_seed(0)
-run = build_run(args, world, build_model(args, data.num_classes), data)
-images, labels = torch.randn(8, 3, 8, 8), torch.arange(8)
-before = [p.clone() for p in run.model.parameters()]
-broken = images * float("nan") if world.rank == 1 else images
-outcomes = []
-for micro in range(2):
-    try:
-        outcomes.append(f"finite {engine.training_step(run, [(broken, labels)], micro).finite}")
-    except errors.NonFiniteError:
-        outcomes.append("stopped")
-        break
-untouched = all(torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
-run.stop.received = "SIGTERM" if world.rank == 0 else None
-stop = engine.training_step(run, [(images, labels)], 2).stop
-open(f"{sys.argv[1]}/{world.rank}", "w").write(f"{', '.join(outcomes)}, untouched {untouched}, stop {stop}")
-distributed.finish()
-"""
+def save_decision(flags: list[str]) -> None:
+    """A program: NaN on rank 1 alone in two steps, then SIGTERM on rank 0 alone; each rank saves what it did."""
+    args = parse_args(flags)
+    world = distributed.start(args)
+    data = build_datasets(args)
+    torch.manual_seed(0)
+    run = build_run(args, world, build_model(args, data.num_classes), data)
+    images, labels = torch.randn(8, 3, 8, 8), torch.arange(8)
+    before = [p.clone() for p in run.model.parameters()]
+    broken = images * float("nan") if world.rank == 1 else images
+    outcomes = []
+    for micro in range(2):
+        try:
+            outcomes.append(f"finite {training_step(run, [(broken, labels)], micro).finite}")
+        except NonFiniteError:
+            outcomes.append("stopped")
+            break
+    untouched = all(torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
+    run.stop.received = "SIGTERM" if world.rank == 0 else None
+    stop = training_step(run, [(images, labels)], 2).stop
+    saved = f"{', '.join(outcomes)}, untouched {untouched}, stop {stop}"
+    Path(args.output_dir, str(world.rank)).write_text(saved)
+    distributed.finish()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "outcome"),
     [
-        (["stop"], "stopped"),
-        (["skip"], "finite False, finite False"),
-        (["skip", "--nonfinite-limit", 1], "finite False, stopped"),
+        ("stop", "stopped"),
+        ("skip", "finite False, finite False"),
+        ("skip --nonfinite-limit 1", "finite False, stopped"),
     ],
     ids=["stop", "skip", "limit"],
 )
 def test_a_loss_that_is_not_finite_or_a_signal_on_one_rank_is_one_decision(policy, outcome, tmp_path):
-    """NaN on rank 1 alone in two steps, then SIGTERM on rank 0 alone."""
-    program = tmp_path / "decision.py"
-    program.write_text(DECISION)
-    done = two_ranks(program, tmp_path, *SGD.split(), "--batch-size", 8, "--nonfinite", *policy)
-    assert done.returncode == 0, done.stderr
+    flags = f"{SGD} --batch-size 8 --output_dir {tmp_path} --nonfinite {policy}"
+    assert end(start_ranks(flags, tmp_path / "out", program=save_decision)) == [0, 0]
     assert [(tmp_path / rank).read_text() for rank in "01"] == [f"{outcome}, untouched True, stop True"] * 2
 
 
 @pytest.mark.slow
 def test_a_signal_to_torchruns_ranks_saves_and_the_resumed_run_is_the_same(tmp_path):
-    flags = [*SGD.replace("--epochs 1", "--epochs 3").split(), "--batch-size", "32", "--log-every", "1"]
-
-    def start(folder):
-        command = [*TORCHRUN, "vim/main.py", *flags, "--output_dir", str(tmp_path / folder), "--resume", "auto"]
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
-    process = start("parts")
+    flags = f"{SGD.replace('--epochs 1', '--epochs 3')} --batch-size 32 --log-every 1 --resume auto --output_dir"
+    command = [*TORCHRUN, "vim/main.py", *flags.split(), str(tmp_path / "parts")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     try:
-        next(line for line in iter(process.stdout.readline, "") if "step 5/22" in line)
+        next(line for line in process.stdout if "step 5/22" in line)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=120)
     finally:
@@ -236,7 +183,7 @@ def test_a_signal_to_torchruns_ranks_saves_and_the_resumed_run_is_the_same(tmp_p
     saved = read_checkpoint(tmp_path / "parts" / "checkpoint.pth")
     assert 5 <= saved.step < 22 and saved.extra["progress"]["samples"] == 64 * saved.step
     for folder in ("parts", "whole"):
-        assert start(folder).communicate(timeout=300) is not None
+        assert end(start_ranks(f"{flags} {tmp_path / folder}", tmp_path / "out")) == [0, 0]
     parts, whole = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("parts", "whole"))
     assert parts.step == whole.step == 66
     assert all(torch.equal(parts.model[key], value) for key, value in whole.model.items())
@@ -268,7 +215,6 @@ def test_too_few_gpus_are_every_ranks_error(rank, monkeypatch):
         monkeypatch.setenv(name, str(value))
     with pytest.raises(ConfigError, match=r"--device cuda with 2 rank\(s\) on this machine needs 2 GPUs of 1"):
         distributed.start(run_args("--device", "cuda"))
-
 
 
 def test_slurms_environment_is_read_where_several_processes_are_asked_for(monkeypatch):

@@ -73,8 +73,8 @@ def clone(tmp_path_factory):
 # most snippets, and `import timm` alone must still not know our models.
 RUNNER = """
 import json, os, runpy, sys, traceback
-import matplotlib.figure, sklearn.datasets, timm, timm.optim, timm.scheduler
-import torch, torchvision, torch.utils.tensorboard
+import matplotlib.figure, sklearn.datasets, sklearn.model_selection
+import timm, timm.optim, timm.scheduler, torch, torchvision, torch.utils.tensorboard
 
 def run(language, text):
     if language == "python":

@@ -44,9 +44,6 @@ void AnnotateIgnoreWritesBegin(const char* file, int line);
 void AnnotateIgnoreWritesEnd(const char* file, int line);
 }
 #endif
-#ifndef EMULATION_UNORDERED
-#define EMULATION_UNORDERED "none"  // barriers whose names begin so order no memory: that a race is found, is tested so
-#endif
 
 #define __global__ __attribute__((visibility("default")))
 #define __device__
@@ -233,10 +230,13 @@ static void fiber_main() {
     abort();
 }
 
+// Barriers whose names begin as this variable says order no memory: that a race is found, is tested so.
+static const char* const UNORDERED = getenv("EMULATION_UNORDERED");
+
 // `name`: of what orders memory, as all barriers do.
 static void wait(Barrier& barrier, const char* name) {
     Unseen unseen;
-    bool ordered = name && strncmp(name, EMULATION_UNORDERED, strlen(EMULATION_UNORDERED));
+    bool ordered = name && !(UNORDERED && !strncmp(name, UNORDERED, strlen(UNORDERED)));
     char* order = &barrier.order[barrier.passages % 2];
     if (ordered) release(order);
     if (int(barrier.waiting.size()) + 1 == barrier.needed) {

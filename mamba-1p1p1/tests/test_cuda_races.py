@@ -2,6 +2,7 @@
 sanitizer, one fiber a CUDA thread (cuda_emulation.h, cuda_races.cpp). Arithmetic is test_cuda_kernels.py's matter.
 """
 
+import os
 import shutil
 import struct
 import subprocess
@@ -65,18 +66,19 @@ def write(path: Path, file: str, name: str, grid, threads: int, shared: int, arg
     return path
 
 
-def compiled(folder: Path, file: str, name: str, defines: tuple, *more: str) -> Path:
-    program = folder / f"{name}-{abs(hash((defines, more)))}"
+def compiled(folder: Path, file: str, name: str, defines: tuple) -> Path:
+    program = folder / f"{name}-{abs(hash(defines))}"
     flags = [f"-D{key}={value}" for key, value in (*defines, ("KERNEL", name), ("SOURCE", f'"{file}"'))]
     if not program.exists():
-        command = ["g++", "-O1", "-g", "-std=c++17", "-fsanitize=thread", "-DVIM_EMULATION", *flags, *more]
+        command = ["g++", "-O1", "-g", "-std=c++17", "-fsanitize=thread", "-DVIM_EMULATION", *flags]
         command += [f"-I{runtime.FOLDER}", str(TESTS / "cuda_races.cpp"), "-o", str(program)]
         subprocess.run(command, check=True)
     return program
 
 
-def end_of(program: Path, launch: Path) -> tuple[int, str]:
-    done = subprocess.run([program, launch], capture_output=True, text=True, timeout=300)
+def end_of(program: Path, launch: Path, **environment: str) -> tuple[int, str]:
+    command = [program, launch]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stderr
 
 
@@ -107,8 +109,8 @@ def test_a_missing_barrier_is_a_race(missing, programs, tmp_path, monkeypatch):
     found = {}
     for file, name, defines, *launch in launches_of(False, 17, 96, monkeypatch):
         if name.startswith("scan_") and dict(defines).get("FOR_BACKWARD") != 0:
-            program = compiled(programs, file, name, defines, f'-DEMULATION_UNORDERED="{missing}"')
-            status, _ = end_of(program, write(tmp_path / "launch", file, name, *launch))
+            program, launch = compiled(programs, file, name, defines), write(tmp_path / "launch", file, name, *launch)
+            status, _ = end_of(program, launch, EMULATION_UNORDERED=missing)
             assert status in (NONE, RACE)
             found[name] = found.get(name, False) or status == RACE
     assert found == {"scan_forward": True, "scan_backward": missing != "sync_named"}, "backward has no named barriers"

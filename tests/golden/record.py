@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -63,22 +64,22 @@ def losses(flags: str) -> list[float]:
     return found
 
 
-def all_losses() -> dict:
-    """The losses of all runs and what their last bits depend on, computed as ONE_CODE says; prints them as JSON."""
+def losses_of(names: Iterable[str]) -> dict:
+    """The losses of these runs and what their last bits depend on; the process must have begun with ONE_CODE."""
     torch.backends.mkldnn.enabled = False
     build = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
-    return build | {name: losses(flags) for name, flags in RUNS.items()}
+    return build | {name: losses(RUNS[name]) for name in names}
 
 
-def recorded_anew() -> dict:
-    """`all_losses` of a new process, in which nothing has chosen its code yet."""
-    command = [sys.executable, __file__, "--compute"]
+def recorded_anew(names: Iterable[str] = RUNS) -> dict:
+    """`losses_of` a new process, in which nothing has chosen its code yet."""
+    command = [sys.executable, __file__, "--compute", *names]
     done = subprocess.run(command, env=os.environ | ONE_CODE, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--compute"]:
-        json.dump(all_losses(), sys.stdout)
+    if sys.argv[1:2] == ["--compute"]:
+        json.dump(losses_of(sys.argv[2:]), sys.stdout)
     else:
         FILE.write_text(json.dumps(recorded_anew(), indent=1) + "\n")
