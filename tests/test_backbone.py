@@ -138,6 +138,20 @@ def test_intermediate_features_by_option(name, options):
     torch.testing.assert_close(feature, expected)
 
 
+@pytest.mark.parametrize("prefix", [False, True])
+def test_intermediate_features_by_timms_names(name, prefix):
+    model = create(name).eval()
+    images, options = images_for(model), {"return_prefix_tokens": prefix}
+    tokens, features = model.forward_intermediates(images, **options)
+    found = model.forward_intermediates(images, output_dict=True, **options)
+    pairs = zip(found["image_intermediates"], found.pop("image_intermediates_prefix")) if prefix else ()
+    assert list(found) == ["image_features", "image_intermediates"]
+    torch.testing.assert_close(found["image_features"], tokens)
+    torch.testing.assert_close(list(pairs) if prefix else found["image_intermediates"], features)
+    only = model.forward_intermediates(images, output_dict=True, intermediates_only=True, **options)
+    assert only.keys() == {"image_intermediates"} | ({"image_intermediates_prefix"} if prefix else set())
+
+
 @pytest.mark.parametrize("only", [False, True])
 def test_stopping_early_runs_no_block_after_the_last_one_asked_for(name, only):
     """The tokens that come with the features are then those after it, as timm's vision transformer gives them."""

@@ -72,6 +72,14 @@ def refused(path, **options) -> str:
 # Forms of files
 
 
+def test_none_in_words_is_none(tmp_path):
+    """The published program writes its scaler so where it trained without mixed precision."""
+    model = torch.nn.Linear(2, 2)
+    torch.save(published(model, scaler="none", lr_scheduler="none", optimizer="none"), tmp_path / "x.pth")
+    found = read_checkpoint(tmp_path / "x.pth")
+    assert (found.scaler, found.lr_scheduler, found.optimizer) == (None, None, None)
+
+
 def test_published_form(tmp_path):
     content = published(vim())
     torch.save(content, tmp_path / "vim.pth")

@@ -376,6 +376,7 @@ def test_a_bad_value_is_one_line(capsys, flags, words):
         (["--report-to", "wandb"], "--report-to wandb keeps its files in --output_dir"),
         (["--device", "cpu:x"], "--device cpu:x is not one of cuda, cuda:N, cpu, mps, auto"),
         (["--device", "tpu"], "--device tpu is not one of cuda, cuda:N, cpu, mps, auto"),
+        (["--data-set", "DIGITS", "--data-path", "mine"], "reads no --data-path mine; leave that out, or"),
     ],
 )
 def test_flags_that_cannot_go_together_are_one_line(flags, words):
@@ -392,6 +393,20 @@ def test_cuda_without_a_gpu_says_what_to_use(capsys, monkeypatch):
     args = parse_args([])
     assert capsys.readouterr().err == "no GPU and no --device: on the CPU\n"
     assert (type(args.device), args.device, args.if_amp) == (str, "cpu", False)
-    monkeypatch.setenv("RANK", "0")  # others may have GPUs, and this one would wait for them in another way
-    with pytest.raises(Refused, match="--device cuda: this torch sees no GPU"):
-        parse_args([])
+
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_ranks_of_one_machine_without_a_gpu_run_on_its_cpu_and_those_of_several_do_not(capsys, monkeypatch):
+    """Other machines may have GPUs, and this one's ranks would wait for theirs in another way."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert parse_args([]).device == "cpu"
+    assert capsys.readouterr().err == "no GPU and no --device: on the CPU\n"
+    monkeypatch.setenv("RANK", "1")
+    assert parse_args([]).device == "cpu" and capsys.readouterr().err == ""
+    for several in ({"LOCAL_WORLD_SIZE": "1"}, {"LOCAL_WORLD_SIZE": "2", "SLURM_PROCID": "1"}):
+        for name, value in several.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(Refused, match="--device cuda: this torch sees no GPU"):
+            parse_args([])

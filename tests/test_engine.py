@@ -308,6 +308,21 @@ def test_moments_of_other_shapes_are_refused():
         engine.load_optimizer(run, checkpoint)
 
 
+@pytest.mark.parametrize(
+    "entries, words",
+    [
+        ({"optimizer": {}}, r"its optimiser state does not fit \(it holds nothing\)"),
+        ({"optimizer": {"a": 1}}, r"its optimiser state does not fit \(it holds a\)"),
+        ({"epoch": "3"}, "its epoch is '3', expected a whole number"),
+    ],
+    ids=str,
+)
+def test_entries_of_another_kind_are_one_line(entries, words):
+    run, _ = make_run("--no-model-ema")
+    with pytest.raises(ConfigError, match=rf"^x\.pth: {words}"):
+        engine.restore(run, Checkpoint(Path("x.pth"), "", model=run.model.state_dict(), **entries))
+
+
 def test_an_average_of_another_model_is_refused():
     ema = WeightsEma(torch.nn.Linear(2, 2), decay=0.9)
     with pytest.raises(ValueError, match="another model's: bias differ"):

@@ -1,5 +1,6 @@
 """The model against the published implementation's numbers, its contracts, and the interface timm's tools expect."""
 
+import pickle
 import re
 
 import pytest
@@ -196,11 +197,23 @@ def test_bad_option_values(wrong):
         ("expand", "a", "a positive number"),
         ("dt_rank", 0, "'auto' or a whole number of at least 1"),
         ("dt_rank", "foo", "'auto' or a whole number of at least 1"),
+        ("pos_embed", "none", "True or False"),
+        ("dynamic_img_size", "a", "True or False"),
+        ("conv_bias", None, "True or False"),
+        ("bias", "a", "True or False"),
+        ("layer_scale", "a", "None or a number"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused_with_the_accepted_ones(name, value, accepted):
     with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} cannot be: use {accepted}") + "$"):
         VisionMamba(**NANO | {name: value})
+
+
+def test_the_modules_names_are_its_models():
+    names = {}
+    exec("from models_mamba import *", names)
+    assert set(REGISTERED) | {"VisionMamba"} <= names.keys()
+    assert pickle.loads(pickle.dumps(timm.model_entrypoint("vim_nano_patch4_32"))) is names["vim_nano_patch4_32"]
 
 
 def test_a_misspelt_option_raises():

@@ -156,7 +156,7 @@ def test_folders_of_one_name_are_different_runs(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_tracker_that_is_not_installed_says_how_to_install_it(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ConfigError, match=f"--report-to {name}: the package is not installed; pip install {name}"):
+    with pytest.raises(ConfigError, match=f"^--report-to {name}: .*{name}.*; pip install {name}$"):
         a_log(tmp_path, "--report-to", name).open(0, 0)
 
 

@@ -618,9 +618,11 @@ def value_tokens(path: str, action: argparse.Action, value) -> list[str]:
 def resolve_defaults(args: argparse.Namespace) -> None:
     """Give the open defaults of all programs their values, in place: device, mixed precision, policy."""
     if isinstance(args.device, Unnamed):
-        alone = not {"RANK", "SLURM_PROCID"} & os.environ.keys()  # ranks of two kinds would wait for each other
-        args.device = "cpu" if alone and not torch.cuda.is_available() else str(args.device)
-        if args.device == "cpu" and not getattr(args, "summary", False):
+        # Of several machines one may have lost its GPUs: ranks of two kinds would wait for each other.
+        ranks, here = (os.environ.get(name) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        one_machine = "SLURM_PROCID" not in os.environ and (ranks == here or "RANK" not in os.environ)
+        args.device = "cpu" if one_machine and not torch.cuda.is_available() else str(args.device)
+        if args.device == "cpu" and not getattr(args, "summary", False) and os.environ.get("RANK", "0") == "0":
             print("no GPU and no --device: on the CPU", file=sys.stderr)
     if args.device == "auto":
         args.device = fastest_device()
@@ -677,6 +679,11 @@ def require_weights(args: argparse.Namespace, size: str = "--input-size") -> Non
 
 def check_classifier(args: argparse.Namespace) -> None:
     require_weights(args)
+    if args.data_set == "DIGITS" and args.data_path:
+        raise ConfigError(
+            f"--data-set DIGITS is scikit-learn's and reads no --data-path {args.data_path}; leave that out, "
+            "or give --data-set IMNET for a folder of images"
+        )
     if args.data_set != "DIGITS" and not args.data_set.startswith(("hfds/", "hfids/")) and not args.data_path:
         raise ConfigError(
             f"--data-set {args.data_set} needs --data-path DIR; without --data-path only DIGITS can be used"

@@ -229,8 +229,11 @@ def _as_checkpoint(content: Any, path: Path, digest: str) -> Checkpoint:
     checkpoint.keys = [str(key) for key in entries]
     for name, aliases in (("model", ("model", "state_dict")), ("model_ema", ("model_ema", "state_dict_ema"))):
         setattr(checkpoint, name, _take_state_dict(entries, aliases, path))
-    for name in ("optimizer", "lr_scheduler", "scaler", "epoch", "step", "args", "best_metric"):
+    for name in ("epoch", "step", "args", "best_metric"):
         setattr(checkpoint, name, entries.pop(name, None))
+    for name in ("optimizer", "lr_scheduler", "scaler"):  # a published file says "none" of what its run did without
+        found = entries.pop(name, None)
+        setattr(checkpoint, name, found if isinstance(found, Mapping) else None)
     checkpoint.extra = entries
     if checkpoint.model is None and checkpoint.model_ema is None:
         raise CheckpointError(f"{path} holds no weights under 'model' or 'model_ema', only: {some_of(checkpoint.keys)}")

@@ -34,7 +34,7 @@ from distributed import (
     together,
 )
 from ema import WeightsEma
-from errors import ConfigError, NonFiniteError, as_config_error
+from errors import ConfigError, NonFiniteError, as_config_error, some_of
 from optim import Schedule, whole_batch
 from precision import autocast
 from report import RunLog
@@ -418,7 +418,7 @@ def restore(run: Run, checkpoint: Checkpoint, grid: tuple[int, int] | None = Non
         load_optimizer(run, checkpoint)
         known.append("optimiser")
     run.schedule.load_state_dict(checkpoint.lr_scheduler or {})
-    if run.scaler.is_enabled() and checkpoint.scaler:
+    if run.scaler.is_enabled() and checkpoint.scaler:  # empty where it was off
         run.scaler.load_state_dict(checkpoint.scaler)
     restore_progress(run, checkpoint)
     return f"{checkpoint.label}: {', '.join(known)}; goes on at {run.progress.position}{changes(run, checkpoint)}"
@@ -436,6 +436,8 @@ def load_optimizer(run: Run, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} was trained with --opt {before}, not {run.args.opt}; take that, or --finetune"
         )
     try:
+        if not {"state", "param_groups"} <= checkpoint.optimizer.keys():
+            raise ValueError(f"it holds {some_of(list(checkpoint.optimizer)) or 'nothing'}")
         run.optimizer.load_state_dict(checkpoint.optimizer)
         check_moments(run.optimizer)
     except ValueError as error:
@@ -485,5 +487,7 @@ def restore_progress(run: Run, checkpoint: Checkpoint) -> None:
                 f"{run.sampler.num_batches} batches here: give the data and flags of that run, or --finetune"
             )
         return
+    if not isinstance(checkpoint.epoch, int | None):
+        raise ConfigError(f"{checkpoint.path}: its epoch is {checkpoint.epoch!r}, expected a whole number; --finetune")
     run.progress.epoch = run.args.start_epoch if checkpoint.epoch is None else checkpoint.epoch + 1
     run.progress.step = run.progress.epoch * run.steps_per_epoch

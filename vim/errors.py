@@ -55,12 +55,12 @@ def as_config_error(prefix: str = "") -> Iterator[None]:
         raise ConfigError(prefix + one_line(error)) from error
 
 
-def import_optional(name: str, needed_by: str) -> ModuleType:
-    """A package that `needed_by` alone needs. Raises ConfigError with the command that installs it."""
+def import_optional(name: str, needed_by: str, packages: str = "") -> ModuleType:
+    """A package that `needed_by` alone needs. Raises ConfigError with the command that installs it, or `packages`."""
     try:
         return importlib.import_module(name)
-    except ImportError:
-        raise ConfigError(f"{needed_by}: the package is not installed; pip install {name}") from None
+    except ImportError as error:
+        raise ConfigError(f"{needed_by}: {one_line(error)}; pip install {packages or name}") from error
 
 
 def one_line(error: Exception, limit: int = 1000) -> str:

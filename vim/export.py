@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from arguments import OneLineParser, positive_int
-from errors import ConfigError
+from errors import ConfigError, import_optional
 from failures import run_cli
 from inference import add_model_flags, load_classifier
 
+ONNX_PACKAGES = "onnx onnxscript onnxruntime"
 LARGEST_BATCH = 1024
 TOLERANCE = 1e-4
 
@@ -40,7 +41,7 @@ def export_program(model: nn.Module, images: Tensor, dynamic_batch: bool = True)
 
 def export_onnx(program: ExportedProgram, path: Path) -> None:
     """Write an ONNX file. Raises ConfigError where its packages are missing."""
-    require("onnxscript")
+    import_optional("onnxscript", "ONNX", ONNX_PACKAGES)
     import onnx_ir.passes.common as passes
 
     # The exporter's own optimiser takes minutes for thousands of slices, and runtimes repeat its work.
@@ -59,19 +60,9 @@ def save_program(program: ExportedProgram, path: Path) -> None:
         torch.export.save(program, file)
 
 
-def require(package: str) -> None:
-    """Raises ConfigError if an optional package is not there."""
-    try:
-        __import__(package)
-    except ImportError as error:
-        raise ConfigError(f"ONNX needs more packages: pip install onnx onnxscript onnxruntime ({error})") from error
-
-
 def run_onnx(path: Path, images: Tensor) -> Tensor:
     """What onnxruntime computes on the CPU for images (B, C, H, W): logits (B, classes)."""
-    require("onnxruntime")
-    import onnxruntime
-
+    onnxruntime = import_optional("onnxruntime", "ONNX", ONNX_PACKAGES)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 

@@ -40,6 +40,9 @@ except ImportError as error:
         "run `pip install -e causal_conv1d -e mamba-1p1p1` in the repository's root"
     ) from error
 
+# timm's decorator adds the registered names.
+__all__ = ["AddNorm", "Block", "PatchEmbed", "VisionMamba"]
+
 # Where class tokens stand among M patches (table 5 of the paper), and the parameters that hold them.
 CLS_TOKENS = {
     "middle": ("cls_token",),
@@ -289,6 +292,9 @@ class VisionMamba(nn.Module):
                 ("norm_eps", norm_eps, isinstance(norm_eps, Real) and norm_eps >= 0, "0 or a positive number"),
                 ("drop_rate", drop_rate, _is_share(drop_rate), "a number between 0 and 1"),
                 ("drop_path_rate", drop_path_rate, _is_share(drop_path_rate), "a number between 0 and 1"),
+                ("pos_embed", pos_embed, pos_embed in (True, False), "True or False"),
+                ("dynamic_img_size", dynamic_img_size, dynamic_img_size in (True, False), "True or False"),
+                ("layer_scale", layer_scale, layer_scale is None or isinstance(layer_scale, Real), "None or a number"),
             )
         )
         if bidirectional == "layer" and depth % 2:
@@ -492,7 +498,8 @@ class VisionMamba(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> list | tuple[Tensor, list]:
+        output_dict: bool = False,
+    ) -> list | tuple[Tensor, list] | dict[str, Tensor | list]:
         """Features after chosen blocks: the residual stream with what the block added, class tokens taken out.
 
         Args:
@@ -501,25 +508,31 @@ class VisionMamba(nn.Module):
             norm: apply the last norm to each. stop_early: run no block after the last one asked for.
             output_fmt: "NCHW" (B, E, H, W) or "NLC" (B, M, E).
             intermediates_only: return the features alone.
+            output_dict: return what is asked for by timm's names, "image_features" (all tokens),
+                "image_intermediates" and "image_intermediates_prefix".
 
-        Returns (all tokens after the last norm (B, L, E), features), or the features.
+        Returns (all tokens after the last norm (B, L, E), features), or the features, or the dict.
         """
         _choose("output_fmt", output_fmt, ("NCHW", "NLC"))
         take, last = feature_take_indices(len(self.feature_info), indices)
         grid = self.patch_embed.grid_of(*x.shape[-2:])
-        features = []
+        features, prefixes = [], []
         for i, (hidden, residual) in enumerate(self._stages(self._embed(x))):
             if i in take:
                 tokens = self.norm_f(hidden, residual)[0] if norm else hidden + residual
                 patches, cls = split_cls_tokens(tokens, self.cls_token_design)
                 if output_fmt == "NCHW":
                     patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
-                features.append((patches, cls) if return_prefix_tokens else patches)
+                features.append(patches)
+                prefixes.append(cls)
             if i == last and stop_early:
                 break
-        if intermediates_only:
-            return features
-        return self.norm_f(self.drop_path(hidden), residual)[0], features
+        found = {} if intermediates_only else {"image_features": self.norm_f(self.drop_path(hidden), residual)[0]}
+        if output_dict:
+            found["image_intermediates"] = features
+            return found | ({"image_intermediates_prefix": prefixes} if return_prefix_tokens else {})
+        features = list(zip(features, prefixes)) if return_prefix_tokens else features
+        return features if intermediates_only else (found["image_features"], features)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -636,9 +649,9 @@ def _register(name: str, arguments: dict) -> None:
                 getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
         return model
 
-    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__name__ = entrypoint.__qualname__ = name  # under which pickle finds it in this module
     entrypoint.__doc__ = f"`VisionMamba` with {arguments}, and whatever else its constructor takes."
-    register_model(entrypoint)
+    globals()[name] = register_model(entrypoint)
 
 
 for _name, (_arguments, _) in VARIANTS.items():

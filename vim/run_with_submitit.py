@@ -85,7 +85,7 @@ def training(flags: list[str]) -> tuple[Training, Path]:
 
 def submit(args: argparse.Namespace) -> None:
     """Submit the job and say its number."""
-    submitit = import_optional("submitit", "run_with_submitit.py needs submitit")
+    submitit = import_optional("submitit", "run_with_submitit.py")
     what, folder = training(args.flags)
     executor = submitit.SlurmExecutor(folder=folder / "slurm")
     executor.update_parameters(

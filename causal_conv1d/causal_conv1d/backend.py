@@ -89,12 +89,30 @@ def differentiated_by_functorch() -> bool:
     """Whether `torch.func` differentiates through this call, by grad, jvp or what is made of them.
 
     Registered operations have formulas for autograd alone: jvp would take their derivatives for zero. The reference,
-    plain torch, has them all. Not known while torch.compile traces.
+    plain torch, has them all. Not known while torch.compile traces. Raises NotImplementedError where another backend
+    is forced.
     """
     if torch.compiler.is_compiling():
         return False
     kinds = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
-    return any(level.key() in kinds for level in torch._C._functorch.get_interpreter_stack() or ())
+    found = any(level.key() in kinds for level in torch._C._functorch.get_interpreter_stack() or ())
+    if found and forced() not in (None, "reference"):
+        raise NotImplementedError(
+            f"{ENVIRONMENT_VARIABLE}={forced()}: torch.func has no derivatives of it; unset it, or use reference"
+        )
+    return found
+
+
+def _choice(device_type: str) -> str:
+    """In words, what tensors of a device get."""
+    name = forced()
+    if name is None:
+        return _automatic(device_type)[0]
+    try:
+        _forced_module(name, device_type)
+    except RuntimeError as error:
+        return f"an error: {error}"
+    return name
 
 
 def report() -> str:
@@ -105,5 +123,5 @@ def report() -> str:
         lines.append(f"  {name:<10} {'available' if module else 'not available: ' + reason}")
     lines.append(f"  {ENVIRONMENT_VARIABLE} = {forced() or 'unset (the tensor device decides)'}")
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    lines += [f"  {device} tensors -> {forced() or _automatic(device)[0]}" for device in devices]
+    lines += [f"  {device} tensors -> {_choice(device)}" for device in devices]
     return "\n".join(lines)

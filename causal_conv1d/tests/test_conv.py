@@ -220,6 +220,13 @@ def test_torch_func_differentiates_forwards_and_backwards():
     torch.testing.assert_close(torch.func.grad(loss)(x), grad)
 
 
+def test_torch_func_does_not_leave_a_forced_backend(monkeypatch):
+    x, weight, bias, _ = (t if t is None else t.detach() for t in random_inputs())
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "cpu")
+    with pytest.raises(NotImplementedError, match=r"=cpu: torch.func has no derivatives of it; unset it, or use refer"):
+        torch.func.grad(lambda x: causal_conv1d_fn(x, weight, bias).sum())(x)
+
+
 def test_states_of_packed_sequences():
     x, offsets = torch.randn(11, 4), torch.tensor([0, 2, 2, 11], dtype=torch.int32)
     states = causal_conv1d_varlen_states(x, offsets, 3)
@@ -295,6 +302,12 @@ def test_report_of_backends():
     )
     assert package.__version__ in run.stdout
     assert all(name in run.stdout for name in ("reference  available", "cpu", "triton", backend.ENVIRONMENT_VARIABLE))
+
+
+def test_report_of_a_forced_backend_that_cannot_run(monkeypatch):
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "cpu tensors -> an error: CAUSAL_CONV1D_BACKEND=triton " in backend.report()
 
 
 @pytest.mark.parametrize("variable", [backend.ENVIRONMENT_VARIABLE, "CAUSAL_CONV1D_CPU_ISA"])

@@ -763,6 +763,14 @@ def test_report_of_backends():
     assert all(name in run.stdout for name in ("reference  available", "cpu", "triton", backend.ENVIRONMENT_VARIABLE))
 
 
+def test_report_of_a_forced_backend_that_cannot_run(monkeypatch):
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "cpu tensors -> an error: MAMBA_SSM_BACKEND=triton " in backend.report()
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "reference")
+    assert backend.report().endswith("tensors -> reference")
+
+
 @pytest.mark.parametrize("variable", [backend.ENVIRONMENT_VARIABLE, "MAMBA_SSM_CPU_ISA"])
 def test_report_of_an_unknown_choice_is_one_line(variable):
     environment = dict(os.environ) | {variable: "fastest"}
@@ -869,6 +877,15 @@ def test_torch_func_differentiates_forwards_and_backwards(bimamba_type, use_fast
     torch.testing.assert_close(torch.func.jacfwd(loss)(x), grad)
     whole = torch.func.vmap(torch.func.grad(lambda row: loss(row[None])))(x)
     torch.testing.assert_close(whole, grad)
+
+
+def test_torch_func_does_not_leave_a_forced_backend(monkeypatch):
+    inputs = scan_inputs()
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "cpu")
+    with pytest.raises(NotImplementedError, match=r"=cpu: torch.func has no derivatives of it; unset it, or use refer"):
+        torch.func.grad(lambda u: selective_scan_fn(u, *inputs[1:]).sum())(inputs[0].detach())
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "reference")
+    torch.func.grad(lambda u: selective_scan_fn(u, *inputs[1:]).sum())(inputs[0].detach())
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])

@@ -41,7 +41,9 @@ def check_values(table: Iterable[tuple[str, object, bool, str]]) -> None:
             raise ValueError(f"{name}={value!r} cannot be: use {accepted}")
 
 
-def _accepted(d_model, d_state, d_conv, expand, dt_rank, dt_min, dt_max) -> Iterator[tuple[str, object, bool, str]]:
+def _accepted(
+    d_model, d_state, d_conv, expand, dt_rank, dt_min, dt_max, conv_bias, bias, init_layer_scale
+) -> Iterator[tuple[str, object, bool, str]]:
     """Rows for `check_values`, each computed after those before it were accepted."""
     count, positive = "a whole number of at least 1", "a positive number"
     yield "d_model", d_model, is_count(d_model), count
@@ -52,6 +54,10 @@ def _accepted(d_model, d_state, d_conv, expand, dt_rank, dt_min, dt_max) -> Iter
     yield "dt_rank", dt_rank, dt_rank == "auto" or is_count(dt_rank), f"'auto' or {count}"
     yield "dt_min", dt_min, _is_positive(dt_min), positive
     yield "dt_max", dt_max, _is_positive(dt_max) and dt_max >= dt_min, f"a number of at least dt_min={dt_min}"
+    yield "conv_bias", conv_bias, conv_bias in (True, False), "True or False"
+    yield "bias", bias, bias in (True, False), "True or False"
+    scale = init_layer_scale
+    yield "init_layer_scale", scale, scale is None or isinstance(scale, Real), "None or a number"
 
 
 def _is_positive(value) -> bool:
@@ -119,7 +125,8 @@ class Mamba(nn.Module):
         ):
             if value not in accepted:
                 raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, accepted))}")
-        check_values(_accepted(d_model, d_state, d_conv, expand, dt_rank, dt_min, dt_max))
+        numbers = (d_model, d_state, d_conv, expand, dt_rank, dt_min, dt_max)
+        check_values(_accepted(*numbers, conv_bias, bias, init_layer_scale))
         if dt_init_backward != "published" and bimamba_type != "v2":
             raise ValueError(
                 f"dt_init_backward={dt_init_backward!r} means nothing with bimamba_type={bimamba_type!r}: "
