@@ -85,7 +85,10 @@ class CascadeRoIHeads(nn.Module):
         for number, (stage, boxes, logits, deltas) in enumerate(self._run(features, sampled, image_shapes)):
             if number:
                 labels, wanted = match(stage, boxes, targets)
-            classifier, box = fastrcnn_loss(logits, deltas, labels, wanted)
+            if len(logits):
+                classifier, box = fastrcnn_loss(logits, deltas, labels, wanted)
+            else:  # torchvision's mean over no boxes is NaN; the sum keeps every parameter in the graph
+                classifier, box = logits.sum(), deltas.sum()
             losses |= {f"loss_classifier_{number}": classifier, f"loss_box_reg_{number}": box}
         return losses
 
@@ -135,13 +138,15 @@ class CascadeRoIHeads(nn.Module):
 def refine(stage: RoIHeads, deltas: Tensor, boxes: list[Tensor], image_shapes) -> list[Tensor]:
     """Per image (N, 4): the boxes moved as the stage says, clipped to the image; no gradient passes."""
     moved = stage.box_coder.decode(deltas.detach(), boxes)[:, 0]  # (N, classes, 4), all classes alike -> (N, 4)
+    moved = moved.reshape(-1, 4)  # without a box torchvision decodes to (0, 4 x classes)
     moved = moved.split([len(b) for b in boxes])
     return [clip_boxes_to_image(b, shape) for b, shape in zip(moved, image_shapes)]
 
 
 def match(stage: RoIHeads, boxes: list[Tensor], targets: list[dict]) -> tuple[list[Tensor], list[Tensor]]:
     """Per image: the class (0 for background) and the deltas (N, 4) that a stage should answer to boxes (N, 4)."""
-    truth = [t["boxes"] for t in targets]
+    # An image whose boxes have all gone is matched with nothing: torchvision refuses objects without boxes.
+    truth = [t["boxes"] if len(b) else t["boxes"][:0] for t, b in zip(targets, boxes)]
     matched, labels = stage.assign_targets_to_proposals(boxes, truth, [t["labels"] for t in targets])
     truth = [t if len(t) else t.new_zeros(1, 4) for t in truth]  # all is background there
     return labels, list(stage.box_coder.encode([t[m] for t, m in zip(truth, matched)], boxes))

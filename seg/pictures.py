@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from datasets import DataBundle
-from drawing import literal
+from drawing import literal, save_figure
 from seg.evaluation import Segmented
 from seg.views import IGNORED
 
@@ -90,7 +90,7 @@ def draw_samples(result: Segmented, data: DataBundle, colours: np.ndarray, path:
     ]
     if handles:
         figure.legend(handles=handles[:MOST_BARS], loc="outside lower center", ncols=8, fontsize=8)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def draw_classes(result: Segmented, names: list[str], path: Path) -> None:
@@ -105,4 +105,4 @@ def draw_classes(result: Segmented, names: list[str], path: Path) -> None:
     axes.set(xlabel="intersection over union, %", xlim=(0, 100))
     axes.invert_yaxis()
     axes.legend(loc="lower left", fontsize=8)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)

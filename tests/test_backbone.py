@@ -208,6 +208,19 @@ def test_other_channels_from_rgb_weights(name, channels):
     torch.testing.assert_close(model.norm_f.weight, source.norm_f.weight)
 
 
+@pytest.mark.parametrize("entries", [("model", "model_ema"), ("model_ema",), ()], ids=str)
+def test_a_copied_file_gives_its_head(entries, tmp_path):
+    """timm makes a new one where the classes are not the registered ones, if it is not told the file's."""
+    source = fill(timm.create_model("vim_nano_patch4_32", img_size=(16, 24), num_classes=7))
+    weights = source.state_dict()
+    torch.save({entry: weights for entry in entries} or weights, tmp_path / "x.pth")
+    copied = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "x.pth")}, "img_size": (16, 24)}
+    model = timm.create_model("vim_nano_patch4_32", num_classes=7, **copied)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    other = timm.create_model("vim_nano_patch4_32", num_classes=5, **copied)
+    assert other.head.weight.shape == (5, 64) and torch.equal(other.norm_f.weight, weights["norm_f.weight"])
+
+
 @pytest.mark.parametrize("size", [(32, 32), (48, 48), (24, 40)], ids=str)
 def test_features_at_any_size(size):
     model = timm.create_model("vim_nano_patch4_32", features_only=True, dynamic_img_size=True).eval()

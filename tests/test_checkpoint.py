@@ -72,6 +72,13 @@ def refused(path, **options) -> str:
 # Forms of files
 
 
+def test_what_does_not_fit_is_told_as_it_is_in_the_file():
+    file = timm.create_model("vim_nano_patch4_32", img_size=16, embed_dim=8)
+    model = timm.create_model("vim_nano_patch4_32", img_size=8, embed_dim=16)
+    with pytest.raises(CheckpointError, match=re.escape("pos_embed (file (1, 17, 8), model (1, 5, 16))")):
+        load_weights(model, file.state_dict(), "finetune")
+
+
 def test_none_in_words_is_none(tmp_path):
     """The published program writes its scaler so where it trained without mixed precision."""
     model = torch.nn.Linear(2, 2)

@@ -1,5 +1,6 @@
 """The command line as a contract: names, defaults, YAML, and what a wrong flag says."""
 
+import argparse
 import itertools
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 import arguments
 from arguments import Switch, build_parser, parse_args, save_arguments
 from errors import ConfigError as Refused
+from failures import run_cli
 
 # Flag (with its other spellings, a switch with its negation): default. DeiT's and Vim's, as published; a
 # change here breaks somebody's script.
@@ -383,6 +385,14 @@ def test_flags_that_cannot_go_together_are_one_line(flags, words):
     with pytest.raises(Refused) as refused:
         parse_args([*ON_CPU, *flags])
     assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_command_that_is_interrupted_is_one_line(capsys):
+    def command(args):
+        raise KeyboardInterrupt
+
+    assert run_cli(command, argparse.Namespace()) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

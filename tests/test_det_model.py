@@ -248,6 +248,46 @@ def test_a_batch_of_empty_images_trains_too(detector):
     assert losses["loss_mask"] == 0
 
 
+def detector_without_proposals(detector):
+    model = small_detector(detector, score_threshold=0.0)
+    model.rpn.forward = lambda images, features, targets: ([torch.zeros(0, 4) for _ in images.image_sizes], {})
+    return model
+
+
+@pytest.mark.parametrize("detector", ["cascade", "mask"])
+@torch.no_grad()
+def test_without_proposals_nothing_is_detected(detector):
+    images, _ = two_scenes()
+    for found in detector_without_proposals(detector).eval()(images):
+        assert found["boxes"].shape == (0, 4) and found["masks"].shape == (0, 1, 28, 28)
+        assert found["labels"].shape == found["scores"].shape == (0,)
+
+
+@pytest.mark.parametrize("detector", ["cascade", "mask"])
+def test_an_image_without_objects_and_proposals_trains_beside_another(detector):
+    model = detector_without_proposals(detector).train()
+    sum(model(*two_scenes()).values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.roi_heads.parameters())
+
+
+def test_a_cascade_trains_on_no_box_at_all():
+    model = detector_without_proposals("cascade").train()
+    images, targets = zip(scene(32, 32, [], []), scene(16, 48, [], []))
+    losses = model(list(images), list(targets))
+    assert len(losses) == 1 + 2 * 3 and all(value == 0 for value in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.roi_heads.parameters())
+
+
+def test_objects_whose_boxes_have_all_gone_are_matched_with_none():
+    """A stage may move all boxes of an image out of it."""
+    _, target = scene(32, 32, [[4, 4, 20, 24]], [2])
+    boxes = [torch.zeros(0, 4), torch.tensor([[4.0, 4.0, 20.0, 24.0]])]
+    labels, deltas = match(torchvision_heads(), boxes, [target, target])
+    assert [label.tolist() for label in labels] == [[], [2]]
+    assert [tuple(d.shape) for d in deltas] == [(0, 4), (1, 4)]
+
+
 class Pyramid(nn.Module):
     """Backbone and pyramid of a detector as torchvision wants them: one module, which knows its channels."""
 

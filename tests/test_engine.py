@@ -308,6 +308,17 @@ def test_moments_of_other_shapes_are_refused():
         engine.load_optimizer(run, checkpoint)
 
 
+def test_the_rate_by_step_follows_the_place_in_the_epochs():
+    """Also of a run whose whole batch was changed, which has made fewer steps or more."""
+    run, _ = make_run("--sched-on-updates --epochs 4 --warmup-epochs 0 --batch-size 16 --unscale-lr --lr 1")
+    rates = []
+    for run.progress.step in (0, 1000):
+        run.progress.epoch, run.progress.samples = 2, 16 * run.steps_per_epoch // 2
+        rates.append(training_step(run, [a_batch()], 0).lr)
+    expected = run.schedule.set(2, 2 * run.steps_per_epoch + run.steps_per_epoch // 2)
+    assert rates == [expected, expected] and 0 < expected < 0.5
+
+
 @pytest.mark.parametrize(
     "entries, words",
     [

@@ -209,6 +209,13 @@ def test_numbers_that_cannot_be_are_refused_with_the_accepted_ones(name, value, 
         VisionMamba(**NANO | {name: value})
 
 
+@pytest.mark.parametrize("classes", [-5, "5"])
+def test_a_head_of_classes_that_cannot_be_is_refused(classes):
+    model = VisionMamba(**NANO)
+    with pytest.raises(ValueError, match=f"^num_classes={classes!r} cannot be: use a whole number of at least 1, or 0"):
+        model.reset_classifier(classes)
+
+
 def test_the_modules_names_are_its_models():
     names = {}
     exec("from models_mamba import *", names)

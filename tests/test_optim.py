@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 
 import pytest
 import timm
@@ -143,6 +144,27 @@ def test_unknown_names_are_refused_with_near_ones():
     assert set(COMMON_OPTIMIZERS) <= set(list_optimizers())
     with pytest.raises(ConfigError, match="--opt nope is not an optimiser of timm; common ones are adamw, sgd"):
         build_optimizer(run_args("--opt", "nope"), torch.nn.Linear(1, 1), 1e-3)
+
+
+PACKAGES = [(name, "apex" if name.startswith("fused") else "bitsandbytes")
+            for name in list_optimizers(["fused*", "bnb*"])]  # fmt: skip
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize(("name", "package"), PACKAGES)
+def test_an_optimiser_of_a_package_that_is_missing_names_it(name, package, gpu, monkeypatch):
+    """Without a GPU timm asserts one, with one it looks for the package."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"^--opt {name} needs a GPU and the package {package}: [^\n]+$"):
+        build_optimizer(run_args("--opt", name), torch.nn.Linear(2, 2), 1e-3)
+
+
+def test_optimisers_that_the_loop_cannot_step_are_refused():
+    with pytest.raises(ConfigError, match=r"^--opt adahessian needs second derivatives, which training does not"):
+        build_optimizer(run_args("--opt", "adahessian"), torch.nn.Linear(2, 2), 1e-3)
+    with pytest.raises(ConfigError, match=r"^--opt Lookahead_AdamW: .* lookahead_ is not supported; take adamw alone$"):
+        build_optimizer(run_args("--opt", "Lookahead_AdamW"), torch.nn.Linear(2, 2), 1e-3)
 
 
 # --- which parameters decay

@@ -158,6 +158,60 @@ def test_a_damaged_folder_is_one_line(photos, capsys, file, content, expected):
     assert expected in error and str(photos / "folder") in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("size", ["1", "32"])
+@pytest.mark.parametrize("form", ["table", "csv", "json"])
+def test_what_was_predicted_before_an_unreadable_image_is_written(photos, capsys, form, size):
+    (photos / "photos" / "b.png").write_bytes(b"no picture")
+    for flags in ((), ("--output", str(photos / "out"))):
+        assert run(photos, "--format", form, "--topk", "1", "--batch-size", size, *flags) == 4
+        captured = capsys.readouterr()
+        (line,) = [line for line in captured.err.splitlines() if line.startswith("error:")]
+        assert "b.png: " in line and line.endswith("; repair or remove the file, or use --bad-image skip")
+        text = (photos / "out").read_text() if flags else captured.out
+        assert text.count("a.jpg") == 1 and "d.webp" not in text
+        assert form != "json" or len(json.loads(text)) == 1
+
+
+def test_unreadable_images_may_be_skipped(photos, capsys):
+    assert run(photos, "--format", "json") == 0
+    everything = json.loads(capsys.readouterr().out)
+    (photos / "photos" / "b.png").write_bytes(b"no picture")
+    assert run(photos, "--format", "json", "--bad-image", "skip") == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert [result["file"] for result in found] == [everything[i]["file"] for i in (0, 2, 3)]
+    for result, i in zip(found, (0, 2, 3)):
+        shares = [guess["probability"] for guess in everything[i]["predictions"]]
+        assert [guess["probability"] for guess in result["predictions"]] == pytest.approx(shares, rel=1e-4)
+    _, named, total = captured.err.splitlines()
+    assert named.startswith("unreadable image skipped: ") and "b.png: " in named
+    assert total == "1 of 4 images skipped: they cannot be read"
+
+
+def test_no_readable_image_at_all_is_an_error(photos, capsys):
+    for path in find_all(photos):
+        path.write_bytes(b"no picture")
+    assert run(photos, "--bad-image", "skip") == 4
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"error: none of 4 images can be read, the first is {photos}/photos/a.jpg"
+
+
+def test_results_are_written_as_they_come(photos):
+    """Not at the end: a process that is killed leaves what it found."""
+
+    def results():
+        for path in find_all(photos):
+            yield {"file": str(path), "predictions": [{"class": 0, "name": "ant", "probability": 1.0}]}
+            assert path.name in (photos / "out").read_text()
+
+    with open(photos / "out", "w") as file:
+        assert predict.write(results(), predict.form("csv", []), file) == 4
+
+
+def find_all(photos):
+    return inference.find_images([str(photos / "photos")])
+
+
 FAULTS = ["no such image", "empty folder", "broken image", "no checkpoint", "no such device", "no such GPU"]
 
 

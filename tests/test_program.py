@@ -275,6 +275,7 @@ def test_weights_are_evaluated_at_another_resolution(tmp_path, capsys):
     assert run(larger, "--finetune", tmp_path / "small.pth") == 0
     told = capsys.readouterr().out
     assert "raw weights: top-1" in told and "small.pth (SHA-256" in told
+    assert "pos_embed resampled from 2 x 2 to 3 x 3" in told
     model.reset_classifier(7)
     torch.save({"model": model.state_dict()}, tmp_path / "seven.pth")
     text = refusal(capsys, 4, larger, "--finetune", tmp_path / "seven.pth")
@@ -293,6 +294,10 @@ def test_the_mend_for_a_head_of_more_classes_mends(flag, tmp_path, capsys):
     )
     assert hint in refusal(capsys, 4, VIM, *evaluation)
     assert run(VIM, *evaluation, "--num-classes", "12") == 0
+    if flag == "--resume":
+        (tmp_path / "numbers").write_text("0 1 2 3 4 5 6 7 8 11")
+        labels = ("--valid-labels", tmp_path / "numbers")
+        assert "(add the model's --num-classes 12)" in refusal(capsys, 4, VIM, *evaluation, *labels)
 
 
 @pytest.mark.parametrize(("size", "grid"), [((4, 16), "1 x 4"), (8, "2 x 2")], ids=str)
@@ -306,6 +311,57 @@ def test_weights_of_another_grid_of_as_many_patches_are_refused(size, grid, tmp_
         text = refusal(capsys, 4, flags, *more, "--resume", tmp_path / "other.pth")
         assert f"pos_embed (file {grid} patches, model 4 x 1) (--finetune" in text
     assert run(flags, "--eval", "--finetune", tmp_path / "other.pth") == 0
+
+
+@pytest.fixture
+def of_animals(tmp_path):
+    """A checkpoint that knows the names of its four classes."""
+    model = timm.create_model("vim_nano_patch4_32", img_size=8, num_classes=4)
+    names = ["ant", "bee", "cow", "dog"]
+    torch.save({"model": model.state_dict(), "class_names": names}, tmp_path / "animals.pth")
+    return tmp_path / "animals.pth"
+
+
+@pytest.mark.parametrize(
+    ("classes", "wrong"),
+    [(("bee", "cow", "dog"), "'bee' is 0 in the data and 1 there"), (("bee", "cow", "dog", "eel"), "'bee' is 0"),
+     (("ant", "bee", "dog"), "'dog' is 2 in the data and 3 there")],
+)  # fmt: skip
+def test_labels_of_other_numbers_than_in_training_are_refused(classes, wrong, of_animals, tmp_path, capsys):
+    """Every image of the class would count as another one's."""
+    data = write_image_folder(tmp_path / "data", classes)
+    flags = f"{VIM} --num-classes 4 --batch-size 4 --epochs 1 --data-path {data}"
+    for more in (["--eval"], []):
+        text = refusal(capsys, 4, flags, *more, "--resume", of_animals)
+        assert f"was trained with other numbers of classes: {wrong}" in text
+    (tmp_path / "numbers").write_text(" ".join("0123"[4 - len(classes) :]))
+    assert run(flags, "--eval", "--resume", of_animals, "--valid-labels", tmp_path / "numbers") == 0
+
+
+def test_classes_of_other_names_are_told(of_animals, tmp_path, capsys):
+    """They may be the same ones, renamed."""
+    data = write_image_folder(tmp_path / "data", ("ant", "bee", "cattle", "dog"))
+    assert run(f"{VIM} --data-path {data} --eval --resume {of_animals}") == 0
+    assert "classes have other names than in training: 'cattle' for 'cow'\n" in capsys.readouterr().out
+
+
+def test_averaged_weights_alone_are_fine_tuned(tmp_path, capsys):
+    weights = timm.create_model("vim_nano_patch4_32", img_size=8, num_classes=10).state_dict()
+    torch.save({"model_ema": weights}, tmp_path / "average.pth")
+    assert run(f"{VIM} --epochs 1", "--finetune", tmp_path / "average.pth") == 0
+    assert "averaged weights, it has no others: every weight loaded" in capsys.readouterr().out
+
+
+def test_a_folder_in_the_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(f"{DEIT} --epochs 1 --output_dir ~/run") == 0
+    assert (tmp_path / "run" / "checkpoint.pth").exists()
+
+
+def test_a_single_class_is_told(tmp_path, capsys):
+    data = write_image_folder(tmp_path / "data", ("ant",))
+    assert run(f"{DEIT} --data-path {data} --batch-size 4 --epochs 1") == 0
+    assert "8 train images (all of class 'ant': nothing to tell apart)" in capsys.readouterr().out
 
 
 def test_a_teacher_of_other_classes_is_told_by_its_flag(tmp_path, capsys):

@@ -4,6 +4,7 @@ Promises and their numbers: docs/RELIABILITY.md.
 """
 
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -210,7 +211,7 @@ def test_two_ranks_of_which_one_was_killed_resume_bit_for_bit(two_ranks, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_run_of_two_ranks_goes_on_with_one(tmp_path):
+def test_a_run_of_two_ranks_goes_on_with_one(tmp_path, capsys):
     """R15: with twice the accumulation each step has the same images, though not the same bits.
 
     One rank has 23 batches an epoch, of which the last fills no step.
@@ -223,7 +224,12 @@ def test_a_run_of_two_ranks_goes_on_with_one(tmp_path):
     assert run(f"{flags_of_one} --no-repeated-aug", tmp_path / "other images") == 0
     stopping = f"{flags} --output_dir {tmp_path / 'both'}"
     assert end(start_ranks(stopping, tmp_path / "out", VIM_FAULT="sigterm@5:0")) == [EXIT_REQUEUE] * 2
+    shutil.copytree(tmp_path / "both", tmp_path / "half the batch")
+    capsys.readouterr()
     assert run(flags_of_one, tmp_path / "both") == 0
+    assert "other than before: accum_steps 2 (was 1)\n" in capsys.readouterr().out
+    assert run(flags, tmp_path / "half the batch") == 0
+    assert "whole batch 62 (was 124), and with it the steps of an epoch" in capsys.readouterr().out
     one, both, other = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("one", "both", "other images"))
     assert one.step == both.step == 2 * STEPS
 

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -234,6 +235,23 @@ def test_names_with_dollars_are_no_formulas(tmp_path, digits):
     named = dataclasses.replace(digits, class_names=["$x^$", "cost $5_$", *digits.class_names[2:]])
     a_log(tmp_path).pictures(an_evaluation(), named)
     assert Image.open(tmp_path / "confusion.png").height > 100 and Image.open(tmp_path / "mistakes.png").height > 100
+
+
+def test_names_that_the_font_lacks_are_one_line_for_all_pictures(tmp_path, digits, capsys, recwarn):
+    drawing.say_lacking.cache_clear()
+    named = dataclasses.replace(digits, class_names=["猫", "犬", *digits.class_names[2:]])
+    log = a_log(tmp_path)
+    for _ in range(2):
+        log.pictures(an_evaluation(), named)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pictures: the font DejaVu Sans lacks characters of the names")
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+def test_other_warnings_of_a_picture_stay(tmp_path):
+    figure = types.SimpleNamespace(savefig=lambda *_, **__: warnings.warn("something else", stacklevel=1))
+    with pytest.warns(UserWarning, match="something else"):
+        drawing.save_figure(figure, tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("name", ["$x^$", "cost $5_$ 6", "$", "a\\$b", "plain"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+import drawing
 import inference
 import visualize
 from helpers import random_image
@@ -83,6 +84,16 @@ def test_a_name_with_dollars_is_no_formula(tmp_path):
     flags = ["--checkpoint", str(write_checkpoint(tmp_path)), "--output_dir", str(tmp_path / "pictures")]
     assert visualize.main([str(tmp_path / "$x^$.png"), *flags, "--device", "cpu"]) == 0
     assert (tmp_path / "pictures" / "000-$x^$.png").exists()
+
+
+def test_a_name_that_the_font_lacks_is_one_line_for_all_pictures(tmp_path, capsys, recwarn):
+    drawing.say_lacking.cache_clear()
+    for name in ("猫.png", "犬.png"):
+        random_image(0).save(tmp_path / name)
+    flags = ["--checkpoint", str(write_checkpoint(tmp_path)), "--output_dir", str(tmp_path / "pictures")]
+    assert visualize.main([str(tmp_path), *flags, "--device", "cpu"]) == 0
+    assert capsys.readouterr().err.count("lacks characters of the names") == 1
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 def explain(**arguments):

@@ -3,10 +3,12 @@
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import save_file
 
 import build
@@ -16,7 +18,7 @@ import main
 import models_mamba
 import predict
 from checkpoint import load_weights, read_checkpoint
-from errors import CheckpointError
+from errors import CheckpointError, ConfigError
 from helpers import random_image
 from inference import load_classifier
 from oracle_cases import fill
@@ -379,3 +381,26 @@ def test_the_grid_of_a_square_is_known_from_the_runs_arguments(tmp_path):
         model = small_model(img_size=size or 16).state_dict()
         path = write_checkpoint(tmp_path, model=model, args=argparse.Namespace(input_size=size))
         assert identity.grid_of(read_checkpoint(path)) == grid
+
+
+def test_a_model_that_the_hub_does_not_give_is_one_line(monkeypatch):
+    def refusal(error):
+        def download(*_, **__):
+            raise error
+
+        monkeypatch.setattr(timm.models._hub, "hf_hub_download", download)
+        with pytest.raises(ConfigError) as caught:
+            build.create_model("--model", "hf-hub:foo/bar@v2", num_classes=3)
+        return str(caught.value)
+
+    response = SimpleNamespace(headers={}, request=None)
+    text = "401 Client Error. (Request ID: 1)\n\nRepository Not Found for url: https://..."
+    assert refusal(LocalEntryNotFoundError("An error happened")) == (
+        "--model hf-hub:foo/bar@v2 is not in the local cache and the Hub cannot be reached; where there is a network "
+        "run `hf download foo/bar --revision v2 config.json`, then copy that cache (HF_HOME)"
+    )
+    assert "--model hf-hub:foo/bar@v2: the Hub shows you no such repository; check OWNER/REPO" in refusal(
+        RepositoryNotFoundError(text, response=response)
+    )
+    missing = EntryNotFoundError("404 Client Error.\n\nEntry Not Found for url")
+    assert refusal(missing) == "--model hf-hub:foo/bar@v2 cannot be had: 404 Client Error. Entry Not Found for url"

@@ -546,6 +546,7 @@ def parse_args(argv: list[str] | None = None, program: Program | None = None) ->
     path = finder.parse_known_args(argv)[0].config
     tokens = yaml_tokens(path, parser) if path else []
     args = parser.parse_args(tokens + argv)
+    args.output_dir = os.path.expanduser(args.output_dir)
     resolve_defaults(args)
     program.resolve(args)
     check_arguments(args)

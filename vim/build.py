@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import timm
 import torch
+from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from timm.models import is_model_in_modules
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -20,7 +23,7 @@ from datasets import DataBundle
 from distributed import World, together
 from ema import WeightsEma
 from engine import Run
-from errors import ConfigError, as_config_error
+from errors import ConfigError, as_config_error, one_line
 from identity import grid_of, name_problem
 from losses import build_criterion
 from mamba_ssm.ops import backend
@@ -53,7 +56,7 @@ def create_model(flag: str, name: str, say=print, **arguments) -> nn.Module:
     """For `flag`, timm's create_model, without those optional arguments that this model does not have."""
     while True:
         try:
-            with as_config_error(f"{flag} {name}: "):
+            with as_config_error(f"{flag} {name}: "), hub_as_config_error(flag, name):
                 return timm.create_model(name, **arguments)
         except TypeError as error:
             found = UNEXPECTED.search(str(error))
@@ -62,6 +65,25 @@ def create_model(flag: str, name: str, say=print, **arguments) -> nn.Module:
                 raise
             for each in unexpected:
                 say(f"{name} has no argument {each} (here {arguments.pop(each)}): left out")
+
+
+@contextmanager
+def hub_as_config_error(flag: str, name: str) -> Iterator[None]:
+    """Turn what the Hub says about a model `hf-hub:OWNER/REPO`, or that it says nothing, into a ConfigError."""
+    repo = name.removeprefix("hf-hub:")
+    try:
+        yield
+    except LocalEntryNotFoundError as error:
+        raise ConfigError(
+            f"{flag} {name} is not in the local cache and the Hub cannot be reached; where there is a network run "
+            f"`hf download {repo.replace('@', ' --revision ')} config.json`, then copy that cache (HF_HOME)"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"{flag} {name}: the Hub shows you no such repository; check OWNER/REPO, for a private one `hf auth login`"
+        ) from error
+    except (EntryNotFoundError, HfHubHTTPError) as error:
+        raise ConfigError(f"{flag} {name} cannot be had: {one_line(error, 300)}") from error
 
 
 def vim_arguments(args) -> dict:

@@ -32,7 +32,7 @@ from timm.models import adapt_input_conv
 from torch import nn
 
 import faults
-from errors import CheckpointError, StorageError, some_of
+from errors import CheckpointError, ConfigError, StorageError, some_of
 from models_mamba import resample_pos_embed
 from pretrained import PUBLISHED, unwrap_state_dict
 
@@ -97,6 +97,24 @@ class Checkpoint:
             held = some_of(self.keys) or "a state dict alone"
             raise CheckpointError(f"{self.path} holds no {which!r}; it holds: {held}")
         return found
+
+
+def compare_classes(checkpoint: Checkpoint, names: list[str], way_out: str) -> str:
+    """In words, how the classes that a run was trained on differ from `names`, the data's; "" where they do not.
+
+    Raises ConfigError, ending with `way_out`, where a class has another number: every label would be taken for
+    another one's.
+    """
+    there = list(map(str, checkpoint.extra.get("class_names") or names))
+    numbers = {name: number for number, name in enumerate(there)}
+    for number, name in enumerate(names):
+        if numbers.get(name, number) != number:
+            raise ConfigError(
+                f"{checkpoint.path} was trained with other numbers of classes: {name!r} is {number} in the data and "
+                f"{numbers[name]} there; {way_out}"
+            )
+    others = [f"{name!r} for {old!r}" for old, name in zip(there, names) if old != name]
+    return f"classes have other names than in training: {some_of(others, limit=2)}" if others else ""
 
 
 def with_digest(path: Path, sha256: str) -> str:
@@ -300,7 +318,7 @@ def load_weights(
     if mode not in ("strict", "finetune"):
         raise ValueError(f"mode={mode!r}: expected 'strict' or 'finetune'")
     state_dict = unwrap_state_dict(state_dict)
-    report = LoadReport()
+    report, of_file = LoadReport(), {name: tuple(value.shape) for name, value in state_dict.items()}
     prefix = f"{source}: " if source else ""
     if mode == "finetune":
         report.pos_embed = _fit_pos_embed(model, state_dict, pos_embed_resize, old_grid, prefix)
@@ -311,7 +329,7 @@ def load_weights(
     report.missing = [name for name in own if name not in state_dict and name not in left_out]
     report.unexpected = [name for name in state_dict if name not in own]
     report.mismatched = [
-        f"{name} (file {tuple(state_dict[name].shape)}, model {tuple(own[name].shape)})"
+        f"{name} (file {of_file[name]}, model {tuple(own[name].shape)})"
         for name in own
         if name in state_dict and state_dict[name].shape != own[name].shape
     ]

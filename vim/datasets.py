@@ -466,6 +466,8 @@ def _describe(args, sources: Sources) -> str:
     if sources.train is not None:
         per_class = Counter(sources.train.labels.tolist()).values()
         spread = f"{min(per_class):,} to {max(per_class):,} a class"
+        if len(sources.class_names) == 1:
+            spread = f"all of class {sources.class_names[0]!r}: nothing to tell apart"
         counts = f"{len(sources.train.labels):,} train images ({spread}) and {counts}"
     grey = f"; images become grey, {args.in_chans} channel(s)" if args.in_chans != 3 else ""
     return f"{args.data_set}{where}: {counts}{sources.remark}{grey}"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from arguments import size_of
 from build import check_model_name, create_model, vim_arguments
-from checkpoint import Checkpoint, load_weights, read_checkpoint
+from checkpoint import Checkpoint, LoadReport, load_weights, read_checkpoint
 from errors import CheckpointError, ConfigError, as_config_error
 from failures import main_memory_is_full
 from identity import DENSE_BACKBONE, grid_of
@@ -217,16 +217,17 @@ def load_backbone(args, backbone: Backbone, say=print) -> None:
     say(f"backbone from {checkpoint.label}: {'; '.join(filter(None, said))}")
 
 
-def load_dense(args, model: DenseModel, checkpoint: Checkpoint, weights: dict[str, Tensor]) -> None:
+def load_dense(args, model: DenseModel, checkpoint: Checkpoint, weights: dict[str, Tensor]) -> LoadReport:
     """Give `model` all `weights` of a dense model's checkpoint, its position embeddings resampled where need be."""
     inner = DENSE_BACKBONE
     own = {name.removeprefix(inner): value for name, value in weights.items() if name.startswith(inner)}
     if not own:
         raise ConfigError(f"--eval --finetune {args.finetune} is of a classifier; give a checkpoint of this program")
     grid, file = dense_grid(checkpoint, own), checkpoint.path
-    load_weights(model.backbone.model, own, "finetune", args.pos_embed_resize, grid, source=file)
+    report = load_weights(model.backbone.model, own, "finetune", args.pos_embed_resize, grid, source=file)
     loaded = {name: value for name, value in model.state_dict().items() if name.startswith(inner)}
     load_weights(model, weights | loaded, source=file)
+    return report
 
 
 def dense_grid(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> tuple[int, int] | None:

@@ -1,5 +1,9 @@
 """The pictures of a run: curves over epochs, the confusion matrix, the most confident mistakes."""
 
+import re
+import sys
+import warnings
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -10,6 +14,8 @@ from evaluation import Evaluation
 
 # More names than this on an axis cannot be read.
 MOST_NAMES = 40
+# What matplotlib warns of each character that its fonts lack, in each picture.
+LACKING = re.compile(r"Glyph \d+ .*missing from font\(s\) (.*)\.")
 
 
 def draw_curves(rows: list[dict], path: Path, score: tuple[str, str]) -> None:
@@ -52,7 +58,7 @@ def draw_confusion(confusion: torch.Tensor, names: list[str], path: Path) -> Non
             color, count = "black" if shares[row, column] > 0.5 else "white", confusion[row, column].item()
             axes.text(column, row, count, ha="center", va="center", color=color, fontsize=8)
     figure.colorbar(image, shrink=0.8)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def draw_mistakes(evaluation: Evaluation, data: DataBundle, path: Path, columns: int = 6) -> None:
@@ -68,7 +74,30 @@ def draw_mistakes(evaluation: Evaluation, data: DataBundle, path: Path, columns:
         label, predicted = names[mistake.label], class_name(names, mistake.predicted)
         title = f"{label}\ntaken for {predicted}, {100 * mistake.confidence:.0f} %"
         panel.set_title(literal(title), fontsize=8)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
+    """Write a PNG; of characters that the font lacks there is one line in all."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", LACKING.pattern)
+        figure.savefig(path, dpi=dpi)
+    for warning in caught:
+        lacking = LACKING.match(str(warning.message))
+        if lacking:
+            say_lacking(lacking[1])
+        else:
+            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+@cache  # once a process
+def say_lacking(fonts: str) -> None:
+    print(
+        f"pictures: the font {fonts} lacks characters of the names, boxes stand for them; a matplotlibrc file with "
+        f"`font.family: {fonts}, OTHER` takes them from an installed font OTHER",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def literal(text: str) -> str:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import faults
 from arguments import CHANGES_NOTHING
-from checkpoint import Checkpoint, CheckpointWriter, load_weights
+from checkpoint import Checkpoint, CheckpointWriter, compare_classes, load_weights
 from datasets import DataBundle, ImageDataset, build_loader
 from distributed import (
     EXIT_DONE,
@@ -122,6 +122,11 @@ class Run:
         """Batches of the current epoch that this rank has seen, in whole steps even if they were of another size."""
         return self.progress.samples // whole_batch(self.args, self.world.size) * self.args.accum_steps
 
+    @property
+    def steps_done(self) -> int:
+        """Steps of a run that has always had this one's whole batch: `progress.step`, unless it was changed."""
+        return self.progress.epoch * self.steps_per_epoch + self.batches_done // self.args.accum_steps
+
 
 @dataclass
 class StepResult:
@@ -141,7 +146,7 @@ def training_step(run: Run, batches: list, first_micro: int) -> StepResult:
     of them leave the step out or raise NonFiniteError.
     """
     args, world, progress = run.args, run.world, run.progress
-    lr = run.schedule.set(progress.epoch, progress.step)
+    lr = run.schedule.set(progress.epoch, run.steps_done)
     buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()]  # forward moves batch norm's statistics
     total = torch.zeros((), device=world.device)
     for i, batch in enumerate(batches):
@@ -212,10 +217,11 @@ def check_tolerated(run: Run, loss: float, norm: float) -> None:
     overflow = run.scaler.is_enabled() and math.isfinite(loss)
     if (args.nonfinite == "skip" or overflow) and progress.skipped_in_row <= args.nonfinite_limit:
         return
+    allow = "a larger --nonfinite-limit" if args.nonfinite == "skip" or overflow else "--nonfinite skip"
     raise NonFiniteError(
         f"step {progress.step - 1} of epoch {progress.epoch + 1}: loss {loss}, gradient norm {norm}, "
         f"{progress.skipped_in_row} such step(s) in a row; the weights are unchanged. "
-        "Lower --lr, set --clip-grad, use --amp-dtype bfloat16 or --no_amp, or allow it with --nonfinite skip"
+        f"Lower --lr, set --clip-grad, use --amp-dtype bfloat16 or --no_amp, or allow it with {allow}"
     )
 
 
@@ -378,6 +384,7 @@ def save(run: Run, best: bool = False) -> None:
         "progress": progress.state_dict(),
         "replaced": run.dataset.replaced.nonzero()[:, 0],
         "train_images": len(run.dataset),
+        "whole_batch": whole_batch(args, run.world.size),
         "args": args,
         "class_names": list(run.class_names),
     }
@@ -407,6 +414,7 @@ def restore(run: Run, checkpoint: Checkpoint, grid: tuple[int, int] | None = Non
     `--start_epoch` counts. The average starts at the weights where the file has none. `grid`: (H, W) of the
     file's position embeddings, if known.
     """
+    other_names = compare_classes(checkpoint, run.class_names, "give that run's data, or --finetune")
     hints = {"head": "--finetune re-makes the head", "pos_embed": "--finetune resamples the position embeddings"}
     load_weights(run.model, checkpoint.weights("model"), old_grid=grid, hints=hints, source=checkpoint.path)
     known = ["weights"]
@@ -421,7 +429,8 @@ def restore(run: Run, checkpoint: Checkpoint, grid: tuple[int, int] | None = Non
     if run.scaler.is_enabled() and checkpoint.scaler:  # empty where it was off
         run.scaler.load_state_dict(checkpoint.scaler)
     restore_progress(run, checkpoint)
-    return f"{checkpoint.label}: {', '.join(known)}; goes on at {run.progress.position}{changes(run, checkpoint)}"
+    differences = "".join(f"; {each}" for each in (changes(run, checkpoint), other_names) if each)
+    return f"{checkpoint.label}: {', '.join(known)}; goes on at {run.progress.position}{differences}"
 
 
 def load_optimizer(run: Run, checkpoint: Checkpoint) -> None:
@@ -468,11 +477,15 @@ def changes(run: Run, checkpoint: Checkpoint) -> str:
         for name in sorted(before.keys() & now.keys() - CHANGES_NOTHING)
         if before[name] != now[name]
     ]
+    batch = whole_batch(run.args, run.world.size)
+    old_batch = checkpoint.extra.get("whole_batch", batch)
+    if old_batch != batch:
+        flags.append(f"whole batch {batch} (was {old_batch}), and with it the steps of an epoch")
     images = checkpoint.extra.get("train_images", len(run.dataset))
     flags += [f"{len(run.dataset):,} training images (were {images:,})"] if images != len(run.dataset) else []
     again = run.progress.samples % whole_batch(run.args, run.world.size)
     flags += [f"{again} images of the epoch come twice"] if again else []
-    return f"; other than before: {', '.join(flags)}" if flags else ""
+    return f"other than before: {', '.join(flags)}" if flags else ""
 
 
 def restore_progress(run: Run, checkpoint: Checkpoint) -> None:

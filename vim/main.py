@@ -15,7 +15,17 @@ import distributed
 import failures
 from arguments import parse_args, save_arguments, size_of
 from build import build_model, build_run, describe
-from checkpoint import ENTRIES, Checkpoint, fetch, latest_checkpoint, load_weights, own_checkpoint, read_checkpoint
+from checkpoint import (
+    ENTRIES,
+    Checkpoint,
+    LoadReport,
+    compare_classes,
+    fetch,
+    latest_checkpoint,
+    load_weights,
+    own_checkpoint,
+    read_checkpoint,
+)
 from classification import Classification
 from datasets import IMAGENET_CLASSES, DataBundle, build_datasets
 from distributed import EXIT_DONE, EXIT_FAILED, StopAtOnce, StopSignal, World, together
@@ -27,6 +37,7 @@ from subsets import check_valid_labels, read_real_labels, real_labels_of, valid_
 from summary import summary
 from task import Task, in_words
 
+CLASSES_WAY_OUT = "give data with all classes of that run, or, to main.py, their numbers as --valid-labels"
 RESAMPLED = "--finetune instead of --resume resamples the position embeddings"
 # What to do about weights that cannot be evaluated, as `load_weights` wants it.
 EVAL_HINTS = {
@@ -83,10 +94,10 @@ def execute(args, world: World) -> int:
         model = build_model(args, data.num_classes, log.say).to(world.device)
         if args.finetune and not args.eval:
             checkpoint = read_checkpoint(args.finetune, args.trust_checkpoint)
-            grid = grid_of(checkpoint)
-            weights, method = checkpoint.weights(), args.pos_embed_resize
-            report = load_weights(model, weights, "finetune", method, grid, source=checkpoint.path)
-            log.say(f"fine-tuning {checkpoint.label}: {report}")
+            grid, method, file = grid_of(checkpoint), args.pos_embed_resize, checkpoint.path
+            report = load_weights(model, checkpoint.some_weights, "finetune", method, grid, source=file)
+            averaged = ", averaged weights, it has no others" if checkpoint.model is None else ""
+            log.say(f"fine-tuning {checkpoint.label}{averaged}: {report}")
     if args.eval:
         return evaluate_checkpoint(args, world, model, data, log)
     args.num_classes = data.num_classes
@@ -181,7 +192,7 @@ def evaluate_checkpoint(args, world: World, model, data: DataBundle, log: RunLog
     return evaluate_saved(args, world, model, task, data, log)
 
 
-def load_resized(args, model, checkpoint: Checkpoint, weights: dict) -> None:
+def load_resized(args, model, checkpoint: Checkpoint, weights: dict) -> LoadReport:
     """Weights of `--finetune` that are evaluated. Raises ConfigError if the head does not fit."""
     grid = grid_of(checkpoint)
     report = load_weights(model, weights, "finetune", args.pos_embed_resize, grid, source=checkpoint.path)
@@ -189,6 +200,7 @@ def load_resized(args, model, checkpoint: Checkpoint, weights: dict) -> None:
         classes = report.head_classes
         why = f"its head is of other classes than the data's: {EVAL_HINTS['head']}" if classes else "it has no head"
         raise ConfigError(f"--eval --finetune {args.finetune}: {why.format(classes=classes)}")
+    return report
 
 
 def evaluate_saved(
@@ -198,9 +210,16 @@ def evaluate_saved(
     loader = build_val_loader(data.val, args, world, task.collate)
     with together():
         checkpoint = saved_checkpoint(args)
-    results = {}
-    for name in saved_weights(args, model, checkpoint, load):
+        numbered = getattr(args, "valid_labels", "")  # by hand, whatever the names are
+        other_names = "" if numbered else compare_classes(checkpoint, data.class_names, CLASSES_WAY_OUT)
+        if other_names:
+            log.say(other_names)
+    results, reports = {}, []
+    for name, report in saved_weights(args, model, checkpoint, load):
         results[name] = task.evaluate(model, loader, args, world)
+        reports.append(str(report))
+    if not args.resume:
+        log.say("; ".join(dict.fromkeys(reports)))
     share_replaced(data.val, world)
     broken = f", {data.val.num_replaced} of them unreadable" if data.val.num_replaced else ""
     log.say(f"{checkpoint.label}: {len(data.val):,} images{broken}; {in_words(results)}")
@@ -216,21 +235,23 @@ def saved_checkpoint(args) -> Checkpoint:
     return read_checkpoint(path, args.trust_checkpoint)
 
 
-def saved_weights(args, model, checkpoint: Checkpoint, load: Callable) -> Iterator[str]:
+def saved_weights(args, model, checkpoint: Checkpoint, load: Callable) -> Iterator[tuple[str, LoadReport]]:
     """Give `model` the weights of a file, one set of `--eval-weights` that it holds after the other.
 
-    Those of `--finetune` may be of another image size: `load` resamples position embeddings. Yields "raw" or "ema".
-    Raises CheckpointError if there is no such set.
+    Those of `--finetune` may be of another image size: `load` resamples position embeddings. Yields "raw" or "ema",
+    and what was done to them. Raises CheckpointError if there is no such set.
     """
+    numbered = getattr(args, "valid_labels", "")
+    hints = EVAL_HINTS | ({"head": "add the model's --num-classes {classes}"} if numbered else {})
     wanted = list(ENTRIES) if args.eval_weights == "both" else [args.eval_weights]
     found = [name for name in wanted if getattr(checkpoint, ENTRIES[name]) is not None]
     for name in found or wanted[:1]:  # `weights` raises where there is none, saying what the file holds
         weights = checkpoint.weights(ENTRIES[name])
         if args.resume:
-            load_weights(model, weights, old_grid=grid_of(checkpoint), hints=EVAL_HINTS, source=checkpoint.path)
+            grid, file = grid_of(checkpoint), checkpoint.path
+            yield name, load_weights(model, weights, old_grid=grid, hints=hints, source=file)
         else:
-            load(args, model, checkpoint, weights)
-        yield name
+            yield name, load(args, model, checkpoint, weights)
 
 
 if __name__ == "__main__":

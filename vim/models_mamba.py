@@ -400,6 +400,8 @@ class VisionMamba(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh head for other classes, 0 for none."""
+        accepted = "a whole number of at least 1, or 0 for no head"
+        check_values([("num_classes", num_classes, is_count(num_classes, 0), accepted)])
         if global_pool is not None:
             self.global_pool = self._checked_pool(global_pool)
         self.num_classes = num_classes
@@ -597,18 +599,19 @@ def checkpoint_filter_fn(state_dict: dict, model: VisionMamba, entry: str = "mod
     """A file's weights as `model` takes them: unwrapped, the position embeddings resampled to its grid.
 
     Args:
-        state_dict: a state dict, or a training checkpoint that holds one under `entry` ("model", "model_ema").
+        state_dict: a state dict, or a training checkpoint that holds one under `entry`, "model" or "model_ema".
     """
-    state_dict = unwrap_state_dict(state_dict.get(entry, state_dict.get("model", state_dict)))
+    entries = (entry, "model", "model_ema")
+    state_dict = unwrap_state_dict(next((state_dict[name] for name in entries if state_dict.get(name)), state_dict))
     if model.pos_embed is None or "pos_embed" not in state_dict:
         return state_dict
     pos_embed = state_dict["pos_embed"]
     size = getattr(model, "pretrained_model_args", {}).get("img_size") or model.pretrained_cfg["input_size"][1:]
     slots = len(CLS_TOKENS[model.cls_token_design])
     old_grid = model.patch_embed.grid_of(*to_2tuple(size))
-    if math.prod(old_grid) + slots != pos_embed.shape[1]:
-        old_grid = None  # another stride: a square
-    new_grid = model.patch_embed.grid_size
+    new_grid, patches = model.patch_embed.grid_size, pos_embed.shape[1] - slots
+    if math.prod(old_grid) != patches:  # another stride, or a rectangle, which only the model's own can be
+        old_grid = None if math.isqrt(patches) ** 2 == patches else new_grid
     state_dict["pos_embed"] = resample_pos_embed(pos_embed, new_grid, model.cls_token_design, old_grid)
     return state_dict
 

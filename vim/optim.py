@@ -8,7 +8,9 @@ from functools import partial
 
 import torch
 from timm.optim import (
+    OptimInfo,
     create_optimizer_v2,
+    get_optimizer_class,
     get_optimizer_info,
     list_optimizers,
     optimizer_kwargs,
@@ -18,7 +20,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from torch import nn
 
-from errors import ConfigError, nearby
+from errors import ConfigError, nearby, one_line
 
 COMMON_OPTIMIZERS = ("adamw", "sgd", "lamb", "lion", "muon")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "constant", "plateau", "poly", "wsd", "rsqrt", "none")
@@ -34,18 +36,33 @@ def scaled_lr(args, num_ranks: int) -> float:
     return args.lr if args.unscale_lr else args.lr * whole_batch(args, num_ranks) / 512
 
 
+def optimizer_info(opt: str) -> OptimInfo:
+    """What timm knows of `--opt`. Raises ConfigError for an unknown name and for what cannot train here."""
+    name, common = opt.lower(), f"common ones are {', '.join(COMMON_OPTIMIZERS)}"
+    bare = name.removeprefix("lookahead_")
+    if bare != name and bare in list_optimizers():
+        raise ConfigError(f"--opt {opt}: timm's prefix lookahead_ is not supported; take {bare} alone")
+    if name not in list_optimizers():
+        hint = nearby(difflib.get_close_matches(name, list_optimizers(), n=3)) or f"; {common}"
+        raise ConfigError(f"--opt {opt} is not an optimiser of timm{hint}")
+    info = get_optimizer_info(name)
+    if info.second_order:
+        raise ConfigError(f"--opt {opt} needs second derivatives, which training does not compute; {common}")
+    try:
+        get_optimizer_class(name)
+    except (AssertionError, ImportError) as error:  # AssertionError: timm's way to ask for a GPU
+        package = info.opt_class.partition(".")[0]
+        raise ConfigError(f"--opt {opt} needs a GPU and the package {package}: {one_line(error)}; {common}") from error
+    return info
+
+
 def build_optimizer(args, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """An optimiser over the trainable parameters: without weight decay for biases, norms and embeddings.
 
-    The published runs decayed the scan's `A_log`; `--no-decay-ssm` exempts it. Raises ConfigError for an
-    unknown name, and for as many `--opt-betas` as the optimiser does not take.
+    The published runs decayed the scan's `A_log`; `--no-decay-ssm` exempts it. Raises ConfigError for a
+    name that `optimizer_info` refuses, and for as many `--opt-betas` as the optimiser does not take.
     """
-    name = args.opt.lower()
-    if name not in list_optimizers():
-        near = difflib.get_close_matches(name, list_optimizers(), n=3)
-        hint = nearby(near) or f"; common ones are {', '.join(COMMON_OPTIMIZERS)}"
-        raise ConfigError(f"--opt {args.opt} is not an optimiser of timm{hint}")
-    info = get_optimizer_info(name)
+    info = optimizer_info(args.opt)
     wanted = info.num_betas if info.has_betas else 0
     if args.opt_betas is not None and len(args.opt_betas) != wanted:
         given = " ".join(f"{beta:g}" for beta in args.opt_betas)

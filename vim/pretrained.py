@@ -63,8 +63,13 @@ def read_copy(overlay: dict | None) -> dict:
     if not path:
         return {}
     if str(path).endswith(".safetensors"):
-        return {"state_dict": load_file(path)}
-    return {"state_dict": torch.load(path, map_location="cpu", weights_only=True)}
+        content = load_file(path)
+    else:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    weights = next((content[entry] for entry in ("model", "model_ema") if content.get(entry)), content)
+    head = unwrap_state_dict(weights).get("head.weight")
+    # timm makes a new head where this number is not the model's.
+    return {"state_dict": content} | ({} if head is None else {"num_classes": len(head)})
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from arguments import OneLineParser, positive_int
 from augment import channel_statistics
-from drawing import literal
+from drawing import literal, save_figure
 from errors import ConfigError, DataError
 from failures import run_cli
 from inference import Classifier, add_device_flag, add_model_flags, find_images, load_classifier
@@ -348,7 +348,7 @@ def command(args: argparse.Namespace) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG and print its path."""
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     print(path)
 
 

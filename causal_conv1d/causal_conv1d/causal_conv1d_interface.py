@@ -104,6 +104,8 @@ def _check_kinds(x: Tensor, tensors: dict[str, Tensor | None]) -> None:
 def _check_integers(name: str, tensor: Tensor | None, form: str, shape: tuple[int, ...], x: Tensor) -> None:
     if tensor is None:
         return
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be signed integers {form}, not {tensor!r}: pass what is meant by its name")
     if tensor.dtype not in INTEGERS or tuple(tensor.shape) != shape or tensor.device != x.device:
         raise ValueError(
             f"{name} must be signed integers {form} = {shape} on {x.device}, not {tensor.dtype} {tuple(tensor.shape)} "

@@ -238,6 +238,7 @@ def test_states_of_packed_sequences():
     "change, error, words",
     [
         ({"activation": "relu"}, NotImplementedError, "relu"),
+        ({"seq_idx": "silu"}, ValueError, r"seq_idx must be signed integers \(B, L\), not 'silu'"),
         ({"x": torch.zeros(2, 6, 0)}, ValueError, "at least 1"),
         ({"weight": torch.zeros(6, 0)}, ValueError, "at least 1"),
         ({"x": torch.zeros(2, 6, 9, dtype=torch.int32)}, ValueError, "x has dtype torch.int32"),

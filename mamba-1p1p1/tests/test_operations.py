@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_pre_hook
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import mamba_ssm as package
@@ -251,15 +253,28 @@ def test_block_counts_the_flops_of_its_parts():
     assert whole == parts
 
 
+@pytest.fixture
+def undone():
+    """Takes handles of hooks, which it removes after the test."""
+    handles = []
+    yield handles.append
+    for handle in handles:
+        handle.remove()
+
+
 @pytest.mark.parametrize("bimamba_type", ["none", "v1", pytest.param("v2", marks=needs_block)])
-@pytest.mark.parametrize("change", ["hook", "adapter", "bias"])
-def test_a_projection_that_is_more_than_a_product_is_called(change, bimamba_type):
+@pytest.mark.parametrize("change", ["hook", "hook of all", "forward", "adapter", "bias"])
+def test_a_projection_that_is_more_than_a_product_is_called(change, bimamba_type, undone):
     """The block in one op takes the projections' weights alone: what else they do must not be lost."""
     torch.manual_seed(0)
     module, x = Mamba(16, bimamba_type=bimamba_type), torch.randn(2, 5, 16)
     expected = 2 * module(x)
     if change == "hook":
         module.out_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+    elif change == "hook of all":
+        undone(register_module_forward_hook(lambda it, inputs, output: 2 * output if it is module.out_proj else None))
+    elif change == "forward":
+        module.out_proj.forward = lambda y: 2 * F.linear(y, module.out_proj.weight)
     elif change == "adapter":
         module.out_proj = torch.nn.Sequential(module.out_proj, Double())
     else:
@@ -268,13 +283,69 @@ def test_a_projection_that_is_more_than_a_product_is_called(change, bimamba_type
     torch.testing.assert_close(module(x), expected)
 
 
+@needs_block
+@pytest.mark.parametrize("name", ["in_proj", "out_proj"])
+@pytest.mark.parametrize("of_all", [False, True])
+def test_hooks_before_a_projections_backward_are_run(of_all, name, undone):
+    module, seen = Mamba(16, bimamba_type="v2"), []
+    projection = getattr(module, name)
+    register = register_module_full_backward_pre_hook if of_all else projection.register_full_backward_pre_hook
+    undone(register(lambda it, gradients: seen.append(it)))
+    module(torch.randn(2, 5, 16, requires_grad=True)).sum().backward()
+    assert projection in seen
+
+
 @pytest.mark.parametrize("name", ["conv1d", "x_proj_b", "dt_proj"])
 def test_an_adapter_that_no_mixer_would_call_is_refused(name):
     module = Mamba(16, bimamba_type="v2")
     module(torch.randn(2, 5, 16))
     setattr(module, name, torch.nn.Sequential(getattr(module, name)))
-    with pytest.raises(TypeError, match=f"^{name} is a Sequential, which this mixer would not call"):
+    said = rf"^{name} is a torch\.nn\.modules\.container\.Sequential, which this mixer would not call"
+    with pytest.raises(TypeError, match=said):
         module(torch.randn(2, 5, 16))
+
+
+@pytest.mark.parametrize("name", ["conv1d", "x_proj_b", "dt_proj"])
+def test_a_forward_that_no_mixer_would_call_is_refused(name):
+    """Not the class's own, bound to the module: what takes a forward away again may leave that behind."""
+    module, x = Mamba(16, bimamba_type="v2"), torch.randn(2, 5, 16)
+    holder, expected = getattr(module, name), module(x)
+    holder.forward = holder.forward
+    assert torch.equal(module(x), expected)
+    holder.forward = functools.partial(holder.forward)
+    with pytest.raises(TypeError, match=f"^{name} has a forward of its own, which this mixer would not call"):
+        module(x)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("x_proj", "weight"), ("dt_proj_b", "bias"), ("conv1d", "weight")])
+def test_pruning_that_no_mixer_would_run_is_refused(name, kept):
+    """torch prunes in a hook before forward, which the mixers do not run; removed, the zeros are in the parameter."""
+    module, x = Mamba(16, bimamba_type="v2"), torch.randn(2, 5, 16)
+    prune.l1_unstructured(getattr(module, name), kept, 0.5)
+    with pytest.raises(TypeError, match=rf"^{name} has its {kept} from a forward pre-hook.*prune\.remove"):
+        module(x)
+    prune.remove(getattr(module, name), kept)
+    module(x).sum().backward()
+
+
+def test_a_watched_or_parametrized_holder_of_weights_is_taken():
+    """Hooks that watch, such as torchinfo's, are not run; a parametrization computes its weight where it is read."""
+    torch.manual_seed(0)
+    module, x = Mamba(16, bimamba_type="v2"), torch.randn(2, 5, 16)
+    expected = module(x)
+    torch.nn.utils.parametrizations.weight_norm(module.x_proj)
+    for holder in (module.conv1d, module.x_proj, module.dt_proj_b):
+        holder.register_forward_pre_hook(lambda *_: pytest.fail("run"))
+    torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize("use", ["allocate_inference_cache", "step"])
+def test_a_layer_of_one_token_at_a_time_refuses_the_same(use):
+    module = Mamba(16)
+    cache = module.allocate_inference_cache(2, 1)
+    module.conv1d = torch.nn.Sequential(module.conv1d)
+    with pytest.raises(TypeError, match=r"^conv1d is a "):
+        module.step(torch.randn(2, 1, 16), *cache) if use == "step" else module.allocate_inference_cache(2, 1)
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
@@ -813,6 +884,19 @@ def test_cached_generation_equals_the_whole_sequence():
         memory.seqlen_offset = t
         outs.append(module(tokens[:, t : t + 1], inference_params=memory))
     torch.testing.assert_close(torch.cat(outs, 1), module(tokens))
+
+
+def test_a_cache_is_of_one_batch():
+    module, memory = Mamba(16, layer_idx=0), Memory()
+    module(torch.randn(3, 5, 16), inference_params=memory)
+    memory.seqlen_offset = 5
+    said = "^conv_state of batch 3 beside hidden_states of batch 2: .*allocate_inference_cache\\(2, "
+    with pytest.raises(ValueError, match=said):
+        module(torch.randn(2, 1, 16), inference_params=memory)
+    conv_state, ssm_state = module.allocate_inference_cache(2, 1)
+    with pytest.raises(ValueError, match=r"^ssm_state of batch 1 beside hidden_states of batch 2"):
+        module.step(torch.randn(2, 1, 16), conv_state, ssm_state[:1])
+    assert not conv_state.any()  # nothing has moved yet
 
 
 def test_a_cache_is_of_one_layer():

@@ -7,11 +7,13 @@ W convolution width, B batch, L tokens.
 import math
 from collections.abc import Iterable, Iterator
 from numbers import Integral, Real
+from types import MethodType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from mamba_ssm.ops import reference
 from mamba_ssm.ops.bimamba import DirectionParameters, bimamba, bimamba_block
@@ -74,8 +76,9 @@ class InferenceCache(NamedTuple):
 class Mamba(nn.Module):
     """Selective state space mixer (arXiv 2312.00752, figure 3), bidirectional as in Vision Mamba (arXiv 2401.09417).
 
-    The fused operations take the parameters of `conv1d`, `x_proj` and `dt_proj` and do not call these modules: their
-    hooks are not run, and modules in their place that compute something else raise TypeError.
+    The fused operations take the parameters of `conv1d`, `x_proj` and `dt_proj` and do not call these modules: hooks
+    that watch them are not run. What would compute something else raises TypeError: another module in their place, a
+    `forward` of their own, a weight or bias that a forward pre-hook computes (torch.nn.utils.prune).
 
     Args:
         d_model, d_state, d_conv, expand: E, N, W, and D / E.
@@ -192,11 +195,7 @@ class Mamba(nn.Module):
         holders = tuple(getattr(self, name + suffix) for name in WEIGHT_HOLDERS)
         if not torch.compiler.is_compiling():
             for module, (name, kind) in zip(holders, WEIGHT_HOLDERS.items()):
-                if type(module).forward is not kind.forward:
-                    raise TypeError(
-                        f"{name}{suffix} is a {type(module).__name__}, which this mixer would not call: it takes the "
-                        f"parameters of a torch.nn.{kind.__name__}; adapt in_proj or out_proj, or merge the adapter"
-                    )
+                _check_holder(name + suffix, module, kind)
         return holders
 
     def _parameters_of(self, suffix: str, A: Tensor) -> DirectionParameters:
@@ -250,7 +249,6 @@ class Mamba(nn.Module):
 
     def _forward_cached(self, hidden_states: Tensor, inference_params) -> Tensor:
         """Token by token, each layer's cache in `inference_params`. (B, L, E) -> (B, L, E)."""
-        self._weight_holders("")
         if self.layer_idx is None:
             raise ValueError("layer_idx=None: inference_params keeps a layer's state under it; number the layers")
         memory = inference_params.key_value_memory_dict
@@ -271,16 +269,24 @@ class Mamba(nn.Module):
         self._require_causal()
         if hidden_states.shape[1] != 1:
             raise ValueError(f"step takes one token, (B, 1, E), not {tuple(hidden_states.shape)}")
+        batch = hidden_states.shape[0]
+        for name, state in (("conv_state", conv_state), ("ssm_state", ssm_state)):
+            if state.shape[0] != batch:
+                raise ValueError(
+                    f"{name} of batch {state.shape[0]} beside hidden_states of batch {batch}: start with a new cache, "
+                    f"of allocate_inference_cache({batch}, ...), or with an empty key_value_memory_dict"
+                )
+        conv, x_proj, dt_proj = self._weight_holders("")
         x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)  # (B, D) each
         conv_state.copy_(torch.cat([conv_state[..., 1:], x.unsqueeze(-1).to(conv_state.dtype)], dim=-1))
-        x = (conv_state * self.conv1d.weight.squeeze(1)).sum(-1)
-        if self.conv1d.bias is not None:
-            x = x + self.conv1d.bias
+        x = (conv_state * conv.weight.squeeze(1)).sum(-1)
+        if conv.bias is not None:
+            x = x + conv.bias
         x = F.silu(x).to(z.dtype)  # the cache's may be another
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt, B, C = x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y = selective_state_update(
-            ssm_state, x, F.linear(dt, self.dt_proj.weight), _negative_exp(self.A_log), B, C, self.D, z,
-            dt_bias=self.dt_proj.bias, dt_softplus=True,
+            ssm_state, x, F.linear(dt, dt_proj.weight), _negative_exp(self.A_log), B, C, self.D, z,
+            dt_bias=dt_proj.bias, dt_softplus=True,
         )  # fmt: skip
         out = self.out_proj(y)
         if self.init_layer_scale is not None:
@@ -293,7 +299,7 @@ class Mamba(nn.Module):
         dtype: of both; by default the weights' for the convolution's, float32 at least for the scan's, which add up.
         """
         self._require_causal()
-        weight = self.conv1d.weight
+        weight = self._weight_holders("")[0].weight
         conv_state = weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype)
         wide = dtype or torch.promote_types(weight.dtype, torch.float32)
         ssm_state = weight.new_zeros(batch_size, self.d_inner, self.d_state, dtype=wide)
@@ -307,10 +313,29 @@ class Mamba(nn.Module):
             )
 
 
+def _check_holder(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
+    """Raise TypeError for a module whose call is more than a `kind` of its parameters; see `Mamba`."""
+    own, mend = vars(module), "adapt in_proj or out_proj, or merge the adapter"
+    # Parameters and parametrizations are not among `own`, so a hook that only watches does not count.
+    computed = module._forward_pre_hooks and own.keys() & {"weight", "bias"}
+    if type(module).forward is not kind.forward:
+        found = f"is a {type(module).__module__}.{type(module).__qualname__}, which this mixer would not call"
+    elif module.forward != MethodType(kind.forward, module):
+        found = "has a forward of its own, which this mixer would not call"
+    elif computed:
+        found = f"has its {' and '.join(sorted(computed))} from a forward pre-hook, which this mixer would not run"
+        mend = "end the hook (torch.nn.utils.prune.remove), or use torch.nn.utils.parametrize"
+    else:
+        return
+    raise TypeError(f"{name} {found}: it takes the parameters of a torch.nn.{kind.__name__}; {mend}")
+
+
 def _is_plain(linear: nn.Module) -> bool:
     """Whether calling this projection is a product with its weight and nothing else: no adapter, bias or hook."""
-    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks
-    return type(linear) is nn.Linear and linear.bias is None and not hooks
+    if type(linear) is not nn.Linear or linear.bias is not None or "forward" in vars(linear):
+        return False
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    return not (hooks or _has_any_global_hook())
 
 
 def _negative_exp(A_log: Tensor) -> Tensor:
