@@ -26,7 +26,8 @@ def execute(args, world: World) -> int:
     task = Detection()
     with together():
         log = RunLog(args, world.is_main, (task.score_name, task.score_column))
-        say_own_data(args, log, "generated scenes of scikit-learn's digits")
+        if not args.data_path:
+            say_own_data(args, log, "generated scenes of scikit-learn's digits")
         data = build_datasets(args)
         log.say(data.description)
         model = build_detector(args, data.num_classes, log.say).to(world.device)

@@ -27,7 +27,8 @@ def execute(args, world: World) -> int:
     distributed.seed_everything(args.seed, args.deterministic)
     with together():
         log = RunLog(args, world.is_main, (Segmentation.score_name, Segmentation.score_column))
-        say_own_data(args, log, "generated scenes of scikit-learn's digits")
+        if not args.data_path:
+            say_own_data(args, log, "generated scenes of scikit-learn's digits")
         data = build_datasets(args)
         log.say(data.description)
         check_batch(args, world)

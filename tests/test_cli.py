@@ -378,7 +378,6 @@ def test_a_bad_value_is_one_line(capsys, flags, words):
         (["--report-to", "wandb"], "--report-to wandb keeps its files in --output_dir"),
         (["--device", "cpu:x"], "--device cpu:x is not one of cuda, cuda:N, cpu, mps, auto"),
         (["--device", "tpu"], "--device tpu is not one of cuda, cuda:N, cpu, mps, auto"),
-        (["--data-set", "DIGITS", "--data-path", "mine"], "reads no --data-path mine; leave that out, or"),
     ],
 )
 def test_flags_that_cannot_go_together_are_one_line(flags, words):

@@ -175,7 +175,8 @@ def test_a_place_in_the_epoch_that_does_not_fit_is_said(tmp_path, capsys):
     with fault("sigterm@9"):  # behind 1,280 images
         assert run(QUICK, tmp_path) == EXIT_REQUEUE
     assert run(f"{QUICK} --batch-size 300 --epochs 1 --resume auto", tmp_path) == 0
-    said = "batch_size 300 (was 128), epochs 1 (was 2), 80 images of the epoch come twice"
+    said = "batch_size 300 (was 128), epochs 1 (was 2), whole batch 300 (was 128), and with it the steps of an epoch"
+    said += ", 80 images of the epoch come twice"
     assert said in capsys.readouterr().out
 
 

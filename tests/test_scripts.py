@@ -170,4 +170,5 @@ def test_a_script_trains(tmp_path):
     )
     result = run_script("pt-vim-t", *flags, cwd=tmp_path, GPUS=2, BATCH=64, DATA_PATH=".", OUTPUT_DIR="run")
     assert result.returncode == 0, result.stderr[-3000:]
+    assert "--data-path . is not read: training on scikit-learn's digits" in result.stdout
     assert list((tmp_path / "run").glob("*.pth"))

@@ -680,11 +680,6 @@ def require_weights(args: argparse.Namespace, size: str = "--input-size") -> Non
 
 def check_classifier(args: argparse.Namespace) -> None:
     require_weights(args)
-    if args.data_set == "DIGITS" and args.data_path:
-        raise ConfigError(
-            f"--data-set DIGITS is scikit-learn's and reads no --data-path {args.data_path}; leave that out, "
-            "or give --data-set IMNET for a folder of images"
-        )
     if args.data_set != "DIGITS" and not args.data_set.startswith(("hfds/", "hfids/")) and not args.data_path:
         raise ConfigError(
             f"--data-set {args.data_set} needs --data-path DIR; without --data-path only DIGITS can be used"

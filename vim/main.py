@@ -105,9 +105,9 @@ def execute(args, world: World) -> int:
 
 
 def say_own_data(args, log: RunLog, data: str) -> None:
-    """Whose numbers the next ones are, if nobody named any data."""
-    if not args.data_path:
-        log.say(f"no --data-path: {'evaluating' if args.eval else 'training'} on {data}")
+    """Whose numbers the next ones are: nobody named any data, or `--data-set` names these."""
+    why = f"--data-path {args.data_path} is not read" if args.data_path else "no --data-path"
+    log.say(f"{why}: {'evaluating' if args.eval else 'training'} on {data}")
 
 
 def train(run: Run, data: DataBundle, log: RunLog) -> int:

@@ -505,7 +505,8 @@ static inline float cut(double v) {
     return fabs(double(near)) > fabs(v) ? nextafterf(near, 0.0f) : near;
 }
 
-// c[16 x 8] += a[16 x 4 CHUNKS] b[4 CHUNKS x 8]; `words`: this lane's of a, then of b.
+// c[16 x 8] += a[16 x 4 CHUNKS] b[4 CHUNKS x 8]; `words`: this lane's of a, then of b. The places among the lanes are
+// the PTX manual's, and CUTLASS's (SM80_16x8x4 and SM80_16x8x8_F32TF32TF32F32_TN of its mma_traits_sm80.hpp).
 template <int CHUNKS>
 static void multiply(float (&c)[4], unsigned (&words)[3 * CHUNKS], const char* what) {
     for (unsigned& word : words) word &= 0xffffe000u;  // the unit does not see the other bits
