@@ -483,7 +483,7 @@ def changes(run: Run, checkpoint: Checkpoint) -> str:
         flags.append(f"whole batch {batch} (was {old_batch}), and with it the steps of an epoch")
     images = checkpoint.extra.get("train_images", len(run.dataset))
     flags += [f"{len(run.dataset):,} training images (were {images:,})"] if images != len(run.dataset) else []
-    again = run.progress.samples % whole_batch(run.args, run.world.size)
+    again = run.progress.samples % batch
     flags += [f"{again} images of the epoch come twice"] if again else []
     return f"other than before: {', '.join(flags)}" if flags else ""
 

@@ -210,8 +210,7 @@ def evaluate_saved(
     loader = build_val_loader(data.val, args, world, task.collate)
     with together():
         checkpoint = saved_checkpoint(args)
-        numbered = getattr(args, "valid_labels", "")  # by hand, whatever the names are
-        other_names = "" if numbered else compare_classes(checkpoint, data.class_names, CLASSES_WAY_OUT)
+        other_names = "" if numbered_by_hand(args) else compare_classes(checkpoint, data.class_names, CLASSES_WAY_OUT)
         if other_names:
             log.say(other_names)
     results, reports = {}, []
@@ -225,6 +224,11 @@ def evaluate_saved(
     log.say(f"{checkpoint.label}: {len(data.val):,} images{broken}; {in_words(results)}")
     task.pictures(log, next(iter(results.values())), data)
     return EXIT_DONE
+
+
+def numbered_by_hand(args) -> bool:
+    """Whether `--valid-labels`, which the classifier alone has, says which of the model's classes the data's are."""
+    return bool(getattr(args, "valid_labels", ""))
 
 
 def saved_checkpoint(args) -> Checkpoint:
@@ -241,8 +245,7 @@ def saved_weights(args, model, checkpoint: Checkpoint, load: Callable) -> Iterat
     Those of `--finetune` may be of another image size: `load` resamples position embeddings. Yields "raw" or "ema",
     and what was done to them. Raises CheckpointError if there is no such set.
     """
-    numbered = getattr(args, "valid_labels", "")
-    hints = EVAL_HINTS | ({"head": "add the model's --num-classes {classes}"} if numbered else {})
+    hints = EVAL_HINTS | ({"head": "add the model's --num-classes {classes}"} if numbered_by_hand(args) else {})
     wanted = list(ENTRIES) if args.eval_weights == "both" else [args.eval_weights]
     found = [name for name in wanted if getattr(checkpoint, ENTRIES[name]) is not None]
     for name in found or wanted[:1]:  # `weights` raises where there is none, saying what the file holds

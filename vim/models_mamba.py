@@ -29,7 +29,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrained import TAG, opening_weights, published_weights, read_copy, unwrap_state_dict
+from pretrained import TAG, opening_weights, published_weights, read_copy, weights_in
 
 try:
     from mamba_ssm.modules.mamba_simple import BIMAMBA_TYPES, Mamba, check_values, is_count
@@ -601,8 +601,7 @@ def checkpoint_filter_fn(state_dict: dict, model: VisionMamba, entry: str = "mod
     Args:
         state_dict: a state dict, or a training checkpoint that holds one under `entry`, "model" or "model_ema".
     """
-    entries = (entry, "model", "model_ema")
-    state_dict = unwrap_state_dict(next((state_dict[name] for name in entries if state_dict.get(name)), state_dict))
+    state_dict = weights_in(state_dict, entry)
     if model.pos_embed is None or "pos_embed" not in state_dict:
         return state_dict
     pos_embed = state_dict["pos_embed"]

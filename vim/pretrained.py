@@ -49,6 +49,12 @@ def unwrap_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch
     return state_dict
 
 
+def weights_in(content: Mapping, entry: str = "model") -> dict[str, torch.Tensor]:
+    """The state dict of a file, unwrapped: under `entry`, "model" or "model_ema", or the file itself."""
+    found = (content[name] for name in (entry, "model", "model_ema") if content.get(name))
+    return unwrap_state_dict(next(found, content))
+
+
 def _all_start_with(state_dict: dict, prefix: str) -> bool:
     return bool(state_dict) and all(key.startswith(prefix) for key in state_dict)
 
@@ -66,8 +72,7 @@ def read_copy(overlay: dict | None) -> dict:
         content = load_file(path)
     else:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    weights = next((content[entry] for entry in ("model", "model_ema") if content.get(entry)), content)
-    head = unwrap_state_dict(weights).get("head.weight")
+    head = weights_in(content).get("head.weight")
     # timm makes a new head where this number is not the model's.
     return {"state_dict": content} | ({} if head is None else {"num_classes": len(head)})
 
