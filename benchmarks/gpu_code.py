@@ -7,8 +7,8 @@ The launchers run on tensors without memory ("meta"); every launch is compiled f
 what is examined is exactly what a GPU would get. A state update is one token, channel, state and direction. For
 `scan_forward` and `scan_backward` the loops of the machine code are counted with their numbers of iterations:
 "recurrence" is forward's loop over tokens, "marking" and "back" are backward's two passes, "all" adds the staging
-of the time step with its projection and softplus. The CUDA kernels ("cuda.", by NVRTC) have one loop over tiles of
-tokens, of which "all" counts every instruction, also those that only one half of the tiles executes.
+of the time step with its projection and softplus. Of the CUDA kernels ("cuda.", by NVRTC) "all" counts every
+instruction of the loop over tiles of tokens; of a forward with a loop for each half of the way, of the longer one.
 """
 
 import argparse

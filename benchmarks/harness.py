@@ -251,7 +251,8 @@ def require_green_tests(device: torch.device) -> None:
     tests = [f"{folder}/tests" for folder in KERNEL_PACKAGES]
     print(f"The kernels' tests first ({marks}); this takes a minute or two:", flush=True)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-m", marks, *_workers(device), *tests]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    env = os.environ | ({"OMP_NUM_THREADS": "1"} if "-n" in command else {})  # one worker for each processor
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if result.returncode != 0:
         sys.exit(f"{result.stdout[-4000:]}\nThe kernels' tests are red: no figures.")
     print(result.stdout.strip().splitlines()[-1], flush=True)

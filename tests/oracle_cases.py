@@ -63,7 +63,7 @@ def image(B: int, C: int, H: int, W: int) -> torch.Tensor:
 def gradient_numbers(name: str, grad: torch.Tensor) -> tuple[float, float]:
     """The norm of a gradient, and its projection on a fixed direction."""
     probe = torch.from_numpy(_normal("grad:" + name, grad.shape))
-    grad = grad.double()
+    grad = grad.cpu().double()
     return grad.norm().item(), (grad * probe).sum().item()
 
 

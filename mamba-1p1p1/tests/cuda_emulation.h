@@ -488,6 +488,8 @@ DEVICE void sync_named() {
 template <typename T>
 DEVICE void hold(T&) {}
 
+DEVICE const char* advance(const char* base, int count, int bytes) { return base + long(count) * bytes; }
+
 DEVICE int warp_of_block() { return static_cast<int>(threadIdx.x / 32); }
 
 DEVICE float shfl_xor(float v, int mask) {
@@ -573,6 +575,9 @@ static void wait_for_copies(size_t still_open) {
 }  // namespace emulation
 
 DEVICE void cp_async16(void* shared, const void* global) { emulation::begin_copy(shared, global, 16); }
+DEVICE void cp_async16_if(bool wanted, void* shared, const void* global) {
+    if (wanted) cp_async16(shared, global);
+}
 DEVICE void cp_async4(void* shared, const void* global) { emulation::begin_copy(shared, global, 4); }
 DEVICE void cp_async_commit() { emulation::commit_copies(); }
 template <int N>

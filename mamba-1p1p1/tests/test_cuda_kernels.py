@@ -25,8 +25,9 @@ pytestmark = [
     pytest.mark.usefixtures("emulated_cuda") if EMULATED else pytest.mark.gpu,
 ]
 NAMES = bimamba.DirectionParameters._fields
-# max|x - r| / max|r| of activations and their gradients, and of parameters' gradients
-LIMITS = {torch.float16: (1.25e-3, 5e-3), torch.bfloat16: (8e-3, 2.5e-2)}
+# max|x - r| / max|r| of activations and their gradients, and of parameters' gradients. float16's largest error is
+# 1.2e-3 of two hundred tokens, 1.4e-3 of a thousand.
+LIMITS = {torch.float16: (1.5e-3, 5e-3), torch.bfloat16: (8e-3, 2.5e-2)}
 
 
 def case(batch=1, length=11, channels=32, rank=12, width=4, bias=True, dtype=torch.float16):
@@ -99,7 +100,7 @@ def test_mixer(name, few, monkeypatch):
     case = (CASES | LARGE)[name]
     warps = 2 * case["batch"] * case["channels"] / kernels.WARP_CHANNELS
     monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(warps / (8 if few else 100)))
-    assert kernels._shapes(case["batch"], case["channels"])[0].channels == (2 if few else 4)
+    assert kernels._shapes(case["batch"], case["channels"], case["rank"]).backward.channels == (2 if few else 4)
     xz, ahead, behind, dy = arguments(case)
     activations, parameters = LIMITS[case["dtype"]]
     y, saved = kernels.bimamba_forward(xz, ahead, behind, 0.5, True)
@@ -115,7 +116,13 @@ def test_mixer(name, few, monkeypatch):
         assert_close(grads[direction], expected[direction], NAMES, parameters)
 
 
-def test_the_same_bits_twice_and_in_memory_of_their_own(monkeypatch):
+@pytest.fixture
+def serving(monkeypatch):
+    """A device for which few sequences are enough: on a real one Triton's kernels would walk them."""
+    monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(1))
+
+
+def test_the_same_bits_twice_and_in_memory_of_their_own(serving):
     xz, ahead, behind, dy = arguments(case(length=40, batch=2, channels=64))
     runs = [kernels.bimamba_backward(dy, xz, ahead, behind, 0.5, None) for _ in range(2)]
     first, second = ([dxz, *ahead_grads, *behind_grads] for dxz, ahead_grads, behind_grads in runs)
@@ -123,7 +130,7 @@ def test_the_same_bits_twice_and_in_memory_of_their_own(monkeypatch):
     assert len({grad.untyped_storage().data_ptr() for grad in first}) == len(first)
 
 
-def test_rows_that_16_byte_copies_cannot_read():
+def test_rows_that_16_byte_copies_cannot_read(serving):
     xz, ahead, behind, dy = arguments(case(length=20))
     cut = torch.cat([xz, xz[..., :3]], dim=-1)[..., : xz.shape[-1]]  # rows of 67 elements
     assert cut.stride(1) % 8
@@ -134,7 +141,7 @@ def test_rows_that_16_byte_copies_cannot_read():
         assert torch.equal(run(xz), run(cut))
 
 
-def test_arguments_that_begin_anywhere():
+def test_arguments_that_begin_anywhere(serving):
     """A gradient and an A that are views behind another element."""
     xz, ahead, behind, dy = arguments(case(length=20))
 

@@ -25,6 +25,7 @@ TILE = 8  # tokens between two saved states
 CONV_THREADS = 64  # of two channels each
 CONV_SEGMENT, CONV_BACKWARD_SEGMENT = 32, 64  # tokens that a thread walks
 SUM_COLUMNS = 32
+NARROW_ARRAYS, NARROW_THREADS = 8, 256
 MAX_RANK = 64
 SHARED_MEMORY = 128 * 1024  # bytes of a multiprocessor, at least
 MAX_GRID = 65535  # blocks in a grid's second and third place
@@ -83,21 +84,30 @@ class Shape(NamedTuple):
         return self.width * self.warps
 
     def shared(self, columns: int, padded: int, tiles: int, exchanges: int, halves: int) -> int:
-        """Bytes of `warps` and what they share: `tiles` of `projected`; each warp's parameters, factors, and tiles of
-        numbers on their way between lanes (`exchanges`) and of 16-bit channels (`halves`)."""
+        """Bytes of `warps` and what they share: `tiles` of `projected`; each warp's parameters, and tiles of numbers on
+        their way between lanes (`exchanges`) and of 16-bit channels (`halves`)."""
         row = self.width + (16 if self.channels == 4 else 0)  # scan.cuh's Halves::ROW
-        warp = 4 * self.width * (padded + 2 + 4 * TILE) + TILE * (4 * exchanges * (self.width + 8) + 2 * halves * row)
-        return tiles * TILE * (columns + 4) * 4 + self.warps * warp
+        pitch = columns if columns % 16 else columns + 8  # its PITCH
+        warp = 4 * self.width * (padded + 2) + TILE * (4 * exchanges * (self.width + 8) + 2 * halves * row)
+        return tiles * TILE * pitch * 4 + self.warps * warp
 
 
-def _shapes(batch: int, channels: int) -> tuple[Shape, Shape]:
-    """Of forward and backward, by how many warps of four channels a thread there are for a multiprocessor.
+class Shapes(NamedTuple):
+    """The scans' kernels' cuts."""
 
-    Few: twice as many of two channels hide more latency. Of those whose registers are not spilled to memory, by
-    measurements of these kernels' first version and a model of this one (docs/LOG.md, 2026-11-26).
+    forward: Shape
+    again: Shape  # forward, run for backward
+    backward: Shape
+
+
+def _shapes(batch: int, channels: int, rank: int) -> Shapes:
+    """The fastest cuts that spill no register, by how many warps of four channels a thread there are for a
+    multiprocessor. Few: twice as many of two channels hide more latency. Measured: docs/LOG.md, 2026-11-27.
     """
     warps = 2 * batch * channels / WARP_CHANNELS / _device().multiprocessors
-    return (Shape(2, 2, 16), Shape(2, 4, 12)) if warps <= 8 else (Shape(4, 2, 12), Shape(4, 2, 8))
+    if warps <= 8:
+        return Shapes(Shape(2, 2, 16), Shape(2, 2, 16), Shape(2, 2, 12 if rank <= 16 else 8))
+    return Shapes(Shape(4, 4, 16) if rank <= 32 else Shape(2, 2, 16), Shape(4, 2, 12), Shape(4, 2, 8))
 
 
 def _serves(like: Tensor, channels: int, parameters) -> bool:
@@ -146,7 +156,7 @@ def _padded(rank: int) -> int:
 
 
 def _weights(parameters, dtype: torch.dtype, *others: Tensor) -> tuple[Tensor, ...]:
-    """Both x projections' weights in 16 bits, (2, columns, D), and `others` in 16 bits, converted in one launch.
+    """Both x projections' weights in 16 bits, (2, columns, D), and up to two `others` in 16 bits, by one launch.
 
     Rows of the time step, some of them once more as padding, of B, of C: the padding's products meet zeros.
     """
@@ -157,11 +167,23 @@ def _weights(parameters, dtype: torch.dtype, *others: Tensor) -> tuple[Tensor, .
     for both, weight in zip(x_proj, pair):
         targets += both.split([rank, padding, rows - rank]) if padding else [both]
         sources += [weight[:rank], weight[:padding], weight[rank:]] if padding else [weight]
-    converted = [weight if weight.dtype == dtype else torch.empty_like(weight, dtype=dtype) for weight in others]
-    targets += [target for target, weight in zip(converted, others) if target is not weight]
-    sources += [weight for target, weight in zip(converted, others) if target is not weight]
-    torch._foreach_copy_(targets, sources)
+    converted = [weight.to(dtype) if weight.dtype != torch.float32 else None for weight in others]
+    for i, weight in enumerate(others):
+        if converted[i] is None:
+            converted[i] = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+            targets.append(converted[i])
+            sources.append(_contiguous(weight))
+    _narrow(targets, sources)
     return x_proj, *converted
+
+
+def _narrow(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Up to eight float32 arrays, contiguous and aligned to 16 bytes, of multiples of four elements, in 16 bits."""
+    fours = [source.numel() // 4 for source in sources]
+    arguments = [argument for task in zip(sources, targets, fours) for argument in task]
+    arguments += [None, None, 0] * (NARROW_ARRAYS - len(fours))
+    grid = (ceil_div(max(fours), NARROW_THREADS), len(fours), 1)
+    runtime.load("narrow.cu", "narrow_all", (_half(targets[0].dtype),))(grid, NARROW_THREADS, 0, *arguments)
 
 
 def _dt_weight(parameters, dtype: torch.dtype) -> Tensor:
@@ -232,9 +254,10 @@ def _scan_forward(
         gradients = torch.empty((batch, length, double), dtype=xz.dtype, device=xz.device)
         groups = ceil_div(length, TILE)
         states = torch.empty((2, batch, groups, channels, STATES), dtype=torch.float32, device=xz.device)
-    shape = _shapes(batch, channels)[0]
+    shapes = _shapes(batch, channels, rank)
+    shape = shapes.forward if dy is None else shapes.again
     halves = 4 if dy is None else 5
-    shared = 2 * shape.shared(projected.shape[-1], _padded(rank), 3, exchanges=1, halves=halves)
+    shared = 2 * shape.shared(projected.shape[-1], _padded(rank), 3, exchanges=2, halves=halves)
     _scan_kernel("scan_forward", xz.dtype, rank, shape, ("FOR_BACKWARD", int(dy is not None)))(
         (ceil_div(channels, shape.block), batch, 1), 2 * 32 * shape.warps, shared,
         u, projected, xz, y, dy, gradients, states, *parameters[3], *parameters[4], *parameters[5], *parameters[6],
@@ -247,7 +270,7 @@ def _scan_backward(gradients: Tensor, u: Tensor, projected: Tensor, states: Tens
     """(du, ddelta, shares of dB and dC, of dA, of dD, of the time step's bias)."""
     _, batch, length, channels = u.shape
     rank = parameters[3][0].shape[1]
-    shape = _shapes(batch, channels)[1]
+    shape = _shapes(batch, channels, rank).backward
     blocks = ceil_div(channels, shape.block)
     du, ddelta = torch.empty_like(u), torch.empty_like(u)
 
@@ -256,7 +279,7 @@ def _scan_backward(gradients: Tensor, u: Tensor, projected: Tensor, states: Tens
 
     dBC = new(2, blocks, batch * length, 2 * STATES)
     dA, dD, dbias = new(2, batch, channels, STATES), new(2, batch, channels), new(2, batch, channels)
-    shared = shape.shared(projected.shape[-1], _padded(rank), 2, exchanges=3, halves=4)
+    shared = shape.shared(projected.shape[-1], _padded(rank), 2, exchanges=5, halves=4)
     shared += shape.warps * TILE // 2 * (shape.width * STATES + 2 * 128) * 4  # states and shares of a tile's halves
     _scan_kernel("scan_backward", u.dtype, rank, shape)(
         (blocks, batch, 2), 32 * shape.warps, shared,

@@ -14,12 +14,16 @@
 // Who has what. With g = lane / 4 and t = lane % 4, a lane has
 //   of states: 4 t to 4 t + 3 of channels CH g + j (States),
 //   of what there is once a token and channel: channels CH g + j of tokens t and t + 4 of a tile (Tokens).
-// Both are places of mma.m16n8k8's sums, and nearly nothing moves between its products. As a sum, rows g and g + 8 of a
-// state's matrix are first and second states of one channel; as the left factor of the next product, register by
-// register, they are even and odd ones: a sum over states comes as two numbers, of two columns of C, each with one kind
-// of state. The drives of four tokens are one left factor, a column of first and one of second states for each token:
-// the right factor has zeros in the rows of all tokens but one. What is not finite in a token or state also shows in up
-// to three tokens beside it, where it meets those zeros.
+// A pair of channels has rows g and g + 8 of two matrices, of its even and of its odd states, which are sums of
+// mma.m16n8k4. That product's left factor, channels by four tokens, is Tokens as they lie in registers; its right factor is
+// a row of B for one token, zeros for the others. For sums over states the matrix's four registers are a left factor of
+// mma.m16n8k8: register by register, rows g and g + 8 are then its even and odd columns, and t and t + 4 the pair's first
+// and second channel. So a sum comes as two numbers, of two columns of C that have zeros in the other channel's rows, and
+// goes through shared memory to the lane that has the token. What is not finite in a token or state also shows in up to
+// three tokens beside it, where it meets those zeros.
+//
+// What shared memory does not do is worth instructions: its accesses and the exponentials wait for each other
+// (docs/LOG.md, 2026-11-27).
 
 #include "device.cuh"
 
@@ -39,7 +43,20 @@ constexpr float CUT = 1.0f + 0.71f / 2048, CUT2 = CUT * CUT, CUT3 = CUT2 * CUT, 
 typedef long long int64;
 typedef float Channels[CH];               // [j]
 typedef float Tokens[CH][2];              // [j][late]: token t + 4 late
-typedef float States[CH][4];              // [j][2 second + odd]: state 4 t + 2 odd + second
+typedef float States[CH][4];              // [2 pair + second][2 row + odd]: states 4 t + 2 odd + second of channel
+                                          // CH g + pair + PAIRS row
+
+// State n = 2 second + odd of channel j.
+template <typename T>
+__device__ __forceinline__ auto& state_of(T& states, int j, int n) {
+    return states[2 * (j % PAIRS) + n / 2][2 * (j / PAIRS) + n % 2];
+}
+
+// A bool that is known where a lambda is compiled.
+template <bool VALUE>
+struct Constant {
+    __device__ constexpr operator bool() const { return VALUE; }
+};
 
 // f(j, late) for a lane's channels and tokens.
 template <typename F>
@@ -63,8 +80,9 @@ struct Walk {
     __device__ __forceinline__ int token(int row) const { return first + along * row; }
 };
 
-// A tile of `projected`; a row ends with zeros.
-constexpr int PITCH = COLUMNS + 4, PROJECTED = TILE * PITCH;
+// A tile of `projected`. Rows are an odd number of eights apart: what a half of a warp reads of four rows, eight columns of
+// each, lies in all banks.
+constexpr int PITCH = COLUMNS % 16 ? COLUMNS : COLUMNS + 8, PROJECTED = TILE * PITCH;
 
 // What a thread reads or writes of an array (length, stride): some bytes of one row of each tile.
 struct Stream {
@@ -77,8 +95,15 @@ struct Stream {
         : base(reinterpret_cast<const char*>(array + int64(along * row) * stride + column)),
           bytes(stride * static_cast<int>(sizeof(T))) {}
 
-    __device__ __forceinline__ const char* at(Walk walk) const { return base + int64(walk.first) * bytes; }
+    __device__ __forceinline__ const char* at(Walk walk) const { return advance(base, walk.first, bytes); }
 };
+
+// 16 bytes where `wanted`. BRANCHLESS: other work can go on meanwhile; costs registers.
+template <bool BRANCHLESS>
+__device__ __forceinline__ void copy16(bool wanted, void* to, const Stream& from, Walk walk) {
+    if (BRANCHLESS) cp_async16_if(wanted, to, from.at(walk));
+    else if (wanted) cp_async16(to, from.at(walk));
+}
 
 // A thread's share of the copies of `projected` (length, COLUMNS), by WARPS warps.
 struct ProjectedCopies {
@@ -97,10 +122,10 @@ struct ProjectedCopies {
         }
     }
 
+    template <bool BRANCHLESS>
     __device__ __forceinline__ void copy(float* tile, Walk walk) const {
 #pragma unroll
-        for (int k = 0; k < SHARES; ++k)
-            if (to[k] < walk.rows * PITCH) cp_async16(tile + to[k], from[k].at(walk));
+        for (int k = 0; k < SHARES; ++k) copy16<BRANCHLESS>(to[k] < walk.rows * PITCH, tile + to[k], from[k], walk);
     }
 };
 
@@ -113,8 +138,9 @@ struct Halves {
     static __device__ __forceinline__ Stream part(const scalar_t* source, int stride, int along, int lane) {
         return Stream(source, stride, along, lane / CH, lane % CH * 8);
     }
+    template <bool BRANCHLESS>
     __device__ __forceinline__ void copy(const Stream& part, Walk walk, int lane) const {
-        if (lane / CH < walk.rows) cp_async16(memory + lane / CH * ROW + lane % CH * 8, part.at(walk));
+        copy16<BRANCHLESS>(lane / CH < walk.rows, memory + lane / CH * ROW + lane % CH * 8, part, walk);
     }
 
     __device__ __forceinline__ void read(unsigned (&out)[2][PAIRS], int g, int t) const {
@@ -145,7 +171,7 @@ struct Halves {
     }
 };
 
-// Zeros: what rows behind a sequence's end hold, and the ends of the rows of `projected`.
+// Zeros: what rows behind a sequence's end hold.
 __device__ __forceinline__ void clear(void* memory, int bytes, int thread, int threads) {
     for (int i = 16 * thread; i < bytes; i += 16 * threads)
         *reinterpret_cast<uint4*>(static_cast<char*>(memory) + i) = make_uint4(0, 0, 0, 0);
@@ -155,9 +181,9 @@ __device__ __forceinline__ void clear(void* memory, int bytes, int thread, int t
 __device__ __forceinline__ void store_tokens(const Stream& to, const Tokens& in, Walk walk, int t, int columns = 0) {
     char* target = const_cast<char*>(to.at(walk)) + 2 * columns;
 #pragma unroll
-    for (int late = 0; late < 2; ++late, target += int64(4 * walk.along) * to.bytes) {
-        if (t + 4 * late >= walk.rows) break;
+    for (int late = 0; late < 2; ++late, target = const_cast<char*>(advance(target, 4 * walk.along, to.bytes))) {
         const unsigned low = narrow2(in[0][late], in[1][late]), high = narrow2(in[CH - 2][late], in[CH - 1][late]);
+        if (t + 4 * late >= walk.rows) continue;
         if (CH == 4) *reinterpret_cast<uint2*>(target) = make_uint2(low, high);
         else *reinterpret_cast<unsigned*>(target) = low;
     }
@@ -246,6 +272,7 @@ __device__ __forceinline__ void project_steps(
     const unsigned* weights = reinterpret_cast<const unsigned*>(parameters) + 4 * lane;
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
+        if (STEPS <= 3 && step % 2 == 0) sync_warp();  // keeps the compiler from reading ahead into too many registers
         const float2 v = *reinterpret_cast<const float2*>(projected + 8 * step);
         const unsigned b[2] = {to_tf32(v.x), to_tf32(v.y)};
 #pragma unroll
@@ -273,11 +300,12 @@ __device__ __forceinline__ void load_A(States& A, const float* source, int g, in
 #pragma unroll
     for (int j = 0; j < CH; ++j) {
         const float4 v = *reinterpret_cast<const float4*>(source + (CH * g + j) * N + 4 * t);
-        A[j][0] = LOG2_E * v.x, A[j][1] = LOG2_E * v.z, A[j][2] = LOG2_E * v.y, A[j][3] = LOG2_E * v.w;
+        state_of(A, j, 0) = LOG2_E * v.x, state_of(A, j, 1) = LOG2_E * v.z;
+        state_of(A, j, 2) = LOG2_E * v.y, state_of(A, j, 3) = LOG2_E * v.w;
     }
 }
 
-// Four numbers of one channel as they lie in registers, to and from memory of our own.
+// Four numbers as they lie in registers, to and from memory of our own.
 __device__ __forceinline__ void load_four(float (&out)[4], const float* source) {
     const float4 v = *reinterpret_cast<const float4*>(source);
     out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
@@ -287,77 +315,57 @@ __device__ __forceinline__ void store_four(float* target, const float (&in)[4]) 
     *reinterpret_cast<float4*>(target) = make_float4(in[0], in[1], in[2], in[3]);
 }
 
-// Saved states of a warp's channels: (WIDTH, N), a channel's in the order of the lanes and their registers.
+// Saved states of a warp's channels: (WIDTH, N), those of every CH channels in the order of registers and lanes.
 __device__ __forceinline__ void save_states(float* target, const States& in, int g, int t) {
 #pragma unroll
-    for (int j = 0; j < CH; ++j) store_four(target + (CH * g + j) * N + 4 * t, in[j]);
+    for (int i = 0; i < CH; ++i) store_four(target + (CH * g + i) * N + 4 * t, in[i]);
 }
 
-// Where in a row of `projected` a lane finds its part of a right factor that has B or C (from `offset` on) for one of
-// four tokens; for the others it takes the zeros at the row's end.
-struct Places {
-    int at[HALF];  // [token % 4]
+__device__ __forceinline__ void load_states(States& out, const float* source, int g, int t) {
+#pragma unroll
+    for (int i = 0; i < CH; ++i) load_four(out[i], source + (CH * g + i) * N + 4 * t);
+}
 
-    // B or C as a row: the token's rows t and t + 4 of the factor, column g with states 2 g and 2 g + 1.
-    static __device__ __forceinline__ Places as_row(int offset, int g, int t) {
-        Places places;
-#pragma unroll
-        for (int i = 0; i < HALF; ++i) places.at[i] = t == i ? offset + 2 * g : COLUMNS;
-        return places;
-    }
-    // B or C as two columns, 2 i and 2 i + 1, of even and of odd states.
-    static __device__ __forceinline__ Places as_columns(int offset, int g, int t) {
-        Places places;
-#pragma unroll
-        for (int i = 0; i < HALF; ++i) places.at[i] = g / 2 == i ? offset + 4 * t + 2 * (g & 1) : COLUMNS;
-        return places;
+// B or C of four tokens, right factors of products: a factor has one token's and zeros in the places of the others. A
+// lane's places are one token's in all of them, so that it reads its numbers once.
+
+// As rows, one a token: column g of factor `second` has state 2 g + second.
+struct Rows {
+    unsigned own[2];  // [second], of token t
+
+    // `rows`: of `projected`, the four tokens', from the first state's column on.
+    __device__ __forceinline__ Rows(const float* rows, int g, int t) { read_pair(own, rows + t * PITCH + 2 * g); }
+    __device__ __forceinline__ unsigned of(int token, int second, int t) const { return t == token ? own[second] : 0u; }
+
+    static __device__ __forceinline__ void read_pair(unsigned (&out)[2], const float* source) {
+        const float2 v = *reinterpret_cast<const float2*>(source);
+        out[0] = __float_as_uint(v.x), out[1] = __float_as_uint(v.y);
     }
 };
 
-__device__ __forceinline__ void load_factor(unsigned (&b)[2], const float* source) {
-    const float2 v = *reinterpret_cast<const float2*>(source);
-    b[0] = __float_as_uint(v.x), b[1] = __float_as_uint(v.y);
-}
+// As columns, four a token, those of two tokens: for the rows t of a pair's first channel those of even and of odd states,
+// then the same for the rows t + 4 of its second.
+struct Columns {
+    unsigned own[2];  // [second], of the token whose column is g
 
-// A tile's columns of channels, to be multiplied by rows of states: left factors of four tokens each, (v, 0; 0, v) in a
-// lane of the token. The lane reads what it has written itself; in memory because a product's factor has to lie in four
-// registers side by side.
-struct ColumnFactors {
-    static constexpr int SIZE = 2 * CH * 32 * 4;
-    float* memory;  // this lane's place in (2, CH, 32 lanes, 4)
-
-    // Into zeros, which stay: twice the accesses to memory of `write_all` and half the instructions.
-    __device__ __forceinline__ void write(const Tokens& v) const {
-        for_tokens([&](int j, int late) {
-            float* target = memory + (late * CH + j) * 32 * 4;
-            target[0] = target[3] = v[j][late];
-        });
+    __device__ __forceinline__ void read(const float* rows, int g, int t) {
+        Rows::read_pair(own, rows + g / 4 * PITCH + 4 * t + 2 * (g & 1));
     }
-
-    __device__ __forceinline__ void write_all(const Tokens& v) const {
-        for_tokens([&](int j, int late) {
-            float* target = memory + (late * CH + j) * 32 * 4;
-            *reinterpret_cast<float4*>(target) = make_float4(v[j][late], 0.0f, 0.0f, v[j][late]);
-        });
-    }
-
-    __device__ __forceinline__ void read(unsigned (&a)[CH][4], int late) const {
+    __device__ __forceinline__ void of(unsigned (&b)[2], int token, int second, int g) const {
 #pragma unroll
-        for (int j = 0; j < CH; ++j) {
-            float v[4];
-            load_four(v, memory + (late * CH + j) * 32 * 4);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) a[j][i] = __float_as_uint(v[i]);
-        }
+        for (int row = 0; row < 2; ++row) b[row] = g / 2 == token % 2 * 2 + row ? own[second] : 0u;
     }
 };
 
-// h += column x row, of one token
-__device__ __forceinline__ void add_product(States& h, const unsigned (&columns)[CH][4], const float* row) {
-    unsigned b[2];
-    load_factor(b, row);
+// h += column x row, of one of four tokens; `columns`: channels of tokens t, or t + 4, as left factors.
+__device__ __forceinline__ void add_product(
+    States& h, const Tokens& columns, int late, const Rows& rows, int token, int t) {
 #pragma unroll
-    for (int j = 0; j < CH; ++j) mma_tf32(h[j], columns[j], b);
+    for (int pair = 0; pair < PAIRS; ++pair) {
+        const unsigned a[2] = {__float_as_uint(columns[pair][late]), __float_as_uint(columns[pair + PAIRS][late])};
+#pragma unroll
+        for (int second = 0; second < 2; ++second) mma_tf32(h[2 * pair + second], a, rows.of(token, second, t));
+    }
 }
 
 // h *= exp2(delta A)
@@ -365,29 +373,41 @@ __device__ __forceinline__ void decay(States& h, const States& A, const Channels
 #pragma unroll
     for (int j = 0; j < CH; ++j)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) h[j][i] *= ex2(delta[j] * A[j][i]);
+        for (int n = 0; n < 4; ++n) state_of(h, j, n) *= ex2(delta[j] * state_of(A, j, n));
 }
 
-// Sums over the states of four tokens, in their places.
+// Sums over the states of four tokens.
 struct Sums {
-    float places[CH][4];
+    float places[PAIRS][2][4];  // [pair][token / 2]
 
     __device__ __forceinline__ Sums() : places{} {}
 
-    // The sums of h times B or C, as columns, of one token
-    __device__ __forceinline__ void add(const States& h, const float* columns) {
-        unsigned b[2];
-        load_factor(b, columns);
+    // The sums of h times B or C of one token
+    __device__ __forceinline__ void add(const States& h, const Columns& columns, int token, int g) {
 #pragma unroll
-        for (int j = 0; j < CH; ++j) {
-            const unsigned a[4] = {__float_as_uint(h[j][0]), __float_as_uint(h[j][1]), __float_as_uint(h[j][2]),
-                                   __float_as_uint(h[j][3])};
-            mma_tf32(places[j], a, b);
+        for (int second = 0; second < 2; ++second) {
+            unsigned b[2];
+            columns.of(b, token, second, g);
+#pragma unroll
+            for (int pair = 0; pair < PAIRS; ++pair) {
+                const float(&v)[4] = h[2 * pair + second];
+                const unsigned a[4] = {
+                    __float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])};
+                mma_tf32(places[pair][token / 2], a, b);
+            }
         }
     }
 
-    __device__ __forceinline__ void finish(Tokens& out, int late) const {
+    // To an exchange: a lane has those of tokens t / 2 and t / 2 + 2 and of the channels of row t % 2.
+    __device__ __forceinline__ void write(const Exchange& to, int late, int g, int t) const {
 #pragma unroll
-        for (int j = 0; j < CH; ++j) out[j][late] = places[j][0] + places[j][3];
+        for (int two = 0; two < 2; ++two) {
+            float* target = to.at(HALF * late + 2 * two + t / 2, g) + PAIRS * (t & 1);
+            const float low = places[0][two][0] + places[0][two][3];
+            if (CH == 4)
+                *reinterpret_cast<float2*>(target) = make_float2(low, places[PAIRS - 1][two][0] + places[PAIRS - 1][two][3]);
+            else
+                *target = low;
+        }
     }
 };

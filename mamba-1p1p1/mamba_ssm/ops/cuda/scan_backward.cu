@@ -27,16 +27,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / WARPS) scan_bac
     const bool active = first_channel < channels;
 
     // shared memory: two tiles of `projected`; states and shares of all warps; per warp parameters, numbers on their
-    // way between lanes, factors, tiles of u (2) and dscan (2)
-    constexpr int PER_WARP = PARAMETERS + 3 * Exchange::SIZE + ColumnFactors::SIZE + 4 * Halves::SIZE / 2;
+    // way between lanes, tiles of u (2) and dscan (2)
+    constexpr int PER_WARP = PARAMETERS + 5 * Exchange::SIZE + 4 * Halves::SIZE / 2;
     float* tile_projected = reinterpret_cast<float*>(shared);
     float* all_kept = tile_projected + 2 * PROJECTED;
     float* mine = all_kept + WARPS * KEPT + warp * PER_WARP;
     float* exchanges = mine + PARAMETERS;
     const Exchange steps{exchanges}, drives{exchanges + Exchange::SIZE}, dscans{exchanges + 2 * Exchange::SIZE};
-    float* factors = exchanges + 3 * Exchange::SIZE;
-    const ColumnFactors column_factors{factors + 4 * lane};  // of the drives, then of dscan
-    scalar_t* halves = reinterpret_cast<scalar_t*>(factors + ColumnFactors::SIZE);
+    const Exchange slopes{exchanges + 3 * Exchange::SIZE}, products_of{exchanges + 4 * Exchange::SIZE};
+    scalar_t* halves = reinterpret_cast<scalar_t*>(exchanges + 5 * Exchange::SIZE);
     float* before = all_kept + warp * KEPT + 4 * lane;  // (HALF, CH, 32 lanes, 4), then shares (HALF, 2, 32, 4)
 
     const int64 sequence = behind * batch + b;  // of (2, batch)
@@ -59,8 +58,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / WARPS) scan_bac
             (behind ? dt_bias_b : dt_bias) + first_channel, (behind ? D_behind : D_ahead) + first_channel, lane);
         load_A(A, (behind ? A_behind : A_ahead) + first_channel * N, g, t);
     }
-    const Places row_of_B = Places::as_row(PADDED, g, t), row_of_C = Places::as_row(PADDED + N, g, t);
-    const Places columns_of_B = Places::as_columns(PADDED, g, t);
     const int along = behind ? -1 : 1;
     const ProjectedCopies copies(projected, along, thread);
     Stream u_part = Halves::part(u, channels, along, lane);
@@ -69,10 +66,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / WARPS) scan_bac
     const Stream to_du(du, channels, along, t, 0), to_ddelta(ddelta, channels, along, t, 0);
     auto fetch = [&](int step) {
         const Walk walk(behind ? step : tiles - 1 - step, length, behind);
-        copies.copy(tile_projected + step % 2 * PROJECTED, walk);
+        copies.copy<false>(tile_projected + step % 2 * PROJECTED, walk);
         if (active) {
-            Halves{halves + step % 2 * Halves::SIZE}.copy(u_part, walk, lane);
-            Halves{halves + (2 + step % 2) * Halves::SIZE}.copy(dscan_part, walk, lane);
+            Halves{halves + step % 2 * Halves::SIZE}.copy<false>(u_part, walk, lane);
+            Halves{halves + (2 + step % 2) * Halves::SIZE}.copy<false>(dscan_part, walk, lane);
         }
     };
     sync_block();  // cleared
@@ -82,9 +79,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / WARPS) scan_bac
         const int tile = behind ? step : tiles - 1 - step;
         const Walk walk(tile, length, behind);
         States h;
-        if (active)
-#pragma unroll
-            for (int j = 0; j < CH; ++j) load_four(h[j], states + (int64(tile) * channels + CH * g + j) * N + 4 * t);
+        if (active) load_states(h, states + (int64(tile) * channels) * N, g, t);
         cp_async_wait<0>();
         sync_block();  // this tile is there; the one before and its shares have been read
         if (step + 1 < tiles) fetch(step + 1);
@@ -92,9 +87,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / WARPS) scan_bac
         const float* rows = tile_projected + step % 2 * PROJECTED;
         if (active) {
             const Halves tile_u{halves + step % 2 * Halves::SIZE}, tile_dscan{halves + (2 + step % 2) * Halves::SIZE};
-            Tokens slope;
+            Tokens drive;
             {
-                Tokens raw, delta, x, drive, dy;
+                Tokens raw, delta, slope, x, dy;
                 project_steps(raw, rows, mine, lane);
                 tile_u.read(x, g, t);
                 tile_dscan.read(dy, g, t);
@@ -105,14 +100,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / WARPS) scan_bac
                 steps.write(delta, g, t);
                 drives.write(drive, g, t);
                 dscans.write(dy, g, t);
-                column_factors.write_all(drive);
+                slopes.write(slope, g, t);
             }
             sync_warp();
             States second[HALF];  // the states before each token of the second half
 #pragma unroll
             for (int late = 0; late < 2; ++late) {
-                unsigned columns[CH][4];
-                column_factors.read(columns, late);
+                const Rows B(rows + HALF * late * PITCH + PADDED, g, t);
 #pragma unroll
                 for (int i = 0; i < HALF; ++i) {
 #pragma unroll
@@ -125,38 +119,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / WARPS) scan_bac
                     Channels step_size;
                     steps.read(step_size, HALF * late + i, g);
                     decay(h, A, step_size);
-                    add_product(h, columns, rows + (HALF * late + i) * PITCH + row_of_B.at[i]);
+                    add_product(h, drive, late, B, i, t);
                 }
             }
             Tokens x, dy, product, exponent;
-            tile_dscan.read(dy, g, t);  // again, here and below: fewer registers
-            clear_rows(dy, walk.rows, t);
-            column_factors.write_all(dy);
 #pragma unroll
             for (int late = 1; late >= 0; --late) {
-                unsigned columns[CH][4];
-                column_factors.read(columns, late);
+                Columns B;
+                const Rows C(rows + HALF * late * PITCH + PADDED + N, g, t);
+                tile_dscan.read(dy, g, t);  // again, here and below: fewer registers
+                clear_rows(dy, walk.rows, t);
                 Sums products;  // of sent and B
                 float exponents[PAIRS][4] = {};  // sums of sent, decayed state and A, two channels in one
 #pragma unroll
                 for (int i = HALF - 1; i >= 0; --i) {  // h: the state after this token
                     sync_warp();  // keeps the compiler from reading ahead into more registers than there are
                     const int token = HALF * late + i;
-                    const float* row = rows + token * PITCH;
                     float* state = before + (token < HALF ? token * STATE : HALF * STATE + i * SHARE);
                     Channels step_size, drive_of, dy_of;
                     float dB[4], dC[4], shares[CH];
-                    add_product(sent, columns, row + row_of_C.at[i]);
-                    products.add(sent, row + columns_of_B.at[i]);
+                    if (i % 2) B.read(rows + (token - 1) * PITCH + PADDED, g, t);
+                    add_product(sent, dy, late, C, i, t);
+                    products.add(sent, B, i, g);
                     drives.read(drive_of, token, g);
                     dscans.read(dy_of, token, g);
 #pragma unroll
                     for (int j = 0; j < CH; ++j) {
 #pragma unroll
                         for (int n = 0; n < 4; ++n) {
-                            dC[n] = j ? dC[n] + dy_of[j] * h[j][n] : dy_of[j] * h[j][n];
-                            dB[n] = j ? dB[n] + drive_of[j] * sent[j][n] : drive_of[j] * sent[j][n];
+                            const float from_h = dy_of[j] * state_of(h, j, n);
+                            const float from_sent = drive_of[j] * state_of(sent, j, n);
+                            dC[n] = j ? dC[n] + from_h : from_h, dB[n] = j ? dB[n] + from_sent : from_sent;
                         }
+                    }
+#pragma unroll
+                    for (int j = 0; j < CH; ++j) {
                         if (late)
 #pragma unroll
                             for (int n = 0; n < 4; ++n) h[j][n] = second[i][j][n];
@@ -168,9 +165,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / WARPS) scan_bac
                     for (int j = 0; j < CH; ++j)
 #pragma unroll
                         for (int n = 0; n < 4; ++n) {
-                            const float w = sent[j][n] * h[j][n];
-                            dA[j][n] += w * step_size[j];
-                            shares[j] = n ? shares[j] + w * A[j][n] : w * A[j][n];
+                            const float w = state_of(sent, j, n) * state_of(h, j, n), share = w * state_of(A, j, n);
+                            state_of(dA, j, n) += w * step_size[j];
+                            shares[j] = n ? shares[j] + share : share;
                         }
                     // the sums of four lanes' shares, of two channels in the places of row g, row g + 8
                     const unsigned one = __float_as_uint(g / 2 == i ? 1.0f : 0.0f);
@@ -183,12 +180,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / WARPS) scan_bac
                     store_four(state, dB);
                     store_four(state + 32 * 4, dC);
                 }
-                products.finish(product, late);
+                products.write(products_of, late, g, t);
 #pragma unroll
                 for (int j = 0; j < CH; ++j) exponent[j][late] = exponents[j / 2][j % 2 * 3];
             }
-            Tokens delta;
+            sync_warp();
+            Tokens delta, slope;
+            products_of.read(product, g, t);
             steps.read(delta, g, t);
+            slopes.read(slope, g, t);
             tile_u.read(x, g, t);
             tile_dscan.read(dy, g, t);
             Channels skip;
@@ -232,8 +232,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / WARPS) scan_bac
 #pragma unroll
         for (int j = 0; j < CH; ++j) {
 #pragma unroll
-            for (int n = 0; n < 4; ++n) dA[j][n] *= CUT3;  // of h and of what is sent
-            *reinterpret_cast<float4*>(dA_sum + (at + j) * N + 4 * t) = in_order(dA[j]);
+            for (int n = 0; n < 4; ++n) state_of(dA, j, n) *= CUT3;  // of h and of what is sent
+            *reinterpret_cast<float4*>(dA_sum + (at + j) * N + 4 * t) = make_float4(
+                state_of(dA, j, 0), state_of(dA, j, 2), state_of(dA, j, 1), state_of(dA, j, 3));
 #pragma unroll
             for (int mask = 1; mask < 4; mask *= 2)
                 dD[j] += shfl_xor(dD[j], mask), dbias[j] += shfl_xor(dbias[j], mask);

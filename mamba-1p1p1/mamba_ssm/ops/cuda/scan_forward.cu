@@ -3,6 +3,10 @@
 
 #include "scan.cuh"
 
+// Whether there are registers for two loops over tiles, one for each half of the way, without branches: what is fetched,
+// read and written of a tile then hides behind its tokens.
+constexpr bool ROOM = STEPS <= 2;
+
 // y = scale silu(z) (scan ahead + scan behind), each scan with its skip D u. With FOR_BACKWARD also, for the gradient
 // dy, those of the scans' sum and of z, the halves of `gradients` (batch, length, 2 channels), and `states`
 // (2, batch, tiles, channels, N): what enters every tile of either scan.
@@ -28,16 +32,14 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
     const int first_channel = (blockIdx.x * WARPS + warp) * WIDTH, own = first_channel + CH * g;
     const bool active = first_channel < channels;  // the last block may have idle warps
 
-    // shared memory, per direction: three tiles of `projected`; per warp parameters, steps, factors, and tiles of u (2),
-    // z, the other scan, dy
+    // shared memory, per direction: three tiles of `projected`; per warp parameters, steps, sums, and tiles of u (2), z,
+    // the other scan, dy
     constexpr int TILES = 4 + FOR_BACKWARD;
-    constexpr int PER_WARP = PARAMETERS + Exchange::SIZE + ColumnFactors::SIZE + TILES * Halves::SIZE / 2;
+    constexpr int PER_WARP = PARAMETERS + 2 * Exchange::SIZE + TILES * Halves::SIZE / 2;
     float* tile_projected = reinterpret_cast<float*>(shared) + behind * (3 * PROJECTED + WARPS * PER_WARP);
     float* mine = tile_projected + 3 * PROJECTED + warp * PER_WARP;
-    const Exchange steps{mine + PARAMETERS};
-    float* factors = steps.memory + Exchange::SIZE;
-    const ColumnFactors drives{factors + 4 * lane};
-    scalar_t* halves = reinterpret_cast<scalar_t*>(factors + ColumnFactors::SIZE);
+    const Exchange steps{mine + PARAMETERS}, results{mine + PARAMETERS + Exchange::SIZE};
+    scalar_t* halves = reinterpret_cast<scalar_t*>(mine + PARAMETERS + 2 * Exchange::SIZE);
     const Halves tile_z{halves + 2 * Halves::SIZE}, tile_other{halves + 3 * Halves::SIZE};
     const Halves tile_dy{halves + 4 * Halves::SIZE};
 
@@ -53,7 +55,6 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
     }
     States A, h = {};
     clear(tile_projected, 3 * PROJECTED * 4, thread, THREADS);
-    clear(factors, ColumnFactors::SIZE * 4, lane, 32);
     clear(halves, 2 * Halves::SIZE * 2, lane, 32);
     if (active) {
         stage_parameters(
@@ -61,19 +62,21 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
             (behind ? dt_bias_b : dt_bias) + first_channel, (behind ? D_behind : D_ahead) + first_channel, lane);
         load_A(A, (behind ? A_behind : A_ahead) + first_channel * N, g, t);
     }
-    const Places of_B = Places::as_row(PADDED, g, t), of_C = Places::as_columns(PADDED + N, g, t);
     const int along = behind ? -1 : 1;
     const ProjectedCopies copies(projected, along, thread);
-    Stream u_part = Halves::part(u, channels, along, lane), z_part = Halves::part(z, xz_stride_l, along, lane);
-    Stream y_part = Halves::part(y + first_channel, channels, along, lane), to_y(y + own, channels, along, t, 0);
-    Stream dy_part, to_gradients;
-    if (FOR_BACKWARD) {
-        dy_part = Halves::part(dy, channels, along, lane);
-        to_gradients = Stream(gradients, 2 * channels, along, t, 0);
-    }
+    Stream u_part = Halves::part(u, channels, along, lane);
+    const Stream to_y(y + own, channels, along, t, 0);
+    Stream z_part, y_part, dy_part, to_gradients;  // of the second half of the way
+    auto find_others = [&] {
+        z_part = Halves::part(z, xz_stride_l, along, lane);
+        y_part = Halves::part(y + first_channel, channels, along, lane);
+        if (FOR_BACKWARD) {
+            dy_part = Halves::part(dy, channels, along, lane);
+            to_gradients = Stream(gradients, 2 * channels, along, t, 0);
+        }
+        if (ROOM) hold(z_part.base), hold(y_part.base);
+    };
     hold(u_part.base);
-    if (!FOR_BACKWARD || STEPS < 6) hold(y_part.base);  // elsewhere no register is left for it
-    if (FOR_BACKWARD && STEPS < 6) hold(dy_part.base);
 
     const int left = behind ? tiles / 2 : (tiles + 1) / 2;  // tiles of the first half of the way
     auto tile_of = [&](int step) { return behind ? tiles - 1 - step : step; };
@@ -87,104 +90,130 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
     auto fetch = [&](int step, float* target) {
         if (step < tiles) {
             const Walk walk(tile_of(step), length, behind);
-            copies.copy(target, walk);
-            if (active) Halves{halves + step % 2 * Halves::SIZE}.copy(u_part, walk, lane);
+            copies.copy<ROOM>(target, walk);
+            if (active) Halves{halves + step % 2 * Halves::SIZE}.copy<ROOM>(u_part, walk, lane);
         }
         cp_async_commit();
     };
     float *rows = tile_projected, *next_rows = rows + PROJECTED, *later_rows = next_rows + PROJECTED;
+    auto rotate = [&] {
+        float* free_rows = rows;
+        rows = next_rows, next_rows = later_rows, later_rows = free_rows;
+    };
+    sync_direction();  // cleared
+    fetch(0, rows);
+    fetch(1, next_rows);
+    if (!active) {  // helps to copy `projected`, and meets the others at every barrier
+        cp_async_wait<1>();
+        sync_direction();
+        for (int step = 0; step < tiles; ++step) {
+            if (step == left) sync_block();
+            cp_async_wait<0>();
+            sync_direction();
+            fetch(step + 2, later_rows);
+            rotate();
+        }
+        if (left == tiles) sync_block();
+        return;
+    }
     unsigned packed_x[2][PAIRS];
+    Tokens drive;
     auto write_next = [&](Tokens& delta, int step) {
-        Tokens drive;
         Halves{halves + step % 2 * Halves::SIZE}.read(packed_x, g, t);
         Halves::unpack(drive, packed_x);
         clear_rows(delta, length - tile_of(step) * TILE, t);
         for_tokens([&](int j, int late) { drive[j][late] *= delta[j][late]; });
         steps.write(delta, g, t);
-        drives.write(drive);
     };
-    sync_direction();  // cleared
-    fetch(0, rows);
-    fetch(1, next_rows);
     cp_async_wait<1>();
     sync_direction();
-    if (active) {
+    {
         Tokens delta;
         project_steps(delta, rows, mine, lane);
         for_tokens([&](int j, int late) { delta[j][late] = softplus(delta[j][late]); });
         write_next(delta, 0);
     }
-    for (int step = 0; step < tiles; ++step) {
+    auto walk_tile = [&](int step, auto finish) {
         const int tile = tile_of(step);
         const Walk walk(tile, length, behind);
-        const bool finish = step >= left;
         cp_async_wait<0>();
-        // the next tile is there, and the one before has been read; half way, what the other scan has left is seen
-        if (step == left) sync_block();
-        else sync_direction();
-        if (finish && active) {
-            tile_z.copy(z_part, walk, lane);
-            tile_other.copy(y_part, walk, lane);
-            if (FOR_BACKWARD) tile_dy.copy(dy_part, walk, lane);
+        sync_direction();  // the next tile is there, and the one before has been read
+        if (finish) {
+            tile_z.copy<ROOM>(z_part, walk, lane);
+            tile_other.copy<ROOM>(y_part, walk, lane);
+            if (FOR_BACKWARD) tile_dy.copy<ROOM>(dy_part, walk, lane);
+            cp_async_commit();
         }
+        const Walk later(tile_of(step + 2), step + 2 < tiles ? length : 0, behind);
+        copies.copy<ROOM>(later_rows, later);
+        Halves{halves + step % 2 * Halves::SIZE}.copy<ROOM>(u_part, later, lane);
         cp_async_commit();
-        fetch(step + 2, later_rows);
-        if (active) {
-            if (FOR_BACKWARD) save_states(states + int64(tile) * channels * N, h, g, t);
-            Tokens delta, result, x;
-            project_steps(delta, next_rows, mine, lane);
+        if (FOR_BACKWARD) save_states(states + int64(tile) * channels * N, h, g, t);
+        Tokens delta, result, x;
+        project_steps(delta, next_rows, mine, lane);
 #pragma unroll
-            for (int late = 0; late < 2; ++late) {
-                unsigned columns[CH][4];
-                drives.read(columns, late);
-                Sums sums;
+        for (int late = 0; late < 2; ++late) {
+            const Rows B(rows + HALF * late * PITCH + PADDED, g, t);
+            Columns C;
+            Sums sums;
 #pragma unroll
-                for (int i = 0; i < HALF; ++i) {
-                    const int token = HALF * late + i;
-                    const float* row = rows + token * PITCH;
-                    Channels step_size;
-                    steps.read(step_size, token, g);
-                    decay(h, A, step_size);
-                    add_product(h, columns, row + of_B.at[i]);
-                    sums.add(h, row + of_C.at[i]);
-                    if (i < CH) delta[i][late] = softplus(delta[i][late]);
-                }
-                sums.finish(result, late);
+            for (int i = 0; i < HALF; ++i) {
+                if (i % 2 == 0) C.read(rows + (HALF * late + i) * PITCH + PADDED + N, g, t);
+                Channels step_size;
+                steps.read(step_size, HALF * late + i, g);
+                decay(h, A, step_size);
+                add_product(h, drive, late, B, i, t);
+                sums.add(h, C, i, g);
+                if (i < CH) delta[i][late] = softplus(delta[i][late]);
             }
-            Halves::unpack(x, packed_x);
-            sync_warp();
-            write_next(delta, step + 1);
-            Channels skip;
-            load_channels(skip, mine + WEIGHTS + WIDTH + CH * g);
-            for_tokens([&](int j, int late) { x[j][late] *= skip[j]; });
-            if (finish) {
-                cp_async_wait<1>();
-                sync_warp();
-                Tokens other, gate, incoming, slope;
-                tile_other.read(other, g, t);
-                tile_z.read(gate, g, t);
-                if (FOR_BACKWARD) tile_dy.read(incoming, g, t);
-                for_tokens([&](int j, int late) {
-                    const float v = gate[j][late], s = sigmoid(v), scaled = scale * v * s;
-                    const float total = CUT4 * result[j][late] + (x[j][late] + other[j][late]);
-                    result[j][late] = scaled * total;
-                    if (FOR_BACKWARD) {
-                        const float dy_i = incoming[j][late];
-                        slope[j][late] = scale * dy_i * total * s * (1.0f + v * (1.0f - s));
-                        incoming[j][late] = scaled * dy_i;
-                    }
-                });
-                if (FOR_BACKWARD) {
-                    store_tokens(to_gradients, incoming, walk, t);
-                    store_tokens(to_gradients, slope, walk, t, channels);
-                }
-            } else {
-                for_tokens([&](int j, int late) { result[j][late] = CUT4 * result[j][late] + x[j][late]; });
-            }
-            store_tokens(to_y, result, walk, t);
+            sums.write(results, late, g, t);
         }
-        float* free_rows = rows;
-        rows = next_rows, next_rows = later_rows, later_rows = free_rows;
+        Halves::unpack(x, packed_x);
+        sync_warp();
+        results.read(result, g, t);
+        write_next(delta, step + 1);
+        Channels skip;
+        load_channels(skip, mine + WEIGHTS + WIDTH + CH * g);
+        for_tokens([&](int j, int late) { x[j][late] *= skip[j]; });
+        if (finish) {
+            cp_async_wait<1>();
+            sync_warp();
+            Tokens other, gate, incoming, slope;
+            tile_other.read(other, g, t);
+            tile_z.read(gate, g, t);
+            if (FOR_BACKWARD) tile_dy.read(incoming, g, t);
+            for_tokens([&](int j, int late) {
+                const float v = gate[j][late], s = sigmoid(v), scaled = scale * v * s;
+                const float total = CUT4 * result[j][late] + (x[j][late] + other[j][late]);
+                result[j][late] = scaled * total;
+                if (FOR_BACKWARD) {
+                    const float dy_i = incoming[j][late];
+                    slope[j][late] = scale * dy_i * total * s * (1.0f + v * (1.0f - s));
+                    incoming[j][late] = scaled * dy_i;
+                }
+            });
+            if (FOR_BACKWARD) {
+                store_tokens(to_gradients, incoming, walk, t);
+                store_tokens(to_gradients, slope, walk, t, channels);
+            }
+        } else {
+            for_tokens([&](int j, int late) { result[j][late] = CUT4 * result[j][late] + x[j][late]; });
+        }
+        store_tokens(to_y, result, walk, t);
+        rotate();
+    };
+    if (ROOM) {
+        int step = 0;
+        for (; step < left; ++step) walk_tile(step, Constant<false>());
+        sync_block();  // what the other scan has left is seen
+        find_others();
+        for (; step < tiles; ++step) walk_tile(step, Constant<true>());
+    } else {
+        find_others();
+        for (int step = 0; step < tiles; ++step) {
+            if (step == left) sync_block();
+            walk_tile(step, step >= left);
+        }
+        if (left == tiles) sync_block();
     }
-    if (left == tiles) sync_block();  // a sequence of one tile: what walks ahead leaves it to the others
 }
