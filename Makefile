@@ -68,8 +68,8 @@ test: $(VENV)/.installed-dev ## all tests that need no GPU
 test-fast: $(VENV)/.installed-dev ## the tests of the edit loop: no slow ones
 	$(TEST) -m "not gpu and not slow"
 
-test-gpu: $(VENV)/.installed-dev ## the tests that need a GPU
-	$(BIN)/python -m pytest -m gpu
+test-gpu: $(VENV)/.installed-dev ## the tests that need a GPU (most of it is compiling: JOBS=16 on 16 processors)
+	$(TEST) -m gpu
 
 test-slurm: $(VENV)/.installed-dev ## a run that SLURM stops and requeues; installs Debian's SLURM, as root
 	PYTHON=$(abspath $(BIN)/python) tests/slurm/run.sh

@@ -154,6 +154,21 @@ def test_arguments_that_begin_anywhere(serving):
     assert torch.equal(dxz, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [8, 12])
+def test_weights_in_16_bits(rank, dtype):
+    """All in one launch, as torch rounds them; of the padding's rows any number will do."""
+    _, ahead, behind, _ = arguments(case(rank=rank, channels=64, dtype=dtype))
+    others = torch.randn(128, 36, device=DEVICE).T, torch.randn(32, 64, device=DEVICE).double()  # one is strided
+    parameters = kernels._parameters(ahead, behind)
+    x_proj, *converted = kernels._weights(parameters, dtype, *others)
+    padded = kernels._padded(rank)
+    for both, weight in zip(x_proj, parameters[2]):
+        assert both.shape[0] == padded + 32
+        assert torch.equal(torch.cat([both[:rank], both[padded:]]), weight.to(dtype))
+    assert all(torch.equal(new, old.to(dtype)) for new, old in zip(converted, others))
+
+
 def test_what_is_served(monkeypatch):
     monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(132))
     sizes = {"batch": 128, "length": 197, "channels": 384, "d_state": 16, "rank": 12, "d_conv": 4}

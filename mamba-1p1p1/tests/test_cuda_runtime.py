@@ -301,9 +301,7 @@ def test_launches_that_a_gpu_refuses(probe, grid, block, shared, message):
         probe("barriers")(grid, block, shared, torch.zeros(128), torch.zeros(128), 0)
 
 
-@pytest.mark.slow
-@emulates
-def test_address_sanitizer_finds_what_is_out_of_bounds(cache):
+def run_under_address_sanitizer(program: str, cache, *arguments: str) -> subprocess.CompletedProcess:
     """In a process of its own, which must begin with the sanitizer's library."""
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
@@ -311,21 +309,44 @@ def test_address_sanitizer_finds_what_is_out_of_bounds(cache):
     ]
     if not all(Path(library).is_absolute() for library in libraries):
         pytest.skip("g++ has no address sanitizer")
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "MAMBA_SSM_CACHE": str(cache),
+        "MAMBA_SSM_CUDA_EMULATION": str(EMULATION), "MAMBA_SSM_CUDA_EMULATION_FLAGS": "-g -fsanitize=address",
+    }  # fmt: skip
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+@emulates
+def test_address_sanitizer_finds_what_is_out_of_bounds(cache):
     program = (
         "import sys, torch; from mamba_ssm.ops.cuda import runtime\n"
         f"kernel = runtime.load({str(PROBE)!r}, 'barriers')\n"
         "for size in map(int, sys.argv[1:]):\n"
         "    kernel((1, 1, 1), 128, 512, torch.zeros(128), torch.zeros(size), 0); print(size, flush=True)\n"
     )
-    environment = os.environ | {
-        "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "MAMBA_SSM_CACHE": str(cache),
-        "MAMBA_SSM_CUDA_EMULATION": str(EMULATION), "MAMBA_SSM_CUDA_EMULATION_FLAGS": "-g -fsanitize=address",
-    }  # fmt: skip
-    run = subprocess.run(
-        [sys.executable, "-c", program, "128", "127"], env=environment, capture_output=True, text=True, timeout=300
-    )
+    run = run_under_address_sanitizer(program, cache, "128", "127")
     assert run.stdout.split() == ["128"], run.stderr
     assert "heap-buffer-overflow" in run.stderr and re.search(r"in barriers .*cuda_probe\.cu:\d+", run.stderr)
+
+
+@pytest.mark.slow
+@emulates
+def test_short_sequences_stay_in_bounds(cache):
+    """Copies that nothing waits for as well: those of the first sequence would begin before the tensor."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import test_cuda_kernels as mixer; from mamba_ssm.ops.cuda import bimamba as kernels\n"
+        "for warps in (8, 100):\n"
+        "    kernels._device = lambda: kernels.Device(2 / warps)\n"
+        "    for length in (1, 5, 9, 17):\n"
+        "        xz, ahead, behind, dy = mixer.arguments(mixer.case(length=length))\n"
+        "        kernels.bimamba_forward(xz, ahead, behind, 0.5, True)\n"
+        "        kernels.bimamba_backward(dy, xz, ahead, behind, 0.5, None); print(length, flush=True)\n"
+    )
+    run = run_under_address_sanitizer(program, cache)
+    assert run.stdout.split() == 2 * ["1", "5", "9", "17"], run.stderr[:3000]
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """The bidirectional mixer in CUDA C++ for NVIDIA GPUs (Vision Mamba, arXiv 2401.09417, algorithm 1).
 
-Forward is three launches: both convolutions (conv.cu), both x projections (one batched matrix product), and both
-scans with gate and sum (scan_forward.cu). Backward keeps nothing of forward: it runs it again, this time writing the
-states at every eighth token and the gradients of the gate, and walks back (scan_backward.cu). Activations are 16 bits
-wide, states, time steps and sums float32. No atomics: the same bits on every run.
+Forward is four launches: weights in 16 bits (narrow.cu), both convolutions (conv.cu), both x projections (one
+batched matrix product), and both scans with gate and sum (scan_forward.cu). Backward keeps nothing of forward: it
+runs it again, this time writing the states at every eighth token and the gradients of the gate, and walks back
+(scan_backward.cu). Activations are 16 bits wide, states, time steps and sums float32. No atomics: the same bits on
+every run.
 """
 
 from collections.abc import Callable
@@ -96,18 +97,21 @@ class Shapes(NamedTuple):
     """The scans' kernels' cuts."""
 
     forward: Shape
-    again: Shape  # forward, run for backward
+    again: Shape  # forward, run for backward: of as many channels a thread, for states lie as threads hold them
     backward: Shape
 
 
 def _shapes(batch: int, channels: int, rank: int) -> Shapes:
     """The fastest cuts that spill no register, by how many warps of four channels a thread there are for a
-    multiprocessor. Few: twice as many of two channels hide more latency. Measured: docs/LOG.md, 2026-11-27.
+    multiprocessor. Few: twice as many of two channels hide more latency. Measured for ranks 12 and 24 (docs/LOG.md,
+    2026-11-27); for others chosen by their machine code.
     """
     warps = 2 * batch * channels / WARP_CHANNELS / _device().multiprocessors
     if warps <= 8:
         return Shapes(Shape(2, 2, 16), Shape(2, 2, 16), Shape(2, 2, 12 if rank <= 16 else 8))
-    return Shapes(Shape(4, 4, 16) if rank <= 32 else Shape(2, 2, 16), Shape(4, 2, 12), Shape(4, 2, 8))
+    if rank <= 32:
+        return Shapes(Shape(4, 4, 16), Shape(4, 2, 12), Shape(4, 2, 8))
+    return Shapes(Shape(2, 2, 16), Shape(4, 2, 8), Shape(4, 2, 8))
 
 
 def _serves(like: Tensor, channels: int, parameters) -> bool:

@@ -80,8 +80,8 @@ struct Walk {
     __device__ __forceinline__ int token(int row) const { return first + along * row; }
 };
 
-// A tile of `projected`. Rows are an odd number of eights apart: what a half of a warp reads of four rows, eight columns of
-// each, lies in all banks.
+// A tile of `projected`. Rows are an odd number of eights apart: what a half of a warp reads of four adjacent rows, eight
+// columns of each, lies in all banks.
 constexpr int PITCH = COLUMNS % 16 ? COLUMNS : COLUMNS + 8, PROJECTED = TILE * PITCH;
 
 // What a thread reads or writes of an array (length, stride): some bytes of one row of each tile.
@@ -343,8 +343,8 @@ struct Rows {
     }
 };
 
-// As columns, four a token, those of two tokens: for the rows t of a pair's first channel those of even and of odd states,
-// then the same for the rows t + 4 of its second.
+// As columns, four a token, those of two tokens: for the rows t of a pair's first channel those of the matrix's even and of
+// its odd columns, then the same for the rows t + 4 of its second.
 struct Columns {
     unsigned own[2];  // [second], of the token whose column is g
 

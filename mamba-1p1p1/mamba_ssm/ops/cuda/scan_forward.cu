@@ -5,7 +5,7 @@
 
 // Whether there are registers for two loops over tiles, one for each half of the way, without branches: what is fetched,
 // read and written of a tile then hides behind its tokens.
-constexpr bool ROOM = STEPS <= 2;
+constexpr bool ROOM = STEPS <= 3;
 
 // y = scale silu(z) (scan ahead + scan behind), each scan with its skip D u. With FOR_BACKWARD also, for the gradient
 // dy, those of the scans' sum and of z, the halves of `gradients` (batch, length, 2 channels), and `states`
@@ -85,8 +85,8 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
         else if (behind) sync_named<2, THREADS>();
         else sync_named<1, THREADS>();
     };
-    // A tile's time steps and drives are made while the one before it is walked, from what was fetched during the one
-    // before that.
+    // A tile's time steps (of two channels its drives, too) are made while the one before it is walked, from what was
+    // fetched during the one before that.
     auto fetch = [&](int step, float* target) {
         if (step < tiles) {
             const Walk walk(tile_of(step), length, behind);
@@ -117,12 +117,12 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
         return;
     }
     unsigned packed_x[2][PAIRS];
-    Tokens drive;
+    Tokens drive;  // of four channels made when it is used: registers are few
     auto write_next = [&](Tokens& delta, int step) {
         Halves{halves + step % 2 * Halves::SIZE}.read(packed_x, g, t);
-        Halves::unpack(drive, packed_x);
+        if (CH == 2) Halves::unpack(drive, packed_x);
         clear_rows(delta, length - tile_of(step) * TILE, t);
-        for_tokens([&](int j, int late) { drive[j][late] *= delta[j][late]; });
+        if (CH == 2) for_tokens([&](int j, int late) { drive[j][late] *= delta[j][late]; });
         steps.write(delta, g, t);
     };
     cp_async_wait<1>();
@@ -144,18 +144,25 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
             if (FOR_BACKWARD) tile_dy.copy<ROOM>(dy_part, walk, lane);
             cp_async_commit();
         }
-        const Walk later(tile_of(step + 2), step + 2 < tiles ? length : 0, behind);
+        const Walk later(step + 2 < tiles ? tile_of(step + 2) : tiles, length, behind);  // no rows behind the last
         copies.copy<ROOM>(later_rows, later);
         Halves{halves + step % 2 * Halves::SIZE}.copy<ROOM>(u_part, later, lane);
         cp_async_commit();
         if (FOR_BACKWARD) save_states(states + int64(tile) * channels * N, h, g, t);
         Tokens delta, result, x;
         project_steps(delta, next_rows, mine, lane);
+        if (CH == 4) Halves::unpack(drive, packed_x);
 #pragma unroll
         for (int late = 0; late < 2; ++late) {
             const Rows B(rows + HALF * late * PITCH + PADDED, g, t);
             Columns C;
             Sums sums;
+            if (CH == 4) {
+                Channels step_size;
+                steps.read(step_size, t + HALF * late, g);
+#pragma unroll
+                for (int j = 0; j < CH; ++j) drive[j][late] *= step_size[j];
+            }
 #pragma unroll
             for (int i = 0; i < HALF; ++i) {
                 if (i % 2 == 0) C.read(rows + (HALF * late + i) * PITCH + PADDED + N, g, t);
