@@ -338,15 +338,14 @@ def test_short_sequences_stay_in_bounds(cache):
     program = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import test_cuda_kernels as mixer; from mamba_ssm.ops.cuda import bimamba as kernels\n"
-        "for warps in (8, 100):\n"
-        "    kernels._device = lambda: kernels.Device(2 / warps)\n"
-        "    for length in (1, 5, 9, 17):\n"
-        "        xz, ahead, behind, dy = mixer.arguments(mixer.case(length=length))\n"
-        "        kernels.bimamba_forward(xz, ahead, behind, 0.5, True)\n"
-        "        kernels.bimamba_backward(dy, xz, ahead, behind, 0.5, None); print(length, flush=True)\n"
+        "kernels._device = lambda: kernels.Device(1 / 100)\n"
+        "for length in (1, 5, 9, 17):\n"
+        "    xz, ahead, behind, dy = mixer.arguments(mixer.case(length=length))\n"
+        "    kernels.bimamba_forward(xz, ahead, behind, 0.5, True)\n"
+        "    kernels.bimamba_backward(dy, xz, ahead, behind, 0.5, None); print(length, flush=True)\n"
     )
     run = run_under_address_sanitizer(program, cache)
-    assert run.stdout.split() == 2 * ["1", "5", "9", "17"], run.stderr[:3000]
+    assert run.stdout.split() == ["1", "5", "9", "17"], run.stderr[:3000]
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------
