@@ -104,7 +104,7 @@ def main() -> None:
 
     harness.require_green_tests(device)
     dtype, _ = PRECISIONS[settings.precision]
-    # What the goals are made of comes first: a GPU may be lent for minutes.
+    # What the goals are made of comes first: a run may be cut short.
     plan = device.type, "quick" if args.quick else "full"
     vim_vs_deit.run(PLANS[plan], settings, out)
     failed = gpu_only(out, args.quick, args.launch) if device.type == "cuda" else []
