@@ -25,9 +25,9 @@ pytestmark = [
     pytest.mark.usefixtures("emulated_cuda") if EMULATED else pytest.mark.gpu,
 ]
 NAMES = bimamba.DirectionParameters._fields
-# max|x - r| / max|r| of activations and their gradients, and of parameters' gradients. float16's largest error is
-# 1.2e-3 of two hundred tokens, 1.4e-3 of a thousand.
-LIMITS = {torch.float16: (1.5e-3, 5e-3), torch.bfloat16: (8e-3, 2.5e-2)}
+# max|x - r| / max|r| of activations and their gradients, and of parameters' gradients
+LIMITS = {torch.float16: (1.25e-3, 5e-3), torch.bfloat16: (8e-3, 2.5e-2)}
+LONG, LONG_LIMITS = 500, (1.5e-3, 5e-3)  # of more tokens, more to be the largest float16 error of: 1.4e-3 of a thousand
 
 
 def case(batch=1, length=11, channels=32, rank=12, width=4, bias=True, dtype=torch.float16):
@@ -102,7 +102,8 @@ def test_mixer(name, few, monkeypatch):
     monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(warps / (8 if few else 100)))
     assert kernels._shapes(case["batch"], case["channels"], case["rank"]).backward.channels == (2 if few else 4)
     xz, ahead, behind, dy = arguments(case)
-    activations, parameters = LIMITS[case["dtype"]]
+    long = case["length"] > LONG and case["dtype"] == torch.float16
+    activations, parameters = LONG_LIMITS if long else LIMITS[case["dtype"]]
     y, saved = kernels.bimamba_forward(xz, ahead, behind, 0.5, True)
     assert saved.numel() == 0
     wide = xz.cpu().double(), in_float64(ahead), in_float64(behind)

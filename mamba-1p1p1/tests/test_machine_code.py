@@ -54,12 +54,9 @@ def test_instructions_per_state_update(results):
 
 
 def test_instructions_per_state_update_in_cuda(results):
-    """Everything that a tile of tokens takes: staging, gate and sums too. The target of backward is 20.
-
-    Forward at the rank of Vim-B has registers for two channels a thread instead of four, which share less.
-    """
+    """Everything that a tile of tokens takes: staging, gate and sums too. The target of backward is 20."""
     for size, kernels in results["sm_90"].items():
-        assert kernels["cuda.scan_forward"]["per_state_update"]["all"] <= (10 if size == "base" else 7.7)
+        assert kernels["cuda.scan_forward"]["per_state_update"]["all"] <= (8.5 if size == "base" else 7.7)
         assert kernels["cuda.scan_backward"]["per_state_update"]["all"] <= 20
 
 

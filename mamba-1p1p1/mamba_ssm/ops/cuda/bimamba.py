@@ -104,14 +104,12 @@ class Shapes(NamedTuple):
 def _shapes(batch: int, channels: int, rank: int) -> Shapes:
     """The fastest cuts that spill no register, by how many warps of four channels a thread there are for a
     multiprocessor. Few: twice as many of two channels hide more latency. Measured for ranks 12 and 24 (docs/LOG.md,
-    2026-11-27); for others chosen by their machine code.
+    2026-11-27); for larger ones, which have fewer registers to spare, chosen by their machine code.
     """
     warps = 2 * batch * channels / WARP_CHANNELS / _device().multiprocessors
     if warps <= 8:
         return Shapes(Shape(2, 2, 16), Shape(2, 2, 16), Shape(2, 2, 12 if rank <= 16 else 8))
-    if rank <= 32:
-        return Shapes(Shape(4, 4, 16), Shape(4, 2, 12), Shape(4, 2, 8))
-    return Shapes(Shape(2, 2, 16), Shape(4, 2, 8), Shape(4, 2, 8))
+    return Shapes(Shape(4, 4, 16) if rank <= 24 else Shape(4, 2, 12), Shape(4, 2, 12), Shape(4, 2, 8))
 
 
 def _serves(like: Tensor, channels: int, parameters) -> bool:
@@ -171,12 +169,14 @@ def _weights(parameters, dtype: torch.dtype, *others: Tensor) -> tuple[Tensor, .
     for both, weight in zip(x_proj, pair):
         targets += both.split([rank, padding, rows - rank]) if padding else [both]
         sources += [weight[:rank], weight[:padding], weight[rank:]] if padding else [weight]
-    converted = [weight.to(dtype) if weight.dtype != torch.float32 else None for weight in others]
-    for i, weight in enumerate(others):
-        if converted[i] is None:
-            converted[i] = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-            targets.append(converted[i])
+    converted = []
+    for weight in others:
+        if weight.dtype == torch.float32:
+            converted.append(torch.empty(weight.shape, dtype=dtype, device=weight.device))
+            targets.append(converted[-1])
             sources.append(_contiguous(weight))
+        else:
+            converted.append(weight.to(dtype))
     _narrow(targets, sources)
     return x_proj, *converted
 

@@ -88,11 +88,9 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
     // A tile's time steps (of two channels its drives, too) are made while the one before it is walked, from what was
     // fetched during the one before that.
     auto fetch = [&](int step, float* target) {
-        if (step < tiles) {
-            const Walk walk(tile_of(step), length, behind);
-            copies.copy<ROOM>(target, walk);
-            if (active) Halves{halves + step % 2 * Halves::SIZE}.copy<ROOM>(u_part, walk, lane);
-        }
+        const Walk walk(step < tiles ? tile_of(step) : tiles, length, behind);  // no rows behind the last
+        copies.copy<ROOM>(target, walk);
+        if (active) Halves{halves + step % 2 * Halves::SIZE}.copy<ROOM>(u_part, walk, lane);
         cp_async_commit();
     };
     float *rows = tile_projected, *next_rows = rows + PROJECTED, *later_rows = next_rows + PROJECTED;
@@ -144,20 +142,22 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
             if (FOR_BACKWARD) tile_dy.copy<ROOM>(dy_part, walk, lane);
             cp_async_commit();
         }
-        const Walk later(step + 2 < tiles ? tile_of(step + 2) : tiles, length, behind);  // no rows behind the last
-        copies.copy<ROOM>(later_rows, later);
-        Halves{halves + step % 2 * Halves::SIZE}.copy<ROOM>(u_part, later, lane);
-        cp_async_commit();
+        fetch(step + 2, later_rows);
         if (FOR_BACKWARD) save_states(states + int64(tile) * channels * N, h, g, t);
         Tokens delta, result, x;
         project_steps(delta, next_rows, mine, lane);
         if (CH == 4) Halves::unpack(drive, packed_x);
+        if (CH == 4 && !ROOM) {
+            Tokens own;
+            steps.read(own, g, t);
+            for_tokens([&](int j, int late) { drive[j][late] *= own[j][late]; });
+        }
 #pragma unroll
         for (int late = 0; late < 2; ++late) {
             const Rows B(rows + HALF * late * PITCH + PADDED, g, t);
             Columns C;
             Sums sums;
-            if (CH == 4) {
+            if (CH == 4 && ROOM) {  // a half at a time: for the assembler the one is better here, the other there
                 Channels step_size;
                 steps.read(step_size, t + HALF * late, g);
 #pragma unroll
