@@ -341,6 +341,38 @@ def test_disjoint_patches_are_those_of_the_strided_convolution(size, patch):
         assert torch.allclose(grad, expected, rtol=0, atol=1e-12 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "size, patch", [((32, 32), (16, 16)), ((33, 40), (8, 8)), ((16, 24), (4, 4)), ((9, 10), (2, 2))]
+)
+def test_patches_gathered_by_16_bytes_have_the_same_pixels(size, patch, dtype):
+    x = torch.randn(3, 3, *size).to(dtype)
+    behind_an_element = torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
+    for images in (x, x.transpose(2, 3).contiguous().transpose(2, 3), behind_an_element):
+        right = models_mamba.gather_patches(images, patch)
+        assert torch.equal(models_mamba.gather_patches_by_16_bytes(images, patch), right)
+
+
+@pytest.mark.parametrize("cls_token", models_mamba.CLS_TOKENS)
+def test_tokens_written_once_are_those_of_the_plain_sum(cls_token):
+    torch.manual_seed(0)
+    patches = torch.randn(3, 9, 8).transpose(0, 1).contiguous().transpose(0, 1)
+    cls_tokens = torch.randn(1, len(models_mamba.CLS_TOKENS[cls_token]), 8).expand(3, -1, -1)
+    pos_embed = torch.randn(1, 9 + cls_tokens.shape[1], 8, dtype=torch.float64)
+    right = models_mamba.insert_cls_tokens(patches, cls_tokens, cls_token) + pos_embed
+    assert torch.equal(models_mamba.sum_tokens(patches, cls_tokens, pos_embed, cls_token), right)
+    assert models_mamba._is_plain(patches)
+    torch.func.vmap(lambda row: pytest.fail("is plain") if models_mamba._is_plain(row) else row)(patches)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tokens_are_the_same_with_a_gradient_and_without(device):
+    model, images = fill(VisionMamba(**NANO)).to(device), torch.randn(2, 3, 32, 32, device=device)
+    with torch.no_grad():
+        tokens = model._embed(images)
+    assert torch.equal(tokens, model._embed(images)) and torch.equal(tokens, model._embed(images.requires_grad_()))
+
+
 def test_dynamic_image_size_equals_a_model_built_for_it():
     torch.manual_seed(0)
     dynamic = VisionMamba(**NANO | {"dynamic_img_size": True}).eval()

@@ -133,18 +133,55 @@ def resample_pos_embed(
     return insert_cls_tokens(grid, cls, cls_token)
 
 
+def sum_tokens(patches: Tensor, cls_tokens: Tensor, pos_embed: Tensor, cls_token: str) -> Tensor:
+    """insert_cls_tokens(patches, cls_tokens, cls_token) + pos_embed, each token written once. Without a gradient."""
+    positions = cls_token_positions(cls_token, patches.shape[1])
+    shape = (len(patches), *pos_embed.shape[1:])
+    out = patches.new_empty(shape, dtype=torch.result_type(patches, pos_embed))  # (B, L, E)
+    done = 0
+    for before, after in pairwise((-1, *positions, out.shape[1])):
+        places, count = slice(before + 1, after), after - before - 1
+        torch.add(patches[:, done : done + count], pos_embed[:, places], out=out[:, places])
+        done += count
+    for i, position in enumerate(positions):
+        torch.add(cls_tokens[:, i], pos_embed[:, position], out=out[:, position])
+    return out
+
+
+def gather_patches(x: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Pixels (B, C, height, width) by patch, what is left of the sides cut off: (B, H, W, C * patch)."""
+    height, width = (side // size for side, size in zip(x.shape[2:], patch))
+    x = x[:, :, : height * patch[0], : width * patch[1]]
+    x = x.unflatten(3, (width, patch[1])).unflatten(2, (height, patch[0]))  # (B, C, H, ., W, .)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3)
+
+
+def gather_patches_by_16_bytes(x: Tensor, patch: tuple[int, int]) -> Tensor:
+    """The same of whole rows of pixels in groups of 16 bytes, where they can be read so. Without a gradient.
+
+    A GPU spends its time on the places of the pixels: 566 us on an H200 for 32 images of 1248 px, moved in 280.
+    """
+    group = 16 // x.element_size()
+    if not x.is_contiguous() or x.data_ptr() % 16 or x.shape[3] % group or patch[1] % group:
+        return gather_patches(x, patch)
+    return gather_patches(x.view(torch.complex128), (patch[0], patch[1] // group)).view(x.dtype)
+
+
 def embed_disjoint_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.conv2d with a stride of the patch size, as a product of pixels gathered by patch: (B, E, H, W) channels-last.
 
     x (B, C, height, width), its sides cut to whole patches; weight (E, C, patch height, patch width). For a GPU,
     where cuDNN would convert the image to channels-last: 0.29 of the 0.57 ms that 128 images of 224 px took on an H200.
     """
-    patch = weight.shape[2:]
-    height, width = (side // size for side, size in zip(x.shape[2:], patch))
-    x = x[:, :, : height * patch[0], : width * patch[1]]
-    x = x.unflatten(3, (width, patch[1])).unflatten(2, (height, patch[0]))  # (B, C, H, ., W, .)
-    pixels = x.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, H, W, C * patch)
+    gather = gather_patches_by_16_bytes if _is_plain(x) and not x.requires_grad else gather_patches
+    pixels = gather(x, tuple(weight.shape[2:]))
     return F.conv2d(pixels.permute(0, 3, 1, 2), weight.flatten(1)[:, :, None, None], bias)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether x has memory to be written into: it is not traced, and no `torch.func` is at work."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.get_interpreter_stack()
+    return type(x) is Tensor and not traced
 
 
 class PatchEmbed(nn.Module):
@@ -433,15 +470,16 @@ class VisionMamba(nn.Module):
             raise ValueError(f"the model takes images (B, {self.in_chans}, height, width), not {tuple(x.shape)}")
         grid = self.patch_embed.grid_of(*x.shape[-2:])
         x = self.patch_embed(x)  # (B, M, E)
-        if CLS_TOKENS[self.cls_token_design]:
-            cls = torch.cat([getattr(self, name) for name in CLS_TOKENS[self.cls_token_design]], dim=1)
-            x = insert_cls_tokens(x, cls.expand(x.shape[0], -1, -1).to(x.dtype), self.cls_token_design)
-        if self.pos_embed is not None:
-            pos_embed = self.pos_embed
-            if grid != self.patch_embed.grid_size:
-                pos_embed = resample_pos_embed(pos_embed, grid, self.cls_token_design, self.patch_embed.grid_size)
-            x = x + pos_embed
-        return self.pos_drop(x)
+        tokens, design = [getattr(self, name) for name in CLS_TOKENS[self.cls_token_design]], self.cls_token_design
+        cls = torch.cat(tokens, dim=1).expand(x.shape[0], -1, -1).to(x.dtype) if tokens else x[:, :0]
+        if self.pos_embed is None:
+            return self.pos_drop(insert_cls_tokens(x, cls, design))
+        pos_embed = self.pos_embed
+        if grid != self.patch_embed.grid_size:
+            pos_embed = resample_pos_embed(pos_embed, grid, design, self.patch_embed.grid_size)
+        if x.is_cuda and not torch.is_grad_enabled() and _is_plain(x):
+            return self.pos_drop(sum_tokens(x, cls, pos_embed, design))
+        return self.pos_drop(insert_cls_tokens(x, cls, design) + pos_embed)
 
     def _run(self, block: Block, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():

@@ -98,8 +98,8 @@ def assert_close(actual, expected, names, limit):
 def test_mixer(name, few, monkeypatch):
     """Both cuts of the kernels, for few and for many sequences."""
     case = (CASES | LARGE)[name]
-    warps = 2 * case["batch"] * case["channels"] / kernels.WARP_CHANNELS
-    monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(warps / (8 if few else 100)))
+    monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(1))
+    monkeypatch.setattr(kernels, "FEW_WARPS", 10**6 if few else 0)
     assert kernels._shapes(case["batch"], case["channels"], case["rank"]).backward.channels == (2 if few else 4)
     xz, ahead, behind, dy = arguments(case)
     long = case["length"] > LONG and case["dtype"] == torch.float16
@@ -155,19 +155,23 @@ def test_arguments_that_begin_anywhere(serving):
     assert torch.equal(dxz, expected)
 
 
+@pytest.mark.parametrize("logarithms", [False, True], ids=["A", "A_log"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [8, 12])
-def test_weights_in_16_bits(rank, dtype):
-    """All in one launch, as torch rounds them; of the padding's rows any number will do."""
+def test_weights(rank, dtype, logarithms):
+    """All in one launch: in 16 bits as torch rounds them, where of the padding's rows any number will do; and A."""
     _, ahead, behind, _ = arguments(case(rank=rank, channels=64, dtype=dtype))
     others = torch.randn(128, 36, device=DEVICE).T, torch.randn(32, 64, device=DEVICE).double()  # one is strided
     parameters = kernels._parameters(ahead, behind)
-    x_proj, *converted = kernels._weights(parameters, dtype, *others)
+    weights = kernels._prepare(parameters, dtype, *others, logarithms=logarithms)
     padded = kernels._padded(rank)
-    for both, weight in zip(x_proj, parameters[2]):
+    for both, weight in zip(weights.x_proj, parameters.x_proj_weight):
         assert both.shape[0] == padded + 32
         assert torch.equal(torch.cat([both[:rank], both[padded:]]), weight.to(dtype))
-    assert all(torch.equal(new, old.to(dtype)) for new, old in zip(converted, others))
+    assert all(torch.equal(new, old.to(dtype)) for new, old in zip(weights.others, others))
+    for made, given in zip(weights.parameters.A, parameters.A):
+        right = -torch.exp(given.double()) if logarithms else given.double()
+        assert relative_error(made, right.cpu()) <= (2e-7 if logarithms else 0)
 
 
 def test_what_is_served(monkeypatch):
@@ -184,6 +188,16 @@ def test_what_is_served(monkeypatch):
     assert not kernels.serves(**served)
 
 
+@pytest.mark.parametrize(
+    ("batch", "length", "segment"),
+    [(128, 197, 40), (32, 6085, 40), (1, 197, 32), (1, 1, 32), (1000, 197, 40), (8, 730, 32)],
+)
+def test_segments_of_the_convolution(batch, length, segment, monkeypatch):
+    """Of Vim-Ti's 384 channels on 132 multiprocessors: whole steps, and as near to whole waves as they allow."""
+    monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(132))
+    assert kernels._conv_segment(batch, length, 384) == segment
+
+
 # ---- with its projections ----------------------------------------------------------------------------------------
 
 
@@ -192,8 +206,11 @@ def cuda_backend(monkeypatch):
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "cuda")
 
 
-def block_arguments(dtype, requires_grad=False):
-    _, ahead, behind, _ = arguments(case(channels=64, length=21))
+def block_arguments(dtype, requires_grad=False, decay="A"):
+    _, *directions, _ = arguments(case(channels=64, length=21))
+    if decay == "log":
+        directions = [direction._replace(A=torch.log(-direction.A)) for direction in directions]
+    ahead, behind = directions
     generator = torch.Generator().manual_seed(1)
     hidden, w_in, w_out = (
         torch.randn(shape, generator=generator).to(DEVICE) for shape in ((2, 21, 32), (128, 32), (32, 64))
@@ -202,22 +219,23 @@ def block_arguments(dtype, requires_grad=False):
     return [tensor.requires_grad_(requires_grad) for tensor in tensors]
 
 
-def run_block(tensors, dtype=None):
+def run_block(tensors, dtype=None, decay="A"):
     count = len(NAMES)
     directions = (bimamba.DirectionParameters(*tensors[i : i + count]) for i in (3, 3 + count))
     with torch.autocast(DEVICE, dtype or torch.bfloat16, enabled=dtype is not None):
-        return bimamba.bimamba_block(*tensors[:3], *directions, 0.5)
+        return bimamba.bimamba_block(*tensors[:3], *directions, 0.5, decay)
 
 
+@pytest.mark.parametrize("decay", bimamba.DECAYS)
 @pytest.mark.parametrize("how", ["autocast", "float16 activations"])
-def test_block(how, cuda_backend):
+def test_block(how, decay, cuda_backend):
     """Out and every gradient, with autocast and without; nothing but hidden is kept for backward."""
     half = torch.bfloat16 if how == "autocast" else torch.float16
     activations, parameters = LIMITS[half]
-    tensors = block_arguments(torch.float32 if how == "autocast" else half, requires_grad=True)
+    tensors = block_arguments(torch.float32 if how == "autocast" else half, requires_grad=True, decay=decay)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        out = run_block(tensors, half if how == "autocast" else None)
+        out = run_block(tensors, half if how == "autocast" else None, decay)
     assert out.dtype == half
     given = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     new = [t for t in kept if t.untyped_storage().data_ptr() not in given and t.numel()]
@@ -226,7 +244,9 @@ def test_block(how, cuda_backend):
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE, half)
     grads = torch.autograd.grad(out, tensors, dout)
     wide = [tensor.detach().cpu().double().requires_grad_() for tensor in tensors]
-    directions = (bimamba.DirectionParameters(*wide[i : i + len(NAMES)]) for i in (3, 3 + len(NAMES)))
+    directions = [bimamba.DirectionParameters(*wide[i : i + len(NAMES)]) for i in (3, 3 + len(NAMES))]
+    if decay == "log":
+        directions = [direction._replace(A=-torch.exp(direction.A)) for direction in directions]
     right = reference.bimamba(wide[0] @ wide[1].T, *directions, 0.5) @ wide[2].T
     assert relative_error(out.detach(), right.detach()) <= activations
     expected = torch.autograd.grad(right, wide, dout.cpu().double())
@@ -235,24 +255,25 @@ def test_block(how, cuda_backend):
     assert_close(grads, expected, names, parameters)
 
 
-def test_block_where_triton_walks_few_sequences(cuda_backend, monkeypatch):
-    """A block of too few sequences for these kernels keeps nothing either."""
+@pytest.mark.parametrize("decay", bimamba.DECAYS)
+def test_block_where_triton_walks_few_sequences(decay, cuda_backend, monkeypatch):
+    """A block of too few sequences for these kernels. Emulated, the reference stands for Triton."""
     if EMULATED:
-        pytest.skip("Triton's kernels run on a GPU")
+        monkeypatch.setattr(kernels, "triton_bimamba", reference)
+    tensors = block_arguments(torch.float16, requires_grad=True, decay=decay)
     monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(10**6))
-    tensors = block_arguments(torch.float16, requires_grad=True)
-    few = torch.autograd.grad(run_block(tensors).sum(), tensors)
+    few = torch.autograd.grad(run_block(tensors, decay=decay).sum(), tensors)
     monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(1))
-    many = torch.autograd.grad(run_block(tensors).sum(), tensors)
+    many = torch.autograd.grad(run_block(tensors, decay=decay).sum(), tensors)
     for a, b in zip(few, many):
         assert relative_error(a, b.double().cpu()) <= 1e-2
 
 
-def test_registered_op(cuda_backend):
-    tensors = block_arguments(torch.float16, requires_grad=True)
-    arguments = (*tensors, 0.5, False, True)
+@pytest.mark.parametrize("logarithms", [False, True])
+def test_registered_op(logarithms, cuda_backend):
+    arguments = (*block_arguments(torch.float16, requires_grad=True), 0.5, logarithms)
     torch.library.opcheck(
-        torch.ops.mamba_ssm.bimamba_block, arguments,
+        torch.ops.mamba_ssm.bimamba_half_block, arguments,
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"), atol=1e-2, rtol=1e-2,
     )  # fmt: skip
 

@@ -138,6 +138,29 @@ def test_the_gradient_of_a_sum(operation):
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
+@pytest.mark.parametrize("transformed", [False, True], ids=["autograd", "torch.func"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_block_of_logarithms_is_that_of_their_A(dtype, transformed):
+    _, *sides = mixer_inputs(D=32, dtype=dtype)
+    sides = [DirectionParameters(*(p.detach() for p in side)) for side in sides]
+    projected = [torch.randn(s, dtype=dtype) for s in ((2, 5, 32), (64, 32), (32, 32))]
+
+    def loss(A_log, A_b_log, decay):
+        with_A = [A_log, A_b_log] if decay == "log" else [-torch.exp(A_log), -torch.exp(A_b_log)]
+        directions = (side._replace(A=A) for side, A in zip(sides, with_A))
+        return bimamba_block(*projected, *directions, decay=decay).square().sum()
+
+    def gradients(decay):
+        A_logs = [torch.log(-side.A).requires_grad_(not transformed) for side in sides]
+        if transformed:
+            return torch.func.grad(lambda both: loss(*both, decay))(A_logs)
+        return torch.autograd.grad(loss(*A_logs, decay), A_logs)
+
+    torch.testing.assert_close(gradients("log"), gradients("A"))
+    with pytest.raises(ValueError, match="decay='A_log' is unknown: use one of 'A', 'log'"):
+        bimamba_block(*projected, *sides, decay="A_log")
+
+
 @pytest.mark.parametrize("operation", ["mixer", "block"])
 def test_tensors_of_any_strides_are_read(operation):
     """Tokens side by side where channels are expected, and parameters that are views."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from mamba_ssm.ops import reference
-from mamba_ssm.ops.bimamba import DirectionParameters, bimamba, bimamba_block
+from mamba_ssm.ops.bimamba import DirectionParameters, bimamba, bimamba_block, negative_exp, negative_exps
 from mamba_ssm.ops.selective_scan_interface import (
     bimamba_inner_fn,
     bimamba_inner_ref,
@@ -199,7 +199,7 @@ class Mamba(nn.Module):
         return holders
 
     def _parameters_of(self, suffix: str, A: Tensor) -> DirectionParameters:
-        """The parameters of the forward ("") or backward ("_b") direction of "v2"."""
+        """The parameters of the forward ("") or backward ("_b") direction of "v2"; A, or its logarithm."""
         conv, x_proj, dt_proj = self._weight_holders(suffix)
         return DirectionParameters(
             conv.weight.squeeze(1), conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A,
@@ -208,11 +208,13 @@ class Mamba(nn.Module):
 
     def _mix_v2(self, hidden_states: Tensor) -> Tensor:
         """The mixer "v2" with its projections: (B, L, E) -> (B, L, E)."""
-        A, A_b = _negative_exps([self.A_log, self.A_b_log])
-        directions = self._parameters_of("", A), self._parameters_of("_b", A_b)
         scale = 0.5 if self.if_divide_out else 1.0
         if self.use_fast_path and _is_plain(self.in_proj) and _is_plain(self.out_proj):
-            return bimamba_block(hidden_states, self.in_proj.weight, self.out_proj.weight, *directions, scale)
+            directions = self._parameters_of("", self.A_log), self._parameters_of("_b", self.A_b_log)
+            weights = self.in_proj.weight, self.out_proj.weight
+            return bimamba_block(hidden_states, *weights, *directions, scale, decay="log")
+        A, A_b = negative_exps([self.A_log, self.A_b_log])
+        directions = self._parameters_of("", A), self._parameters_of("_b", A_b)
         mixer = bimamba if self.use_fast_path else reference.bimamba
         return self.out_proj(mixer(self.in_proj(hidden_states), *directions, scale))
 
@@ -221,11 +223,11 @@ class Mamba(nn.Module):
         xz = xz.transpose(1, 2)  # (B, 2 D, L)
         conv, x_proj, dt_proj = self._weight_holders("")
         no_projection = None, None  # out_proj is called as the module it is
-        weights = conv.weight, conv.bias, x_proj.weight, dt_proj.weight, *no_projection, _negative_exp(self.A_log)
+        weights = conv.weight, conv.bias, x_proj.weight, dt_proj.weight, *no_projection, negative_exp(self.A_log)
         options = {"D": self.D, "delta_bias": dt_proj.bias, "delta_softplus": True}
         if self.bimamba_type == "v1":
             mixer = bimamba_inner_fn if self.use_fast_path else bimamba_inner_ref
-            return mixer(xz, *weights, _negative_exp(self.A_b_log), **options)
+            return mixer(xz, *weights, negative_exp(self.A_b_log), **options)
         mixer = mamba_inner_fn if self.use_fast_path else mamba_inner_ref
         return mixer(xz, *weights, **options)
 
@@ -285,7 +287,7 @@ class Mamba(nn.Module):
         x = F.silu(x).to(z.dtype)  # the cache's may be another
         dt, B, C = x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y = selective_state_update(
-            ssm_state, x, F.linear(dt, dt_proj.weight), _negative_exp(self.A_log), B, C, self.D, z,
+            ssm_state, x, F.linear(dt, dt_proj.weight), negative_exp(self.A_log), B, C, self.D, z,
             dt_bias=dt_proj.bias, dt_softplus=True,
         )  # fmt: skip
         out = self.out_proj(y)
@@ -336,23 +338,3 @@ def _is_plain(linear: nn.Module) -> bool:
         return False
     hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
     return not (hooks or _has_any_global_hook())
-
-
-def _negative_exp(A_log: Tensor) -> Tensor:
-    """A = -exp(A_log), float32 at least."""
-    return -torch.exp(_at_least_float32(A_log))
-
-
-def _negative_exps(A_logs: list[Tensor]) -> list[Tensor]:
-    """`_negative_exp` of several. On a GPU two launches serve all; a compiler fuses them by itself."""
-    if A_logs[0].is_cuda and not torch.compiler.is_compiling():
-        return _negative_exps_together(A_logs)
-    return [_negative_exp(A_log) for A_log in A_logs]
-
-
-def _negative_exps_together(A_logs: list[Tensor]) -> list[Tensor]:
-    return torch._foreach_neg(torch._foreach_exp([_at_least_float32(A_log) for A_log in A_logs]))
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -28,6 +28,7 @@ class DirectionParameters(NamedTuple):
 
 
 COUNT = len(DirectionParameters._fields)
+DECAYS = ("A", "log")
 _ONE = (
     "Tensor conv_weight{0}, Tensor? conv_bias{0}, Tensor x_proj_weight{0}, Tensor dt_weight{0}, Tensor dt_bias{0}, "
     "Tensor A{0}, Tensor D{0}"
@@ -53,13 +54,6 @@ def _saved_bytes(kernels, x: Tensor, direction: DirectionParameters) -> int:
     """x: (B, L, any width) of the activations' dtype."""
     rank, d_conv = direction.dt_weight.shape[1], direction.conv_weight.shape[1]
     return kernels.bimamba_saved_bytes(x.shape[0], x.shape[1], *direction.A.shape, rank, d_conv, x.dtype)
-
-
-def _block_keeps(kernels, hidden: Tensor, in_proj: Tensor, direction: DirectionParameters) -> tuple[tuple, int]:
-    """What the block keeps for backward: the shape of xz, and bytes. Without BLOCK_KEEPS all is recomputed."""
-    if not kernels.BLOCK_KEEPS:
-        return (0,), 0
-    return (*hidden.shape[:2], in_proj.shape[0]), _saved_bytes(kernels, hidden, direction)
 
 
 @torch.library.custom_op(
@@ -137,7 +131,7 @@ def _backward_flops(dy_shape, xz_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * _forward_flops(xz_shape, *args)
 
 
-# ---- with its projections --------------------------------------------------------------------------------------
+# ---- with its projections, on a CPU in float32 -----------------------------------------------------------------
 
 
 _PROJECTED = f"Tensor hidden, Tensor in_proj, Tensor out_proj, {_BOTH}"
@@ -160,8 +154,8 @@ def _(hidden, in_proj, out_proj, *rest):
     if not rest[-1]:
         return out, hidden.new_empty(0), hidden.new_empty(0, dtype=torch.uint8)
     forward = _directions(rest)[0]
-    shape, size = _block_keeps(_kernels(hidden, forward), hidden, in_proj, forward)
-    return out, hidden.new_empty(shape), hidden.new_empty(size, dtype=torch.uint8)
+    size = _saved_bytes(_kernels(hidden, forward), hidden, forward)
+    return out, hidden.new_empty(*hidden.shape[:2], in_proj.shape[0]), hidden.new_empty(size, dtype=torch.uint8)
 
 
 @torch.library.custom_op(
@@ -173,7 +167,7 @@ def _(hidden, in_proj, out_proj, *rest):
 def _bimamba_block_backward(dout, hidden, in_proj, out_proj, *rest):
     (forward, backward), (xz, saved, scale, bf16_products) = _directions(rest), rest[2 * COUNT :]
     kernels = _kernels(hidden, forward)
-    check_saved(saved, _block_keeps(kernels, hidden, in_proj, forward)[1])
+    check_saved(saved, _saved_bytes(kernels, hidden, forward))
     with torch.autocast(hidden.device.type, enabled=False):
         *projections, forward_grads, backward_grads = kernels.block_backward(
             dout, hidden, in_proj, out_proj, forward, backward, scale, xz, saved, bf16_products
@@ -211,6 +205,61 @@ def _block_flops(hidden_shape, in_shape, out_proj_shape, *parameters, out_shape=
 @register_flop_formula(torch.ops.mamba_ssm.bimamba_block_backward)
 def _block_backward_flops(dout_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * _block_flops(*args)
+
+
+# ---- with its projections, on an NVIDIA GPU in 16 bits: hidden alone is kept -----------------------------------
+
+
+@torch.library.custom_op(
+    "mamba_ssm::bimamba_half_block",
+    mutates_args=(),
+    schema=f"({_PROJECTED}, float scale, bool logarithms) -> Tensor",
+)
+def _bimamba_half_block(hidden, in_proj, out_proj, *rest):
+    (forward, backward), (scale, logarithms) = _directions(rest), rest[2 * COUNT :]
+    kernels = _kernels(hidden, forward)
+    return kernels.half_block_forward(hidden, in_proj, out_proj, forward, backward, scale, logarithms)
+
+
+@_bimamba_half_block.register_fake
+def _(hidden, *rest):
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(
+    "mamba_ssm::bimamba_half_block_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, {_PROJECTED}, float scale, bool logarithms) -> {_tensors(3 + 2 * COUNT)}",
+)
+def _bimamba_half_block_backward(dout, hidden, in_proj, out_proj, *rest):
+    (forward, backward), (scale, logarithms) = _directions(rest), rest[2 * COUNT :]
+    kernels = _kernels(hidden, forward)
+    with torch.autocast(hidden.device.type, enabled=False):
+        *projections, forward_grads, backward_grads = kernels.half_block_backward(
+            dout, hidden, in_proj, out_proj, forward, backward, scale, logarithms
+        )
+    return _op_results(hidden, (*projections, *forward_grads, *backward_grads))
+
+
+@_bimamba_half_block_backward.register_fake
+def _(dout, *inputs):
+    return _fake_gradients(dout, inputs[: 3 + 2 * COUNT])
+
+
+def _setup_half_block_context(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.logarithms = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _half_block_autograd(ctx, dout):
+    inputs = ctx.saved_tensors
+    grads = _bimamba_half_block_backward(dout, *inputs, ctx.scale, ctx.logarithms)
+    return *(None if t is None else grad for t, grad in zip(inputs, grads)), None, None
+
+
+_bimamba_half_block.register_autograd(_half_block_autograd, setup_context=_setup_half_block_context)
+register_flop_formula(torch.ops.mamba_ssm.bimamba_half_block)(_block_flops)
+register_flop_formula(torch.ops.mamba_ssm.bimamba_half_block_backward)(_block_backward_flops)
 
 
 def _check(xz: Tensor, forward: DirectionParameters, backward: DirectionParameters) -> None:
@@ -291,6 +340,7 @@ def bimamba_block(
     forward: DirectionParameters,
     backward: DirectionParameters,
     scale: float = 0.5,
+    decay: str = "A",
 ) -> Tensor:
     """`bimamba` with its two projections, without bias: out_proj(bimamba(in_proj(hidden))).
 
@@ -303,18 +353,26 @@ def bimamba_block(
     Args:
         hidden: (B, L, E), floating point. in_proj_weight: (2 D, E), x before z. out_proj_weight: (E, D).
         forward, backward, scale: as of `bimamba`.
+        decay: what A of both directions holds, "A", or "log": log(-A), of which a GPU makes A with its other weights.
 
     Returns (B, L, E) in hidden's dtype; under autocast in float32 on a CPU and in autocast's dtype elsewhere, but
     float64 stays float64. Raises as `bimamba` does.
     """
+    if decay not in DECAYS:
+        raise ValueError(f"decay={decay!r} is unknown: use one of {', '.join(map(repr, DECAYS))}")
     inputs = (hidden, in_proj_weight, out_proj_weight)
     _check_block(*inputs, forward, backward)
-    if backend.differentiated_by_functorch():
-        return _in_a_row(inputs, forward, backward, scale)
-    half = _half_block_dtype(hidden, forward)
+    transformed = backend.differentiated_by_functorch()
+    half = None if transformed else _half_block_dtype(hidden, forward)
     if half is not None:
         with torch.autocast(hidden.device.type, enabled=False):
-            return _run_block((hidden.to(half), *inputs[1:]), forward, backward, scale, bf16_products=False)
+            inputs = (hidden.to(half), *inputs[1:])
+            return _bimamba_half_block(*inputs, *forward, *backward, scale, decay == "log")
+    if decay == "log":
+        A, A_b = negative_exps([forward.A, backward.A])
+        forward, backward = forward._replace(A=A), backward._replace(A=A_b)
+    if transformed:
+        return _in_a_row(inputs, forward, backward, scale)
     if not _under_cpu_autocast(inputs, forward, backward):
         return _block(inputs, forward, backward, scale, bf16_products=False)
     bf16_products = torch.get_autocast_dtype("cpu") == torch.bfloat16
@@ -327,17 +385,33 @@ def _block(
 ) -> Tensor:
     if not _runs_as_block(inputs, forward, backward):
         return _in_a_row(inputs, forward, backward, scale)
-    return _run_block(inputs, forward, backward, scale, bf16_products)
+    save = needs_grad(*inputs, *forward, *backward)
+    return _bimamba_block(*inputs, *forward, *backward, scale, bf16_products, save)[0]
+
+
+def negative_exp(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log), float32 at least."""
+    return -torch.exp(_at_least_float32(A_log))
+
+
+def negative_exps(A_logs: list[Tensor]) -> list[Tensor]:
+    """`negative_exp` of several. On a GPU two launches serve all; a compiler fuses them by itself."""
+    if A_logs[0].is_cuda and not torch.compiler.is_compiling():
+        return _negative_exps_together(A_logs)
+    return [negative_exp(A_log) for A_log in A_logs]
+
+
+def _negative_exps_together(A_logs: list[Tensor]) -> list[Tensor]:
+    return torch._foreach_neg(torch._foreach_exp([_at_least_float32(A_log) for A_log in A_logs]))
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _in_a_row(inputs: tuple, forward: DirectionParameters, backward: DirectionParameters, scale: float) -> Tensor:
     hidden, in_proj, out_proj = inputs
     return F.linear(_mixer(F.linear(hidden, in_proj), forward, backward, scale), out_proj)
-
-
-def _run_block(inputs: tuple, forward: DirectionParameters, backward: DirectionParameters, scale, bf16_products: bool):
-    save = needs_grad(*inputs, *forward, *backward)
-    return _bimamba_block(*inputs, *forward, *backward, scale, bf16_products, save)[0]
 
 
 def _half_block_dtype(hidden: Tensor, forward: DirectionParameters) -> torch.dtype | None:

@@ -343,9 +343,6 @@ def _cast_gradients(grads, originals) -> list[tuple]:
 # ---- the mixer with its projections ------------------------------------------------------------------------
 
 
-BLOCK_KEEPS = True  # block_forward keeps xz and bytes for backward
-
-
 def block_unsupported(embedding: int, channels: int) -> str | None:
     """Why `block_forward` does not serve these widths here, or None."""
     lanes = _lanes()

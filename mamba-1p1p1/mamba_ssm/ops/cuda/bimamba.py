@@ -1,10 +1,10 @@
 """The bidirectional mixer in CUDA C++ for NVIDIA GPUs (Vision Mamba, arXiv 2401.09417, algorithm 1).
 
-Forward is four launches: weights in 16 bits (narrow.cu), both convolutions (conv.cu), both x projections (one
-batched matrix product), and both scans with gate and sum (scan_forward.cu). Backward keeps nothing of forward: it
-runs it again, this time writing the states at every eighth token and the gradients of the gate, and walks back
-(scan_backward.cu). Activations are 16 bits wide, states, time steps and sums float32. No atomics: the same bits on
-every run.
+Forward is four launches: the weights as the others read them (weights.cu), both convolutions (conv.cu), both x
+projections (one batched matrix product), and both scans with gate and sum (scan_forward.cu). Backward keeps nothing of
+forward: it runs it again, this time writing the states at every eighth token and the gradients of the gate, and walks
+back (scan_backward.cu). Activations are 16 bits wide, states, time steps and sums float32. No atomics: the same bits
+on every run.
 """
 
 from collections.abc import Callable
@@ -24,9 +24,12 @@ STATES = 16
 WARP_CHANNELS = 32  # of threads of four channels; a multiple of it is served
 TILE = 8  # tokens between two saved states
 CONV_THREADS = 64  # of two channels each
-CONV_SEGMENT, CONV_BACKWARD_SEGMENT = 32, 64  # tokens that a thread walks
+CONV_STEP = 8  # tokens that a thread has in registers
+CONV_SEGMENT, CONV_BACKWARD_SEGMENT = 32, 64  # tokens that a thread walks, at least
+CONV_RESIDENT = 16  # blocks of the forward convolution that a multiprocessor holds
+FEW_WARPS = 8  # of a multiprocessor
 SUM_COLUMNS = 32
-NARROW_ARRAYS, NARROW_THREADS = 8, 256
+NARROW_ARRAYS, WEIGHT_THREADS = 8, 256
 MAX_RANK = 64
 SHARED_MEMORY = 128 * 1024  # bytes of a multiprocessor, at least
 MAX_GRID = 65535  # blocks in a grid's second and third place
@@ -107,7 +110,7 @@ def _shapes(batch: int, channels: int, rank: int) -> Shapes:
     2026-11-27); for larger ones, which have fewer registers to spare, chosen by their machine code.
     """
     warps = 2 * batch * channels / WARP_CHANNELS / _device().multiprocessors
-    if warps <= 8:
+    if warps <= FEW_WARPS:
         return Shapes(Shape(2, 2, 16), Shape(2, 2, 16), Shape(2, 2, 12 if rank <= 16 else 8))
     return Shapes(Shape(4, 4, 16) if rank <= 24 else Shape(4, 2, 12), Shape(4, 2, 12), Shape(4, 2, 8))
 
@@ -125,12 +128,22 @@ def _contiguous(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
-def _parameters(forward_params, backward_params) -> list[tuple[Tensor | None, Tensor | None]]:
-    """Each parameter as a pair of contiguous float32 tensors: no copies where the model keeps float32 weights."""
-    return [
-        tuple(None if p is None else _contiguous(p.float()) for p in pair)
-        for pair in zip(forward_params, backward_params)
-    ]
+class Parameters(NamedTuple):
+    """Of both directions each, as pairs of contiguous float32 tensors; see `mamba_ssm.ops.bimamba`."""
+
+    conv_weight: tuple[Tensor, Tensor]
+    conv_bias: tuple[Tensor | None, Tensor | None]
+    x_proj_weight: tuple[Tensor, Tensor]
+    dt_weight: tuple[Tensor, Tensor]
+    dt_bias: tuple[Tensor, Tensor]
+    A: tuple[Tensor, Tensor]
+    D: tuple[Tensor, Tensor]
+
+
+def _parameters(forward_params, backward_params) -> Parameters:
+    """No copies where the model keeps float32 weights."""
+    pairs = zip(forward_params, backward_params)
+    return Parameters(*(tuple(None if p is None else _contiguous(p.float()) for p in pair) for pair in pairs))
 
 
 def _aligned(xz: Tensor) -> Tensor:
@@ -157,12 +170,20 @@ def _padded(rank: int) -> int:
     return ceil_div(rank, 8) * 8
 
 
-def _weights(parameters, dtype: torch.dtype, *others: Tensor) -> tuple[Tensor, ...]:
-    """Both x projections' weights in 16 bits, (2, columns, D), and up to two `others` in 16 bits, by one launch.
+class Weights(NamedTuple):
+    """What a call makes of its parameters."""
 
-    Rows of the time step, some of them once more as padding, of B, of C: the padding's products meet zeros.
+    x_proj: Tensor  # (2, columns, D) in 16 bits: rows of the time step, some of them again as padding, of B, of C
+    others: tuple[Tensor, ...]  # in 16 bits
+    parameters: Parameters
+
+
+def _prepare(parameters: Parameters, dtype: torch.dtype, *others: Tensor, logarithms: bool = False) -> Weights:
+    """Both x projections' weights and up to two `others` in 16 bits, and A where log(-A) is given, by one launch.
+
+    The padding's products meet zeros.
     """
-    pair, rank = parameters[2], parameters[3][0].shape[1]
+    pair, rank = parameters.x_proj_weight, parameters.dt_weight[0].shape[1]
     padding, (rows, channels) = _padded(rank) - rank, pair[0].shape
     x_proj = torch.empty((2, rows + padding, channels), dtype=dtype, device=pair[0].device)
     targets, sources = [], []
@@ -177,22 +198,30 @@ def _weights(parameters, dtype: torch.dtype, *others: Tensor) -> tuple[Tensor, .
             sources.append(_contiguous(weight))
         else:
             converted.append(weight.to(dtype))
-    _narrow(targets, sources)
-    return x_proj, *converted
+    A_logs = parameters.A if logarithms else ()
+    As = tuple(torch.empty_like(A_log) for A_log in A_logs)
+    _make_weights(list(zip(sources, targets)), list(zip(A_logs, As)), dtype)
+    return Weights(x_proj, tuple(converted), parameters._replace(A=As) if logarithms else parameters)
 
 
-def _narrow(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Up to eight float32 arrays, contiguous and aligned to 16 bytes, of multiples of four elements, in 16 bits."""
-    fours = [source.numel() // 4 for source in sources]
-    arguments = [argument for task in zip(sources, targets, fours) for argument in task]
-    arguments += [None, None, 0] * (NARROW_ARRAYS - len(fours))
-    grid = (ceil_div(max(fours), NARROW_THREADS), len(fours), 1)
-    runtime.load("narrow.cu", "narrow_all", (_half(targets[0].dtype),))(grid, NARROW_THREADS, 0, *arguments)
+def _make_weights(narrowed: list[tuple[Tensor, Tensor]], exponentiated: list[tuple[Tensor, Tensor]], dtype) -> None:
+    """Of pairs (source, target), contiguous, float32 sources aligned to 16 bytes, of multiples of four elements: up
+    to eight in 16 bits, and either no or two targets in float32 that are -exp(source).
+    """
+
+    def tasks(pairs: list[tuple[Tensor, Tensor]], count: int) -> list:
+        flat = [argument for source, target in pairs for argument in (source, target, source.numel() // 4)]
+        return flat + [None, None, 0] * (count - len(pairs))
+
+    fours = max(source.numel() // 4 for source, _ in narrowed + exponentiated)
+    grid = (ceil_div(fours, WEIGHT_THREADS), NARROW_ARRAYS + len(exponentiated), 1)
+    kernel = runtime.load("weights.cu", "make_weights", (_half(dtype),))
+    kernel(grid, WEIGHT_THREADS, 0, *tasks(narrowed, NARROW_ARRAYS), *tasks(exponentiated, 2))
 
 
 def _dt_weight(parameters, dtype: torch.dtype) -> Tensor:
     """Both weights of the time step in 16 bits, (2, D, padded rank)."""
-    pair = parameters[3]
+    pair = parameters.dt_weight
     channels, rank = pair[0].shape
     make = torch.empty if rank == _padded(rank) else torch.zeros
     both = make((2, channels, _padded(rank)), dtype=dtype, device=pair[0].device)
@@ -200,14 +229,14 @@ def _dt_weight(parameters, dtype: torch.dtype) -> Tensor:
     return both
 
 
-def _project(u: Tensor, weights: Tensor) -> Tensor:
+def _project(u: Tensor, x_proj: Tensor) -> Tensor:
     """(2, B L, columns) float32: time step, padding, B and C of both directions."""
-    return product_in_float32(u.flatten(1, 2), weights.transpose(1, 2))
+    return product_in_float32(u.flatten(1, 2), x_proj.transpose(1, 2))
 
 
-def _projections_backward(ddelta, dBC, u, projected, weights, parameters) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _projections_backward(ddelta, dBC, u, projected, x_proj, parameters) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """(du through the projections; the gradients of their weights: x projection, time step)."""
-    rank, columns = parameters[3][0].shape[1], projected.shape[-1]
+    rank, columns = parameters.dt_weight[0].shape[1], projected.shape[-1]
     padded, rows = _padded(rank), u.shape[1] * u.shape[2]
     flat_u, flat_ddelta = u.flatten(1, 2), ddelta.flatten(1, 2)  # (2, B L, D)
     dprojected = torch.empty((2, rows, columns), dtype=u.dtype, device=u.device)
@@ -215,7 +244,7 @@ def _projections_backward(ddelta, dBC, u, projected, weights, parameters) -> tup
     runtime.load("sums.cu", "sum_blocks", (_half(u.dtype),))(
         (ceil_div(rows * STATES // 2, 256), 1, 2), 256, 0, dBC, dprojected, rows, 2 * STATES, dBC.shape[1], columns
     )
-    du = torch.bmm(dprojected, weights)
+    du = torch.bmm(dprojected, x_proj)
     dt = projected[..., :padded].to(u.dtype)
     dx_proj = [product_in_float32(dprojected[i].T, flat_u[i]) for i in range(2)]
     if rank != padded:
@@ -228,7 +257,7 @@ def _projections_backward(ddelta, dBC, u, projected, weights, parameters) -> tup
 
 
 def _conv(name: str, xz: Tensor, parameters, segment: int, before: tuple, after: tuple) -> None:
-    conv_weight, conv_bias = parameters[:2]
+    conv_weight, conv_bias = parameters.conv_weight, parameters.conv_bias
     batch, length, double = xz.shape
     channels = double // 2
     kernel = runtime.load("conv.cu", name, (_half(xz.dtype), ("WIDTH", conv_weight[0].shape[1])))
@@ -237,11 +266,22 @@ def _conv(name: str, xz: Tensor, parameters, segment: int, before: tuple, after:
     kernel(grid, CONV_THREADS, 0, xz, *before, *conv_weight, *conv_bias, *after, *sizes)
 
 
+def _conv_segment(batch: int, length: int, channels: int) -> int:
+    """Tokens that a thread of the forward convolution walks: so many that all blocks are whole waves of those that
+    the GPU holds, since a last wave of a few blocks takes as long as a full one.
+    """
+    blocks = ceil_div(channels, 2 * CONV_THREADS) * batch  # of one segment
+    resident = CONV_RESIDENT * _device().multiprocessors
+    waves = max(1, blocks * ceil_div(length, CONV_SEGMENT) // resident)
+    segments = max(1, waves * resident // blocks)
+    return max(CONV_SEGMENT, ceil_div(ceil_div(length, segments), CONV_STEP) * CONV_STEP)
+
+
 def conv_both(xz: Tensor, parameters) -> Tensor:
     """u (2, B, L, D): the convolution and SiLU of both directions."""
     batch, length, double = xz.shape
     u = torch.empty((2, batch, length, double // 2), dtype=xz.dtype, device=xz.device)
-    _conv("conv_forward", xz, parameters, CONV_SEGMENT, (), (u,))
+    _conv("conv_forward", xz, parameters, _conv_segment(*u.shape[1:]), (), (u,))
     return u
 
 
@@ -251,7 +291,7 @@ def _scan_forward(
     """(y, and for a gradient dy: those of the scans' sum and of z side by side (B, L, 2 D), states)."""
     batch, length, double = xz.shape
     channels = double // 2
-    rank = parameters[3][0].shape[1]
+    rank = parameters.dt_weight[0].shape[1]
     y = torch.empty((batch, length, channels), dtype=xz.dtype, device=xz.device)
     gradients = states = None
     if dy is not None:
@@ -264,7 +304,8 @@ def _scan_forward(
     shared = 2 * shape.shared(projected.shape[-1], _padded(rank), 3, exchanges=2, halves=halves)
     _scan_kernel("scan_forward", xz.dtype, rank, shape, ("FOR_BACKWARD", int(dy is not None)))(
         (ceil_div(channels, shape.block), batch, 1), 2 * 32 * shape.warps, shared,
-        u, projected, xz, y, dy, gradients, states, *parameters[3], *parameters[4], *parameters[5], *parameters[6],
+        u, projected, xz, y, dy, gradients, states,
+        *parameters.dt_weight, *parameters.dt_bias, *parameters.A, *parameters.D,
         length, channels, xz.stride(0), xz.stride(1), scale,
     )  # fmt: skip
     return y, gradients, states
@@ -273,7 +314,7 @@ def _scan_forward(
 def _scan_backward(gradients: Tensor, u: Tensor, projected: Tensor, states: Tensor, parameters):
     """(du, ddelta, shares of dB and dC, of dA, of dD, of the time step's bias)."""
     _, batch, length, channels = u.shape
-    rank = parameters[3][0].shape[1]
+    rank = parameters.dt_weight[0].shape[1]
     shape = _shapes(batch, channels, rank).backward
     blocks = ceil_div(channels, shape.block)
     du, ddelta = torch.empty_like(u), torch.empty_like(u)
@@ -288,7 +329,7 @@ def _scan_backward(gradients: Tensor, u: Tensor, projected: Tensor, states: Tens
     _scan_kernel("scan_backward", u.dtype, rank, shape)(
         (blocks, batch, 2), 32 * shape.warps, shared,
         gradients, u, projected, states, du, ddelta, dBC, dA, dD, dbias,
-        *parameters[3], *parameters[4], *parameters[5], *parameters[6], length, channels,
+        *parameters.dt_weight, *parameters.dt_bias, *parameters.A, *parameters.D, length, channels,
     )  # fmt: skip
     return du, ddelta, dBC, dA, dD, dbias
 
@@ -298,7 +339,7 @@ def _conv_backward(xz: Tensor, du_scan: Tensor, du_projected: Tensor, parameters
     batch, length, double = xz.shape
     parts = (2, batch * ceil_div(length, CONV_BACKWARD_SEGMENT), double // 2)
     dbias = torch.empty(parts, dtype=torch.float32, device=xz.device)
-    dweight = torch.empty((*parts, parameters[0][0].shape[1]), dtype=torch.float32, device=xz.device)
+    dweight = torch.empty((*parts, parameters.conv_weight[0].shape[1]), dtype=torch.float32, device=xz.device)
     _conv("conv_backward", xz, parameters, CONV_BACKWARD_SEGMENT, (du_scan, du_projected), (dxz, dweight, dbias))
     return dweight, dbias
 
@@ -327,15 +368,14 @@ def bimamba_forward(xz, forward_params, backward_params, scale, save):
     """(y (B, L, D), saved): nothing is saved."""
     if not _serves(xz, xz.shape[2] // 2, forward_params):
         return triton_bimamba.bimamba_forward(xz, forward_params, backward_params, scale, save)
-    parameters = _parameters(forward_params, backward_params)
-    y = _forward(xz, parameters, *_weights(parameters, xz.dtype), scale)
-    return y, xz.new_empty(0, dtype=torch.uint8)
+    weights = _prepare(_parameters(forward_params, backward_params), xz.dtype)
+    return _forward(xz, weights, scale), xz.new_empty(0, dtype=torch.uint8)
 
 
-def _forward(xz: Tensor, parameters, x_proj: Tensor, scale: float) -> Tensor:
+def _forward(xz: Tensor, weights: Weights, scale: float) -> Tensor:
     xz = _aligned(xz)
-    u = conv_both(xz, parameters)
-    return _scan_forward(xz, u, _project(u, x_proj), parameters, scale)[0]
+    u = conv_both(xz, weights.parameters)
+    return _scan_forward(xz, u, _project(u, weights.x_proj), weights.parameters, scale)[0]
 
 
 def bimamba_saved_bytes(
@@ -352,26 +392,28 @@ def bimamba_backward(dy, xz, forward_params, backward_params, scale, saved):
     """Gradients: (dxz, those of the forward direction's parameters in order, those of the backward one's)."""
     if not _serves(xz, xz.shape[2] // 2, forward_params):
         return triton_bimamba.bimamba_backward(dy, xz, forward_params, backward_params, scale, saved)
-    parameters = _parameters(forward_params, backward_params)
-    (x_proj,) = _weights(parameters, xz.dtype)
-    return _backward(dy, xz, forward_params, backward_params, parameters, x_proj, scale, lambda y: None)
+    weights = _prepare(_parameters(forward_params, backward_params), xz.dtype)
+    return _backward(dy, xz, forward_params, backward_params, weights, scale, lambda y: None)
 
 
 def _backward(
-    dy, xz, forward_params, backward_params, parameters, x_proj: Tensor, scale, use_y: Callable[[Tensor], None]
-):
+    dy, xz, forward_params, backward_params, weights: Weights, scale, use_y: Callable[[Tensor], None],
+    logarithms: bool = False,
+):  # fmt: skip
     """bimamba_backward, which gives y, made again, to `use_y` before the peak of memory."""
-    xz = _aligned(xz)
+    xz, parameters = _aligned(xz), weights.parameters
     u = conv_both(xz, parameters)
-    projected = _project(u, x_proj)
+    projected = _project(u, weights.x_proj)
     y, dxz, states = _scan_forward(xz, u, projected, parameters, scale, _contiguous(dy))
     use_y(y)
     del y, dy
     du_scan, ddelta, dBC, *sums = _scan_backward(dxz, u, projected, states, parameters)
     del states
-    du_projected, dx_proj, ddt_weight = _projections_backward(ddelta, dBC, u, projected, x_proj, parameters)
+    du_projected, dx_proj, ddt_weight = _projections_backward(ddelta, dBC, u, projected, weights.x_proj, parameters)
     sums += _conv_backward(xz, du_scan, du_projected, parameters, dxz)
     dA, dD, ddt_bias, dconv_weight, dconv_bias = _sums(sums, xz.dtype)
+    if logarithms:
+        torch._foreach_mul_(dA, [A.flatten() for A in parameters.A])
     in_order = zip(dconv_weight, dconv_bias, dx_proj, ddt_weight, ddt_bias, dA, dD)
     grads = [
         tuple(None if p is None else grad.view(p.shape).to(p.dtype) for grad, p in zip(of_direction, params))
@@ -382,30 +424,24 @@ def _backward(
 
 # ---- with both projections -----------------------------------------------------------------------------------------
 
-BLOCK_KEEPS = False  # block_forward keeps nothing for backward
-
 
 @on_its_device
-def block_forward(hidden, in_proj, out_proj, forward_params, backward_params, scale, save, bf16_products):
-    """(out (B, L, E), xz, saved): out_proj(mixer(in_proj(hidden))); of xz and for backward nothing is kept.
-
-    `bf16_products` is of float32 activations and not for these kernels: products are in hidden's dtype.
-    """
+def half_block_forward(hidden, in_proj, out_proj, forward_params, backward_params, scale, logarithms):
+    """out_proj(mixer(in_proj(hidden))), (B, L, E). With `logarithms` the parameters hold log(-A) for A."""
     if not _serves(hidden, in_proj.shape[0] // 2, forward_params):
+        both = _with_A(forward_params, backward_params) if logarithms else (forward_params, backward_params)
         xz = F.linear(hidden, in_proj.to(hidden.dtype))
-        y, saved = triton_bimamba.bimamba_forward(xz, forward_params, backward_params, scale, False)
-        return F.linear(y, out_proj.to(hidden.dtype)), hidden.new_empty(0), saved
+        y, _ = triton_bimamba.bimamba_forward(xz, *both, scale, False)
+        return F.linear(y, out_proj.to(hidden.dtype))
     parameters = _parameters(forward_params, backward_params)
-    x_proj, weight_in, weight_out = _weights(parameters, hidden.dtype, in_proj, out_proj)
-    y = _forward(F.linear(hidden, weight_in), parameters, x_proj, scale)
-    return F.linear(y, weight_out), hidden.new_empty(0), hidden.new_empty(0, dtype=torch.uint8)
+    weights = _prepare(parameters, hidden.dtype, in_proj, out_proj, logarithms=logarithms)
+    weight_in, weight_out = weights.others
+    return F.linear(_forward(F.linear(hidden, weight_in), weights, scale), weight_out)
 
 
 @on_its_device
-def block_backward(
-    dout, hidden, in_proj, out_proj, forward_params, backward_params, scale, xz, saved, bf16_products
-):
-    """Gradients: (dhidden, din_proj, dout_proj, those of both directions)."""
+def half_block_backward(dout, hidden, in_proj, out_proj, forward_params, backward_params, scale, logarithms):
+    """Gradients: (dhidden, din_proj, dout_proj, those of both directions, of log(-A) with `logarithms`)."""
     dout_proj = torch.empty_like(out_proj)
 
     def use_y(y: Tensor) -> None:
@@ -413,17 +449,31 @@ def block_backward(
 
     if _serves(hidden, in_proj.shape[0] // 2, forward_params):
         parameters = _parameters(forward_params, backward_params)
-        x_proj, weight_in, weight_out = _weights(parameters, hidden.dtype, in_proj, out_proj)
-        xz = F.linear(hidden, weight_in)
+        weights = _prepare(parameters, hidden.dtype, in_proj, out_proj, logarithms=logarithms)
+        weight_in, weight_out = weights.others
         dxz, *grads = _backward(  # no name and no tuple holds dy: _backward frees it
-            dout @ weight_out, xz, forward_params, backward_params, parameters, x_proj, scale, use_y
-        )
+            dout @ weight_out, F.linear(hidden, weight_in), forward_params, backward_params, weights, scale, use_y,
+            logarithms,
+        )  # fmt: skip
     else:
+        both = _with_A(forward_params, backward_params) if logarithms else (forward_params, backward_params)
         weight_in, weight_out = in_proj.to(hidden.dtype), out_proj.to(hidden.dtype)
         xz = F.linear(hidden, weight_in)
-        y, saved = triton_bimamba.bimamba_forward(xz, forward_params, backward_params, scale, True)
+        y, saved = triton_bimamba.bimamba_forward(xz, *both, scale, True)
         use_y(y)
-        dy = dout @ weight_out
-        dxz, *grads = triton_bimamba.bimamba_backward(dy, xz, forward_params, backward_params, scale, saved)
+        dxz, *grads = triton_bimamba.bimamba_backward(dout @ weight_out, xz, *both, scale, saved)
+        if logarithms:
+            grads = [_of_log(*three) for three in zip(grads, both, (forward_params, backward_params))]
     din_proj = product_in_float32(dxz.flatten(0, 1).T, hidden.flatten(0, 1)).to(in_proj.dtype)
     return dxz @ weight_in, din_proj, dout_proj, *grads
+
+
+def _with_A(*both):
+    """Parameters of both directions that hold log(-A), with A."""
+    return [direction._replace(A=-torch.exp(direction.A.float())) for direction in both]
+
+
+def _of_log(grads, with_A, given):
+    """Gradients of one direction's parameters as given, with log(-A), from those of the same with A."""
+    grads = type(given)(*grads)
+    return grads._replace(A=(grads.A * with_A.A).to(given.A.dtype))

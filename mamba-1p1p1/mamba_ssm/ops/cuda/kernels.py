@@ -5,12 +5,11 @@ ImportError where Triton is not installed.
 """
 
 from mamba_ssm.ops.cuda.bimamba import (
-    BLOCK_KEEPS,
     bimamba_backward,
     bimamba_forward,
     bimamba_saved_bytes,
-    block_backward,
-    block_forward,
+    half_block_backward,
+    half_block_forward,
     serves_block,
 )
 from mamba_ssm.ops.cuda.runtime import unavailable_reason
@@ -24,14 +23,13 @@ from mamba_ssm.ops.triton.kernels import (
 )
 
 __all__ = [
-    "BLOCK_KEEPS",
     "add_norm_backward",
     "add_norm_forward",
     "bimamba_backward",
     "bimamba_forward",
     "bimamba_saved_bytes",
-    "block_backward",
-    "block_forward",
+    "half_block_backward",
+    "half_block_forward",
     "selective_scan_backward",
     "selective_scan_forward",
     "selective_scan_saved_bytes",

@@ -1,4 +1,4 @@
-// The weights of a mixer in 16 bits.
+// The weights of a mixer as its other kernels read them: in 16 bits, and A = -exp(A_log).
 //
 // Compiled at run time with the macro HALF_IS_BF16.
 
@@ -7,14 +7,23 @@
 typedef long long int64;
 constexpr int THREADS = 256;
 
-// Up to eight arrays in one launch, their elements in fours; the last blocks of the shorter ones have nothing to do. Grid
-// (blocks of threads, arrays). torch._foreach_copy_ gives a block 65,536 elements: six times the time for weights of this
-// size.
-extern "C" __global__ void __launch_bounds__(THREADS) narrow_all(
+// Up to eight arrays in 16 bits and two of A in one launch, their elements in fours; the last blocks of the shorter ones
+// have nothing to do. Grid (blocks of threads, 8 + arrays of A). torch._foreach_copy_ gives a block 65,536 elements: six
+// times the time for weights of this size.
+extern "C" __global__ void __launch_bounds__(THREADS) make_weights(
     const float* source_0, scalar_t* target_0, int64 fours_0, const float* source_1, scalar_t* target_1, int64 fours_1,
     const float* source_2, scalar_t* target_2, int64 fours_2, const float* source_3, scalar_t* target_3, int64 fours_3,
     const float* source_4, scalar_t* target_4, int64 fours_4, const float* source_5, scalar_t* target_5, int64 fours_5,
-    const float* source_6, scalar_t* target_6, int64 fours_6, const float* source_7, scalar_t* target_7, int64 fours_7) {
+    const float* source_6, scalar_t* target_6, int64 fours_6, const float* source_7, scalar_t* target_7, int64 fours_7,
+    const float* A_log, float* A, int64 fours_A, const float* A_b_log, float* A_b, int64 fours_A_b) {
+    const int64 i = int64(blockIdx.x) * THREADS + threadIdx.x;
+    if (blockIdx.y >= 8) {
+        const bool behind = blockIdx.y > 8;
+        if (i >= (behind ? fours_A_b : fours_A)) return;
+        const float4 v = reinterpret_cast<const float4*>(behind ? A_b_log : A_log)[i];
+        reinterpret_cast<float4*>(behind ? A_b : A)[i] = make_float4(-expf(v.x), -expf(v.y), -expf(v.z), -expf(v.w));
+        return;
+    }
     const float* source;
     scalar_t* target;
     int64 fours;
@@ -28,7 +37,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) narrow_all(
         case 6: source = source_6, target = target_6, fours = fours_6; break;
         default: source = source_7, target = target_7, fours = fours_7;
     }
-    const int64 i = int64(blockIdx.x) * THREADS + threadIdx.x;
     if (i >= fours) return;
     const float4 v = reinterpret_cast<const float4*>(source)[i];
     reinterpret_cast<uint2*>(target)[i] = make_uint2(narrow2(v.x, v.y), narrow2(v.z, v.w));
