@@ -378,3 +378,28 @@ def test_a_misspelt_batch_is_one_readable_line(text):
     assert parse_batch(["224:8", "512:2"]) == {224: 8, 512: 2}
     with pytest.raises(SystemExit, match="takes PX:BATCH"):
         parse_batch([text])
+
+
+# ---- where time goes
+
+
+def test_kernel_times_are_of_one_pass():
+    from kernel_times import kernel_times
+
+    x = torch.randn(64, 64)
+    rows = kernel_times(lambda: (x @ x).relu() @ x, CPU)
+    calls = {row.name: row.calls for row in rows}
+    assert calls["aten::mm"] == 2 and calls["aten::relu"] == 1
+    assert [row.microseconds for row in rows] == sorted((row.microseconds for row in rows), reverse=True)
+
+
+def test_the_table_of_kernel_times_adds_up():
+    from kernel_times import Row, table
+
+    rows = [Row("first|kernel", 2, 600.0), Row("second", 1, 300.0), Row("third", 4, 60.0), Row("fourth", 1, 40.0)]
+    assert table(rows, top=2).splitlines()[2:] == [
+        "| first/kernel | 2 | 300.0 | 600 | 60.0 |",
+        "| second | 1 | 300.0 | 300 | 30.0 |",
+        "| 2 others | 5 | 20.0 | 100 | 10.0 |",
+        "| all | 8 |  | 1000 | 100 |",
+    ]

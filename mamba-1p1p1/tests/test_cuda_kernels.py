@@ -163,12 +163,15 @@ def test_weights(rank, dtype, logarithms):
     _, ahead, behind, _ = arguments(case(rank=rank, channels=64, dtype=dtype))
     others = torch.randn(128, 36, device=DEVICE).T, torch.randn(32, 64, device=DEVICE).double()  # one is strided
     parameters = kernels._parameters(ahead, behind)
-    weights = kernels._prepare(parameters, dtype, *others, logarithms=logarithms)
+    weights = kernels._prepare(parameters, dtype, *others, logarithms=logarithms, backward=True)
     padded = kernels._padded(rank)
     for both, weight in zip(weights.x_proj, parameters.x_proj_weight):
         assert both.shape[0] == padded + 32
         assert torch.equal(torch.cat([both[:rank], both[padded:]]), weight.to(dtype))
     assert all(torch.equal(new, old.to(dtype)) for new, old in zip(weights.others, others))
+    for made, given in zip(weights.dt_weight, parameters.dt_weight):
+        assert torch.equal(made[:, :rank], given.to(dtype)) and not made[:, rank:].any()
+    assert kernels._prepare(parameters, dtype, *others, logarithms=logarithms).dt_weight is None
     for made, given in zip(weights.parameters.A, parameters.A):
         right = -torch.exp(given.double()) if logarithms else given.double()
         assert relative_error(made, right.cpu()) <= (2e-7 if logarithms else 0)

@@ -176,16 +176,20 @@ class Weights(NamedTuple):
     x_proj: Tensor  # (2, columns, D) in 16 bits: rows of the time step, some of them again as padding, of B, of C
     others: tuple[Tensor, ...]  # in 16 bits
     parameters: Parameters
+    dt_weight: Tensor | None  # (2, D, padded rank) in 16 bits, the padding zero
 
 
-def _prepare(parameters: Parameters, dtype: torch.dtype, *others: Tensor, logarithms: bool = False) -> Weights:
-    """Both x projections' weights and up to two `others` in 16 bits, and A where log(-A) is given, by one launch.
+def _prepare(
+    parameters: Parameters, dtype: torch.dtype, *others: Tensor, logarithms: bool = False, backward: bool = False
+) -> Weights:
+    """Weights of matrix products in 16 bits, with up to two `others`, and A where log(-A) is given, by one launch.
 
-    The padding's products meet zeros.
+    The time step's are for `backward` alone. The padding of x_proj's products meets zeros.
     """
-    pair, rank = parameters.x_proj_weight, parameters.dt_weight[0].shape[1]
-    padding, (rows, channels) = _padded(rank) - rank, pair[0].shape
-    x_proj = torch.empty((2, rows + padding, channels), dtype=dtype, device=pair[0].device)
+    pair, dt_weight = parameters.x_proj_weight, parameters.dt_weight
+    (rows, channels), rank, device = pair[0].shape, dt_weight[0].shape[1], pair[0].device
+    padding = _padded(rank) - rank
+    x_proj = torch.empty((2, rows + padding, channels), dtype=dtype, device=device)
     targets, sources = [], []
     for both, weight in zip(x_proj, pair):
         targets += both.split([rank, padding, rows - rank]) if padding else [both]
@@ -193,40 +197,29 @@ def _prepare(parameters: Parameters, dtype: torch.dtype, *others: Tensor, logari
     converted = []
     for weight in others:
         if weight.dtype == torch.float32:
-            converted.append(torch.empty(weight.shape, dtype=dtype, device=weight.device))
+            converted.append(torch.empty(weight.shape, dtype=dtype, device=device))
             targets.append(converted[-1])
             sources.append(_contiguous(weight))
         else:
             converted.append(weight.to(dtype))
     A_logs = parameters.A if logarithms else ()
     As = tuple(torch.empty_like(A_log) for A_log in A_logs)
-    _make_weights(list(zip(sources, targets)), list(zip(A_logs, As)), dtype)
-    return Weights(x_proj, tuple(converted), parameters._replace(A=As) if logarithms else parameters)
+    padded = torch.empty((2, channels, _padded(rank)), dtype=dtype, device=device) if backward else None
 
+    def tasks(sources, targets, count: int) -> list:
+        flat = [argument for pair in zip(sources, targets) for argument in (*pair, pair[0].numel() // 4)]
+        return flat + [None, None, 0] * (count - len(sources))
 
-def _make_weights(narrowed: list[tuple[Tensor, Tensor]], exponentiated: list[tuple[Tensor, Tensor]], dtype) -> None:
-    """Of pairs (source, target), contiguous, float32 sources aligned to 16 bytes, of multiples of four elements: up
-    to eight in 16 bits, and either no or two targets in float32 that are -exp(source).
-    """
-
-    def tasks(pairs: list[tuple[Tensor, Tensor]], count: int) -> list:
-        flat = [argument for source, target in pairs for argument in (source, target, source.numel() // 4)]
-        return flat + [None, None, 0] * (count - len(pairs))
-
-    fours = max(source.numel() // 4 for source, _ in narrowed + exponentiated)
-    grid = (ceil_div(fours, WEIGHT_THREADS), NARROW_ARRAYS + len(exponentiated), 1)
-    kernel = runtime.load("weights.cu", "make_weights", (_half(dtype),))
-    kernel(grid, WEIGHT_THREADS, 0, *tasks(narrowed, NARROW_ARRAYS), *tasks(exponentiated, 2))
-
-
-def _dt_weight(parameters, dtype: torch.dtype) -> Tensor:
-    """Both weights of the time step in 16 bits, (2, D, padded rank)."""
-    pair = parameters.dt_weight
-    channels, rank = pair[0].shape
-    make = torch.empty if rank == _padded(rank) else torch.zeros
-    both = make((2, channels, _padded(rank)), dtype=dtype, device=pair[0].device)
-    torch._foreach_copy_([one[:, :rank] for one in both], list(pair))
-    return both
+    fours = max(source.numel() // 4 for source in (*sources, *A_logs))
+    if backward:
+        fours = max(fours, channels * _padded(rank) // 4)
+    arrays = NARROW_ARRAYS + (4 if backward else len(As))  # those that there are not are empty, or behind the last
+    runtime.load("weights.cu", "make_weights", (_half(dtype),))(
+        (ceil_div(fours, WEIGHT_THREADS), arrays, 1), WEIGHT_THREADS, 0,
+        *tasks(sources, targets, NARROW_ARRAYS), *tasks(A_logs, As, 2),
+        *dt_weight, padded, channels, rank, _padded(rank) // 4,
+    )  # fmt: skip
+    return Weights(x_proj, tuple(converted), parameters._replace(A=As) if logarithms else parameters, padded)
 
 
 def _project(u: Tensor, x_proj: Tensor) -> Tensor:
@@ -234,17 +227,17 @@ def _project(u: Tensor, x_proj: Tensor) -> Tensor:
     return product_in_float32(u.flatten(1, 2), x_proj.transpose(1, 2))
 
 
-def _projections_backward(ddelta, dBC, u, projected, x_proj, parameters) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _projections_backward(ddelta, dBC, u, projected, weights: Weights) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """(du through the projections; the gradients of their weights: x projection, time step)."""
-    rank, columns = parameters.dt_weight[0].shape[1], projected.shape[-1]
+    rank, columns = weights.parameters.dt_weight[0].shape[1], projected.shape[-1]
     padded, rows = _padded(rank), u.shape[1] * u.shape[2]
     flat_u, flat_ddelta = u.flatten(1, 2), ddelta.flatten(1, 2)  # (2, B L, D)
     dprojected = torch.empty((2, rows, columns), dtype=u.dtype, device=u.device)
-    torch.bmm(flat_ddelta, _dt_weight(parameters, u.dtype), out=dprojected[..., :padded])
+    torch.bmm(flat_ddelta, weights.dt_weight, out=dprojected[..., :padded])
     runtime.load("sums.cu", "sum_blocks", (_half(u.dtype),))(
         (ceil_div(rows * STATES // 2, 256), 1, 2), 256, 0, dBC, dprojected, rows, 2 * STATES, dBC.shape[1], columns
     )
-    du = torch.bmm(dprojected, x_proj)
+    du = torch.bmm(dprojected, weights.x_proj)
     dt = projected[..., :padded].to(u.dtype)
     dx_proj = [product_in_float32(dprojected[i].T, flat_u[i]) for i in range(2)]
     if rank != padded:
@@ -344,8 +337,8 @@ def _conv_backward(xz: Tensor, du_scan: Tensor, du_projected: Tensor, parameters
     return dweight, dbias
 
 
-def _sums(shares: list[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """Of five arrays (2, rows, ...): the sums over rows, a pair each, in one launch."""
+def _sums(shares: list[Tensor], dtype: torch.dtype, factors=(None, None)) -> list[tuple[Tensor, Tensor]]:
+    """Of five arrays (2, rows, ...): the sums over rows, a pair each, the first one's times `factors`; one launch."""
     shares = [share.flatten(2) for share in shares]
     pairs = [tuple(share.new_empty(share.shape[2]) for _ in range(2)) for share in shares]
     arguments = [
@@ -355,7 +348,7 @@ def _sums(shares: list[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, Tensor
     ]
     widest = max(share.shape[2] for share in shares)
     runtime.load("sums.cu", "sum_rows", (_half(dtype),))(
-        (ceil_div(widest, SUM_COLUMNS), len(shares), 2), 256, 256 * 4, *arguments
+        (ceil_div(widest, SUM_COLUMNS), len(shares), 2), 256, 256 * 4, *arguments, *factors
     )
     return pairs
 
@@ -392,7 +385,7 @@ def bimamba_backward(dy, xz, forward_params, backward_params, scale, saved):
     """Gradients: (dxz, those of the forward direction's parameters in order, those of the backward one's)."""
     if not _serves(xz, xz.shape[2] // 2, forward_params):
         return triton_bimamba.bimamba_backward(dy, xz, forward_params, backward_params, scale, saved)
-    weights = _prepare(_parameters(forward_params, backward_params), xz.dtype)
+    weights = _prepare(_parameters(forward_params, backward_params), xz.dtype, backward=True)
     return _backward(dy, xz, forward_params, backward_params, weights, scale, lambda y: None)
 
 
@@ -409,11 +402,10 @@ def _backward(
     del y, dy
     du_scan, ddelta, dBC, *sums = _scan_backward(dxz, u, projected, states, parameters)
     del states
-    du_projected, dx_proj, ddt_weight = _projections_backward(ddelta, dBC, u, projected, weights.x_proj, parameters)
+    du_projected, dx_proj, ddt_weight = _projections_backward(ddelta, dBC, u, projected, weights)
     sums += _conv_backward(xz, du_scan, du_projected, parameters, dxz)
-    dA, dD, ddt_bias, dconv_weight, dconv_bias = _sums(sums, xz.dtype)
-    if logarithms:
-        torch._foreach_mul_(dA, [A.flatten() for A in parameters.A])
+    factors = parameters.A if logarithms else (None, None)  # of log(-A): dA A
+    dA, dD, ddt_bias, dconv_weight, dconv_bias = _sums(sums, xz.dtype, factors)
     in_order = zip(dconv_weight, dconv_bias, dx_proj, ddt_weight, ddt_bias, dA, dD)
     grads = [
         tuple(None if p is None else grad.view(p.shape).to(p.dtype) for grad, p in zip(of_direction, params))
@@ -442,14 +434,15 @@ def half_block_forward(hidden, in_proj, out_proj, forward_params, backward_param
 @on_its_device
 def half_block_backward(dout, hidden, in_proj, out_proj, forward_params, backward_params, scale, logarithms):
     """Gradients: (dhidden, din_proj, dout_proj, those of both directions, of log(-A) with `logarithms`)."""
-    dout_proj = torch.empty_like(out_proj)
+    dout_proj = None
 
     def use_y(y: Tensor) -> None:
-        dout_proj.copy_(product_in_float32(dout.flatten(0, 1).T, y.flatten(0, 1)))
+        nonlocal dout_proj
+        dout_proj = product_in_float32(dout.flatten(0, 1).T, y.flatten(0, 1)).to(out_proj.dtype)
 
     if _serves(hidden, in_proj.shape[0] // 2, forward_params):
         parameters = _parameters(forward_params, backward_params)
-        weights = _prepare(parameters, hidden.dtype, in_proj, out_proj, logarithms=logarithms)
+        weights = _prepare(parameters, hidden.dtype, in_proj, out_proj, logarithms=logarithms, backward=True)
         weight_in, weight_out = weights.others
         dxz, *grads = _backward(  # no name and no tuple holds dy: _backward frees it
             dout @ weight_out, F.linear(hidden, weight_in), forward_params, backward_params, weights, scale, use_y,

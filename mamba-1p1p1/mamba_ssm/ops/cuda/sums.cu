@@ -14,13 +14,15 @@ struct Task {
     int64 rows, columns;
 };
 
-// Sums of up to five arrays of both directions in one launch. Grid (blocks of 32 columns, tasks, directions).
+// Sums of up to five arrays of both directions in one launch; those of the first are multiplied by `factor`, where one is
+// given: dA becomes the gradient of A_log. Grid (blocks of 32 columns, tasks, directions).
 extern "C" __global__ void __launch_bounds__(COLUMNS * LANES) sum_rows(
     const float* source_0, float* ahead_0, float* behind_0, int64 rows_0, int64 columns_0,
     const float* source_1, float* ahead_1, float* behind_1, int64 rows_1, int64 columns_1,
     const float* source_2, float* ahead_2, float* behind_2, int64 rows_2, int64 columns_2,
     const float* source_3, float* ahead_3, float* behind_3, int64 rows_3, int64 columns_3,
-    const float* source_4, float* ahead_4, float* behind_4, int64 rows_4, int64 columns_4) {
+    const float* source_4, float* ahead_4, float* behind_4, int64 rows_4, int64 columns_4,
+    const float* factor_ahead, const float* factor_behind) {
     DYNAMIC_SHARED(shared);
     float* partial = reinterpret_cast<float*>(shared);  // (LANES, COLUMNS)
     const bool behind = blockIdx.z;
@@ -44,6 +46,8 @@ extern "C" __global__ void __launch_bounds__(COLUMNS * LANES) sum_rows(
     sync_block();
     if (lane == 0 && column < task.columns) {
         for (int i = 1; i < LANES; ++i) sum += partial[i * COLUMNS + within];
+        const float* factor = behind ? factor_behind : factor_ahead;
+        if (blockIdx.y == 0 && factor) sum *= factor[column];
         task.target[column] = sum;
     }
 }
