@@ -167,6 +167,27 @@ def test_stopping_early_runs_no_block_after_the_last_one_asked_for(name, only):
         torch.testing.assert_close(patches.transpose(1, 2).unflatten(2, feature.shape[2:]), feature)
 
 
+def test_a_pruned_model_counts_the_blocks_that_are_left():
+    """As timm's vision transformer does: the last one, the last two, and one that is gone."""
+    model = timm.create_model("vim_nano_patch4_32").eval()
+    images, (_, second, *_) = images_for(model), model.forward_intermediates(images_for(model), intermediates_only=True)
+    assert model.prune_intermediate_layers([1]) == [1]
+    for indices in (1, [-1], [1]):
+        torch.testing.assert_close(model.forward_intermediates(images, indices, intermediates_only=True), [second])
+    assert model.prune_intermediate_layers(1) == [1] and len(model.layers) == 2
+    with pytest.raises(AssertionError, match=r"index 3 is out of range \(0 to 1\)"):
+        model.forward_intermediates(images, [3])
+
+
+def test_feature_maps_are_in_the_models_dtype():
+    model = timm.create_model("vim_nano_patch4_32").eval()
+    images = images_for(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(one.dtype == torch.float32 for one in model.forward_intermediates(images)[1])
+    low, (tokens, features) = images.bfloat16(), model.bfloat16().forward_intermediates(images.bfloat16())
+    assert all(one.dtype == low.dtype for one in (tokens, *features, *model.forward_intermediates(low, norm=True)[1]))
+
+
 def test_features_by_hooks_are_refused():
     """They would be what the mixers gave, without the residual stream and with the class token inside."""
     assert timm.create_model("vim_nano_patch4_32", features_only=True, feature_cls="getter")

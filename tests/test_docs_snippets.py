@@ -145,7 +145,7 @@ def test_every_language_of_a_snippet_is_run():
 def test_the_python_of_the_readme_and_of_dense_prediction(clone):
     readme = [snippet for snippet in snippets_of("README.md") if snippet[0] == "python"]
     # It is written for scripts that stand beside the modules.
-    dense = [("python", f'import sys; sys.path.insert(0, "vim")\n{text}') for _, text in snippets_of("docs/DENSE.md")]
+    dense = [("python", f'import sys; sys.path.append("vim")\n{text}') for _, text in snippets_of("docs/DENSE.md")]
     assert readme and dense
     run(clone, readme + dense)
 
@@ -167,6 +167,6 @@ def test_the_readmes_table_of_commands():
 @pytest.mark.slow
 def test_a_snippet_that_fails_is_seen(clone):
     """The control: one that forgets to register the names, after one that did not."""
-    good = 'import sys; sys.path.insert(0, "vim"); import models_mamba'
+    good = 'import sys; sys.path.append("vim"); import models_mamba'
     with pytest.raises(AssertionError, match="Unknown model"):
         run(clone, [("python", good), ("python", 'import timm; timm.create_model("vim_nano_patch4_32")')])

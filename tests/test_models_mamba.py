@@ -287,6 +287,18 @@ def test_classifier_can_be_reset():
     torch.testing.assert_close(model(images), model.forward_head(model.forward_features(images), pre_logits=True))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_gradient_checkpointing_keeps_less(training):
+    """In evaluation mode, too, of which saliency maps are made."""
+    model, kept = VisionMamba(**NANO).train(training), []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(kept.pop() + t.nbytes) or t, lambda t: t):
+            model(torch.randn(2, 3, 32, 32))
+    assert kept[1] < kept[0] / 2
+
+
 def test_gradient_checkpointing_changes_nothing_but_memory():
     model, images = fill(VisionMamba(**NANO)).train(), torch.randn(2, 3, 32, 32)
     grads = []
@@ -386,6 +398,24 @@ def test_dynamic_image_size_equals_a_model_built_for_it():
         fixed(torch.randn(2, 3, 32, 32))
     fixed.set_input_size((32, 32))
     assert fixed(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+
+
+def test_another_input_size_keeps_what_can_be_kept():
+    """Of an equal grid the parameter itself, of another whether it is frozen, and after an error all of the model."""
+    model, images = VisionMamba(**NANO).eval(), torch.randn(1, 3, 32, 32)
+    before, logits = model.pos_embed, model(images)
+    model.set_input_size(32)
+    assert model.pos_embed is before
+    for size, words in (
+        (2, "an image of 2 x 2 is smaller than a patch"), ("x", "img_size='x' cannot be"),
+        (48.0, r"img_size=48.0 cannot be: use a whole number of at least 1, or \(height, width\)"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            model.set_input_size(size)
+        assert torch.equal(model(images), logits)
+    model.pos_embed.requires_grad_(False)
+    model.set_input_size(64)
+    assert not model.pos_embed.requires_grad and model(torch.randn(1, 3, 64, 64)).shape == logits.shape
 
 
 @pytest.mark.slow

@@ -114,6 +114,42 @@ def test_a_copied_file_serves_as_pretrained_weights(tmp_path, name):
         assert not model.pretrained_cfg.get("state_dict") and not extractor.pretrained_cfg.get("state_dict")
 
 
+@pytest.mark.parametrize("img_size", [(16, 64), (32, 128), (32, 64), 32])
+@pytest.mark.parametrize("form", ["state dict", "training checkpoint"])
+def test_a_file_of_the_users_own_is_of_the_models_grid(tmp_path, form, img_size):
+    """Also where as many patches would make a square, or are those of the registered size."""
+    built = {"img_size": img_size, "num_classes": 10}
+    model = timm.create_model("vim_nano_patch4_32", **built)
+    content = model.state_dict()
+    if form != "state dict":
+        content = {"model": content, "args": argparse.Namespace(input_size=img_size)}
+    torch.save(content, tmp_path / "own.pth")
+    overlay = {"file": str(tmp_path / "own.pth")}
+    again = timm.create_model("vim_nano_patch4_32", pretrained=True, pretrained_cfg_overlay=overlay, **built)
+    assert torch.equal(again.pos_embed, model.pos_embed)
+
+
+def test_a_file_of_another_grid_is_resampled_from_the_one_it_names(tmp_path):
+    """Which its run's arguments do, or the caller; a rectangle that nobody names is told."""
+    wide = timm.create_model("vim_nano_patch4_32", img_size=(32, 64))
+    right = models_mamba.resample_pos_embed(wide.pos_embed.detach(), (16, 16), "middle", (8, 16))
+
+    def load(content, **overlay):
+        torch.save(content, tmp_path / "wide.pth")
+        overlay = {"file": str(tmp_path / "wide.pth")} | overlay
+        created = {"img_size": 64, "pretrained": True, "pretrained_cfg_overlay": overlay}
+        return timm.create_model("vim_nano_patch4_32", **created).pos_embed
+
+    named = {"model": wide.state_dict(), "args": argparse.Namespace(input_size=(32, 64))}
+    assert torch.equal(load(named), right)
+    assert torch.equal(load(wide.state_dict(), input_size=(3, 32, 64)), right)
+    with pytest.raises(ValueError, match=r'holds 128 patches, .* "input_size": \(3, HEIGHT, WIDTH\)'):
+        load(wide.state_dict())
+    not_of_timm = models_mamba.VisionMamba(32, 4, embed_dim=64, depth=4)
+    square = timm.create_model("vim_nano_patch4_32", img_size=64).state_dict()
+    assert models_mamba.checkpoint_filter_fn(square, not_of_timm)["pos_embed"].shape[1] == 65
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_a_copied_file_of_a_wrapped_model_serves_too(tmp_path, prefix):
     """Otherwise timm would leave every weight random where the head is another, and only warn."""

@@ -14,6 +14,7 @@ import difflib
 import inspect
 import math
 import re
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -53,6 +54,7 @@ CLS_TOKENS = {
 GLOBAL_POOLS = ("token", "mean", "max", "last", "")
 NORMS = ("rms", "layer")
 BIDIRECTIONALS = (*BIMAMBA_TYPES, "layer")
+IMAGE_SIZES = "a whole number of at least 1, or (height, width)"
 
 
 def _choose(name: str, value: str, accepted) -> str:
@@ -316,7 +318,7 @@ class VisionMamba(nn.Module):
         self.bidirectional = _choose("bidirectional", bidirectional, BIDIRECTIONALS)
         self.cls_token_design = _choose("cls_token", cls_token, CLS_TOKENS)
         global_pool = self._checked_pool(global_pool)
-        size, count = "a whole number of at least 1, or (height, width)", "a whole number of at least 1"
+        size, count = IMAGE_SIZES, "a whole number of at least 1"
         check_values(
             (
                 ("img_size", img_size, _is_size(img_size), size),
@@ -388,6 +390,10 @@ class VisionMamba(nn.Module):
         """Blocks that make one step of the residual stream."""
         return 2 if self.bidirectional == "layer" else 1
 
+    @property
+    def _stage_count(self) -> int:
+        return len(self.layers) // self._stage_size
+
     @torch.no_grad()
     def _init_weights(self) -> None:
         """As the published training started; what the mixers hold beyond this, `Mamba` initialises."""
@@ -448,15 +454,14 @@ class VisionMamba(nn.Module):
         self._init_head()
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Rebuild for another image size, resampling the position embeddings."""
-        old_grid = self.patch_embed.grid_size
-        self.patch_embed.img_size = to_2tuple(img_size)
-        self.patch_embed.grid_size = self.patch_embed.grid_of(*self.patch_embed.img_size)
-        if self.pos_embed is not None:
-            resampled = resample_pos_embed(
-                self.pos_embed.detach(), self.patch_embed.grid_size, self.cls_token_design, old_grid
-            )
-            self.pos_embed = nn.Parameter(resampled)
+        """Rebuild for another image size, resampling the position embeddings: a new parameter for another grid."""
+        check_values([("img_size", img_size, _is_size(img_size), IMAGE_SIZES)])
+        size, old_grid = to_2tuple(img_size), self.patch_embed.grid_size
+        grid = self.patch_embed.grid_of(*size)
+        if self.pos_embed is not None and grid != old_grid:
+            resampled = resample_pos_embed(self.pos_embed.detach(), grid, self.cls_token_design, old_grid)
+            self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
+        self.patch_embed.img_size, self.patch_embed.grid_size = size, grid
 
     def cls_token_position(self, num_patches: int) -> tuple[int, ...]:
         """Indices of this model's class tokens among `num_patches` patches."""
@@ -482,7 +487,7 @@ class VisionMamba(nn.Module):
         return self.pos_drop(insert_cls_tokens(x, cls, design) + pos_embed)
 
     def _run(self, block: Block, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+        if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, hidden, residual, use_reentrant=False)
         return block(hidden, residual)
 
@@ -554,12 +559,13 @@ class VisionMamba(nn.Module):
         Returns (all tokens after the last norm (B, L, E), features), or the features, or the dict.
         """
         _choose("output_fmt", output_fmt, ("NCHW", "NLC"))
-        take, last = feature_take_indices(len(self.feature_info), indices)
+        take, last = feature_take_indices(self._stage_count, indices)
         grid = self.patch_embed.grid_of(*x.shape[-2:])
         features, prefixes = [], []
-        for i, (hidden, residual) in enumerate(self._stages(self._embed(x))):
+        embedded = self._embed(x)
+        for i, (hidden, residual) in enumerate(self._stages(embedded)):
             if i in take:
-                tokens = self.norm_f(hidden, residual)[0] if norm else hidden + residual
+                tokens = self.norm_f(hidden, residual)[0] if norm else (hidden + residual).to(embedded.dtype)
                 patches, cls = split_cls_tokens(tokens, self.cls_token_design)
                 if output_fmt == "NCHW":
                     patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
@@ -578,7 +584,7 @@ class VisionMamba(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the blocks after the last feature asked for, and the norm and head if told; returns the indices."""
-        take, last = feature_take_indices(len(self.feature_info), indices)
+        take, last = feature_take_indices(self._stage_count, indices)
         self.layers = self.layers[: (last + 1) * self._stage_size]
         if prune_norm:
             self.norm_f = _KeepAll()
@@ -633,24 +639,46 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def checkpoint_filter_fn(state_dict: dict, model: VisionMamba, entry: str = "model") -> dict[str, Tensor]:
+def checkpoint_filter_fn(
+    state_dict: dict, model: VisionMamba, entry: str = "model", img_size: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
     """A file's weights as `model` takes them: unwrapped, the position embeddings resampled to its grid.
 
     Args:
         state_dict: a state dict, or a training checkpoint that holds one under `entry`, "model" or "model_ema".
+        img_size: of the file's model, where it is known.
     """
-    state_dict = weights_in(state_dict, entry)
+    content, state_dict = state_dict, weights_in(state_dict, entry)
     if model.pos_embed is None or "pos_embed" not in state_dict:
         return state_dict
-    pos_embed = state_dict["pos_embed"]
-    size = getattr(model, "pretrained_model_args", {}).get("img_size") or model.pretrained_cfg["input_size"][1:]
-    slots = len(CLS_TOKENS[model.cls_token_design])
-    old_grid = model.patch_embed.grid_of(*to_2tuple(size))
-    new_grid, patches = model.patch_embed.grid_size, pos_embed.shape[1] - slots
-    if math.prod(old_grid) != patches:  # another stride, or a rectangle, which only the model's own can be
-        old_grid = None if math.isqrt(patches) ** 2 == patches else new_grid
-    state_dict["pos_embed"] = resample_pos_embed(pos_embed, new_grid, model.cls_token_design, old_grid)
+    pos_embed, design = state_dict["pos_embed"], model.cls_token_design
+    old_grid = _grid_of_file(pos_embed.shape[1] - len(CLS_TOKENS[design]), model, content.get("args"), img_size)
+    state_dict["pos_embed"] = resample_pos_embed(pos_embed, model.patch_embed.grid_size, design, old_grid)
     return state_dict
+
+
+def _grid_of_file(patches: int, model: VisionMamba, run: Namespace | None, img_size) -> tuple[int, int]:
+    """(H, W) of a file's position embeddings, of as many `patches`, by the first image size that gives so many.
+
+    That is the one named by the caller, by the arguments of the file's `run`, by timm's description of the model; then,
+    of a file of the user's, the model's own, as in timm's models, and of the published ones the registered one. Other
+    files are of squares.
+    """
+    cfg = getattr(model, "pretrained_cfg", {})
+    described, registered = getattr(model, "pretrained_model_args", {}).get("img_size"), cfg.get("input_size", ())[1:]
+    own = model.patch_embed.img_size
+    of_user = cfg.get("file") or not registered
+    for size in (img_size, getattr(run, "input_size", None), described, *((own,) if of_user else (registered, own))):
+        grid = size and model.patch_embed.grid_of(*to_2tuple(size))
+        if grid and math.prod(grid) == patches:
+            return grid
+    side = math.isqrt(patches)
+    if side * side == patches:
+        return side, side
+    raise ValueError(
+        f"the file's pos_embed holds {patches} patches, no square nor those of the model's {own[0]} x {own[1]} pixels: "
+        'name the size it is of, pretrained_cfg_overlay={"file": PATH, "input_size": (3, HEIGHT, WIDTH)}'
+    )
 
 
 @contextmanager
@@ -679,8 +707,9 @@ def _register(name: str, arguments: dict) -> None:
             )
         with naming_arguments(name), opening_weights(name):
             copied = read_copy(pretrained_cfg_overlay) if pretrained else {}
+            img_size = (pretrained_cfg_overlay or {}).get("input_size", ())[1:]
             model = build_model_with_cfg(
-                VisionMamba, name, pretrained, pretrained_filter_fn=take,
+                VisionMamba, name, pretrained, pretrained_filter_fn=partial(take, img_size=img_size),
                 pretrained_cfg_overlay=(pretrained_cfg_overlay or {}) | copied,
                 feature_cfg={"out_indices": 3, "feature_cls": "getter"}, **(arguments | kwargs),
             )  # fmt: skip

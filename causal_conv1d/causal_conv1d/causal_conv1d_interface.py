@@ -154,7 +154,7 @@ def causal_conv1d_fn(
                 f"seq_idx: {backend.ENVIRONMENT_VARIABLE}={backend.forced()} has no kernel for it"
             )
         return reference.causal_conv1d_packed(x, weight, bias, seq_idx, silu)
-    run = reference.causal_conv1d if backend.differentiated_by_functorch() else _forward
+    run = reference.causal_conv1d if backend.differentiated_beyond_autograd() else _forward
     out = run(x, weight, bias, initial_states, silu)
     if not return_final_states:
         return out
@@ -192,7 +192,8 @@ def causal_conv1d_update(
         conv_state_indices: (B,) signed integers: row i of x continues row `conv_state_indices[i]` of conv_state.
 
     Returns out with x's shape and dtype, computed in at least float32. Raises ValueError for shapes, dtypes or devices
-    that do not fit, NotImplementedError for another activation.
+    that do not fit, IndexError for an index that is no row (negative ones count from nowhere), NotImplementedError for
+    another activation.
     """
     silu = _silu(activation)
     tokens = x.unsqueeze(-1) if x.dim() == 2 else x
@@ -204,7 +205,9 @@ def causal_conv1d_update(
     _check_kinds(x, {"conv_state": conv_state})
     for name, integers in {"cache_seqlens": cache_seqlens, "conv_state_indices": conv_state_indices}.items():
         _check_integers(name, integers, "(B,)", (x.shape[0],), x)
-    rows = None if conv_state_indices is None else conv_state_indices.long()
+    rows = conv_state_indices
+    if rows is not None:  # without waiting for a GPU: a negative index becomes one that indexing refuses
+        rows = torch.where(rows < 0, len(conv_state), rows).long()
     state = conv_state if rows is None else conv_state[rows]
     if state.shape[0] != x.shape[0]:
         raise ValueError(f"x has {x.shape[0]} rows, and there are states of {state.shape[0]}: give one for each row")

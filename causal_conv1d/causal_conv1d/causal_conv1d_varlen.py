@@ -16,12 +16,16 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
         cu_seqlens: (B+1,) integers, the offset where each sequence starts, and the total at the end.
         state_len: how many tokens to keep; shorter sequences are padded with zeros on the left.
 
-    Returns (B, D, state_len).
+    Returns (B, D, state_len). Raises ValueError for shapes and dtypes that do not fit, IndexError for offsets beyond x.
     """
     if x.dim() != 2 or cu_seqlens.dim() != 1:
         raise ValueError(
             f"x must be (total tokens, D) and cu_seqlens (B+1,), not {tuple(x.shape)}, {tuple(cu_seqlens.shape)}"
         )
+    if cu_seqlens.is_floating_point() or cu_seqlens.is_complex() or cu_seqlens.dtype == torch.bool:
+        raise ValueError(f"cu_seqlens must be integers, not {cu_seqlens.dtype}")
+    if state_len < 0:
+        raise ValueError(f"state_len={state_len} cannot be: use 0 or a positive number of tokens")
     return reference.varlen_states(x, cu_seqlens.to(torch.int64), state_len).contiguous()
 
 

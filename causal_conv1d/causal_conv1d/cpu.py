@@ -20,6 +20,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 WIDTHS = (2, 3, 4)
 _LIBRARY_STEM = "_cpu_kernels"
 INTERFACE = 2  # of the C functions and argument blocks; counted up with csrc/library.cpp
+_floats = functools.partial(torch.empty, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
 
 
 class _Sequence(ctypes.Structure):
@@ -158,8 +159,8 @@ def conv_backward(dout, x, weight, bias, initial_states, silu):
     dx = call.empty()
     dout = dout if dout.dtype == dx.dtype and dout.stride() == dx.stride() else call.empty().copy_(dout)
     (batch, channels, _), width = x.shape, weight.shape[1]
-    dweight, dbias = torch.empty(batch, width, channels), torch.empty(batch, channels)
-    dinitial = None if initial_states is None else torch.empty(batch, width - 1, channels)
+    dweight, dbias = _floats(batch, width, channels), _floats(batch, channels)
+    dinitial = None if initial_states is None else _floats(batch, width - 1, channels)
     arguments = call.arguments
     arguments.dout, arguments.dx = _sequence(dout), _sequence(dx)
     arguments.dweight, arguments.dbias = dweight.data_ptr(), dbias.data_ptr()

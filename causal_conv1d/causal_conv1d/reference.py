@@ -119,6 +119,8 @@ def varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:
 
     x (total tokens, D), cu_seqlens (B+1,) -> (B, D, state_len).
     """
+    if len(x) == 0:
+        return x.new_zeros(len(cu_seqlens) - 1, x.shape[1], state_len)
     ends = cu_seqlens[1:, None]
     positions = ends + torch.arange(-state_len, 0, device=x.device)  # (B, state_len)
     inside = positions >= cu_seqlens[:-1, None]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import causal_conv1d as package
 from causal_conv1d import backend, causal_conv1d_fn, causal_conv1d_update, causal_conv1d_varlen_states
@@ -206,6 +207,25 @@ def test_update_of_chosen_cache_rows(integers):
     assert torch.equal(cache[[0, 2, 3]], untouched[[0, 2, 3]])
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_changes_nothing(default):
+    """Kernels write into buffers of their own dtype, not of the one that tensors are made in by default."""
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((2, 64, 50), (64, 4), (64,)))
+    initial = torch.randn(2, 64, 3, requires_grad=True)
+
+    def run():
+        out, state = causal_conv1d_fn(x, weight, bias, initial_states=initial, return_final_states=True)
+        return out, state, *torch.autograd.grad((out.square().sum() + state.sum()), (x, weight, bias, initial))
+
+    right = run()
+    torch.set_default_dtype(default)
+    try:
+        found = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(one.dtype == torch.float32 and torch.equal(one, expected) for one, expected in zip(found, right))
+
+
 def test_torch_func_differentiates_forwards_and_backwards():
     """Registered operations know autograd alone; jvp would silently take their derivatives for zero."""
     x, weight, bias, _ = (t if t is None else t.detach() for t in random_inputs())
@@ -218,12 +238,15 @@ def test_torch_func_differentiates_forwards_and_backwards():
     (grad,) = torch.autograd.grad(loss(leaf), leaf)
     torch.testing.assert_close(torch.func.jvp(loss, (x,), (tangent,))[1], (grad * tangent).sum())
     torch.testing.assert_close(torch.func.grad(loss)(x), grad)
+    with torch.no_grad(), forward_ad.dual_level():
+        found = forward_ad.unpack_dual(loss(forward_ad.make_dual(x, tangent))).tangent
+    torch.testing.assert_close(found, (grad * tangent).sum())
 
 
 def test_torch_func_does_not_leave_a_forced_backend(monkeypatch):
     x, weight, bias, _ = (t if t is None else t.detach() for t in random_inputs())
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "cpu")
-    with pytest.raises(NotImplementedError, match=r"=cpu: torch.func has no derivatives of it; unset it, or use refer"):
+    with pytest.raises(NotImplementedError, match=r"=cpu: autograd alone has derivatives of it; unset it, or use ref"):
         torch.func.grad(lambda x: causal_conv1d_fn(x, weight, bias).sum())(x)
 
 
@@ -232,6 +255,24 @@ def test_states_of_packed_sequences():
     states = causal_conv1d_varlen_states(x, offsets, 3)
     assert torch.equal(states, causal_conv1d_varlen_states_ref(x, offsets, 3))
     assert torch.equal(states[2], x[8:].T) and not states[1].any()
+    none, nothing = torch.randn(0, 4), torch.tensor([0, 0])
+    assert torch.equal(causal_conv1d_varlen_states(none, nothing, 3), torch.zeros(1, 4, 3))
+    for arguments, words in (
+        ((x, torch.tensor([0.0, 7.9, 11.0]), 3), "cu_seqlens must be integers, not torch.float32"),
+        ((x, offsets, -2), "state_len=-2 cannot be: use 0 or a positive number"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            causal_conv1d_varlen_states(*arguments)
+    with pytest.raises(IndexError):
+        causal_conv1d_varlen_states(x, torch.tensor([0, 12]), 3)
+
+
+def test_a_cache_has_no_row_before_its_first():
+    """-1, elsewhere the mark of padding, would write the last row."""
+    cache, before = torch.zeros(5, 4, 3), torch.zeros(5, 4, 3)
+    with pytest.raises(IndexError):
+        causal_conv1d_update(torch.ones(2, 4), cache, torch.ones(4, 3), conv_state_indices=torch.tensor([4, -1]))
+    assert torch.equal(cache, before)
 
 
 @pytest.mark.parametrize(

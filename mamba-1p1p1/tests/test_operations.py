@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_pre_hook
 from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
@@ -136,6 +137,36 @@ def test_the_gradient_of_a_sum(operation):
     ones = torch.ones(()).expand_as(out)
     grads = [torch.autograd.grad(out, inputs, dout, retain_graph=True) for dout in (ones, ones.contiguous())]
     assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("default", [torch.float64, BF16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("operation", ["scan", "mixer", "block", "layer norm", "rms norm"])
+def test_torchs_default_dtype_changes_nothing(operation, dtype, default):
+    """Kernels write into buffers of their own dtype, not of the one that tensors are made in by default."""
+    scanned, (_, *sides) = scan_inputs(D=32, dtype=torch.float32), mixer_inputs(D=32, dtype=torch.float32)
+    draws = {shape: torch.randn(shape) for shape in ((2, 5, 64), (2, 5, 32), (64, 32), (32, 32), (64,))}
+
+    def run():
+        xz, hidden, in_proj, out_proj, weight = (draw.to(dtype).requires_grad_() for draw in draws.values())
+        u = scanned[0].detach().to(dtype).requires_grad_()
+        out, inputs = {
+            "scan": lambda: (selective_scan_fn(u, *scanned[1:], True, return_last_state=True), (u, *scanned[1:])),
+            "mixer": lambda: ([bimamba(xz, *sides)], (xz, *sides[0], *sides[1])),
+            "block": lambda: ([bimamba_block(hidden, in_proj, out_proj, *sides)], (hidden, in_proj, out_proj)),
+            "layer norm": lambda: (layer_norm_fn(xz, weight, weight, prenorm=True), (xz, weight)),
+            "rms norm": lambda: (rms_norm_fn(xz, weight, None, prenorm=True), (xz, weight)),
+        }[operation]()
+        return *out, *torch.autograd.grad([one.float().square().sum() for one in out], inputs)
+
+    right = run()
+    torch.set_default_dtype(default)
+    try:
+        found = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, expected in zip(found, right):
+        assert one.dtype == expected.dtype and torch.equal(one, expected)
 
 
 @pytest.mark.parametrize("transformed", [False, True], ids=["autograd", "torch.func"])
@@ -320,11 +351,41 @@ def test_hooks_before_a_projections_backward_are_run(of_all, name, undone):
 
 @pytest.mark.parametrize("name", ["conv1d", "x_proj_b", "dt_proj"])
 def test_an_adapter_that_no_mixer_would_call_is_refused(name):
+    """By a compiled mixer, too, also one that was compiled before."""
+    torch._dynamo.reset()
     module = Mamba(16, bimamba_type="v2")
-    module(torch.randn(2, 5, 16))
+    compiled = torch.compile(module, backend="eager")
+    compiled(torch.randn(2, 5, 16))
     setattr(module, name, torch.nn.Sequential(getattr(module, name)))
     said = rf"^{name} is a torch\.nn\.modules\.container\.Sequential, which this mixer would not call"
-    with pytest.raises(TypeError, match=said):
+    for run in (module, compiled):
+        with pytest.raises(TypeError, match=said):
+            run(torch.randn(2, 5, 16))
+
+
+@pytest.mark.parametrize("bimamba_type", ["none", "v1", "v2"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"stride": 2}, r"conv1d has stride=\(2,\), which this mixer would not heed: use \(1,\)"),
+        ({"dilation": 2, "padding": 6}, r"conv1d has dilation=\(2,\)"),
+        ({"padding": 0}, r"conv1d has padding=\(0,\), which this mixer would not heed: use \(3,\)"),
+        ({"groups": 1}, "conv1d has groups=1, which this mixer would not heed: use 32"),
+        ({"padding_mode": "circular"}, "conv1d has padding_mode='circular'"),
+    ],
+)
+def test_another_convolution_is_refused(bimamba_type, change, words):
+    module = Mamba(16, bimamba_type=bimamba_type)
+    module.conv1d = torch.nn.Conv1d(32, 32, 4, **{"groups": 32, "padding": 3} | change)
+    with pytest.raises(TypeError, match=words):
+        module(torch.randn(2, 5, 16))
+
+
+@pytest.mark.parametrize("bimamba_type", ["none", "v1", "v2"])
+def test_a_bias_of_the_x_projection_is_refused(bimamba_type):
+    module = Mamba(16, bimamba_type=bimamba_type)
+    module.x_proj = torch.nn.Linear(32, module.x_proj.out_features)
+    with pytest.raises(TypeError, match="x_proj has a bias, which this mixer would not add: use bias=False"):
         module(torch.randn(2, 5, 16))
 
 
@@ -630,6 +691,37 @@ def test_a_bias_of_a_matrix_that_x_proj_does_not_give_is_refused(name):
     options = {name: torch.zeros(D, N), f"{name}_proj_bias": torch.zeros(N)}
     with pytest.raises(ValueError, match=f"{name}_proj_bias .*: leave it out beside a constant {name}"):
         mamba_inner_fn_no_out_proj(*arguments, -torch.ones(D, N), **options)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"xz": torch.zeros(1, 15, 5)}, r"xz must be \(B, 2 D, L\), .* D = 8 as A, not \(1, 15, 5\)"),
+        ({"xz": torch.zeros(1, 16, 0)}, "with L >= 1"),
+        ({"xz": torch.zeros(1, 16, 5, dtype=torch.int64)}, "floating point, .* of torch.int64"),
+        ({"conv1d_weight": torch.zeros(4, 2, 4)}, r"conv1d_weight must be \(8, 1, W\) or \(8, W\), not \(4, 2, 4\)"),
+        ({"x_proj_weight": torch.zeros(9, 8)}, r"x_proj_weight must be \(11, 8\), R = 3 rows .* not \(9, 8\)"),
+        ({"x_proj_weight": torch.zeros(20, 8)}, r"x_proj_weight must be \(11, 8\)"),
+        ({"x_proj_weight": torch.zeros(9, 8), "B": torch.zeros(8, 4)}, r"must be \(7 or 11, 8\)"),
+        ({"delta_proj_weight": torch.zeros(3, 8)}, r"delta_proj_weight must be \(8, R\), not \(3, 8\)"),
+        ({"A": -torch.ones(8)}, r"A must be \(D, N\), not \(8,\)"),
+        ({"A_b": -torch.ones(8, 4, dtype=torch.complex64)}, r"A_b must be \(8, 4\) of torch.float32 as A, not"),
+        ({"B_proj_bias": torch.zeros(1)}, r"B_proj_bias must be \(4,\), not \(1,\)"),
+        ({"out_proj_bias": torch.zeros(1)}, r"out_proj_bias must be \(6,\), not \(1,\)"),
+        ({"out_proj_weight": None, "out_proj_bias": torch.zeros(6)}, "out_proj_bias is given without out_proj_weight"),
+    ],
+)
+@pytest.mark.parametrize("name", ["bimamba_inner_fn", "bimamba_inner_ref"])
+def test_bad_arguments_of_a_whole_mixer(name, change, words):
+    arguments = {
+        "xz": torch.zeros(1, 16, 5), "conv1d_weight": torch.zeros(8, 1, 4), "conv1d_bias": None,
+        "x_proj_weight": torch.zeros(11, 8), "delta_proj_weight": torch.zeros(8, 3),
+        "out_proj_weight": torch.zeros(6, 8), "out_proj_bias": None, "A": -torch.ones(8, 4), "A_b": -torch.ones(8, 4),
+    }  # fmt: skip
+    function = getattr(selective_scan_interface, name)
+    assert function(**arguments).shape == (1, 5, 6)
+    with pytest.raises(ValueError, match=words):
+        function(**arguments | change)
 
 
 @pytest.mark.parametrize("name", ["mamba_inner_no_out_proj_ref", "mamba_inner_ref", "bimamba_inner_ref"])
@@ -986,10 +1078,37 @@ def test_torch_func_differentiates_forwards_and_backwards(bimamba_type, use_fast
     torch.testing.assert_close(whole, grad)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("bimamba_type", ["none", "v1", "v2"])
+def test_forward_mode_beside_torch_func(bimamba_type, frozen):
+    """Dual numbers of torch.autograd.forward_ad, with autograd's eyes shut too; and both of them compiled."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    module = Mamba(16, d_state=4, bimamba_type=bimamba_type).requires_grad_(not frozen)
+    norm = RMSNorm(16).requires_grad_(not frozen)
+    x, tangent = torch.randn(2, 2, 5, 16).unbind()
+
+    def run(x):
+        return norm(module(x), x)
+
+    def dual(function):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent
+
+    right = torch.func.jvp(run, (x,), (tangent,))[1]
+    assert right.abs().max() > 0.1
+    compiled = torch.compile(run, backend="eager")
+    compiled(x)
+    inside = torch.compile(lambda x, tangent: torch.func.jvp(run, (x,), (tangent,))[1], fullgraph=True, backend="eager")
+    with torch.set_grad_enabled(not frozen):
+        for found in (dual(run), dual(compiled), torch.func.jvp(compiled, (x,), (tangent,))[1], inside(x, tangent)):
+            torch.testing.assert_close(found, right)
+
+
 def test_torch_func_does_not_leave_a_forced_backend(monkeypatch):
     inputs = scan_inputs()
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "cpu")
-    with pytest.raises(NotImplementedError, match=r"=cpu: torch.func has no derivatives of it; unset it, or use refer"):
+    with pytest.raises(NotImplementedError, match=r"=cpu: autograd alone has derivatives of it; unset it, or use ref"):
         torch.func.grad(lambda u: selective_scan_fn(u, *inputs[1:]).sum())(inputs[0].detach())
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "reference")
     torch.func.grad(lambda u: selective_scan_fn(u, *inputs[1:]).sum())(inputs[0].detach())

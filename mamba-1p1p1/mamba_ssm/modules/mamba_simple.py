@@ -76,9 +76,10 @@ class InferenceCache(NamedTuple):
 class Mamba(nn.Module):
     """Selective state space mixer (arXiv 2312.00752, figure 3), bidirectional as in Vision Mamba (arXiv 2401.09417).
 
-    The fused operations take the parameters of `conv1d`, `x_proj` and `dt_proj` and do not call these modules: hooks
-    that watch them are not run. What would compute something else raises TypeError: another module in their place, a
-    `forward` of their own, a weight or bias that a forward pre-hook computes (torch.nn.utils.prune).
+    The fused operations take the parameters of `conv1d`, `x_proj` and `dt_proj` and do not call these modules: their
+    hooks are not run. What would compute something else raises TypeError: another module in their place, a `forward` of
+    their own, a weight or bias that a forward pre-hook computes (torch.nn.utils.prune), a bias of `x_proj`, a
+    convolution of another stride, dilation, padding or grouping.
 
     Args:
         d_model, d_state, d_conv, expand: E, N, W, and D / E.
@@ -165,7 +166,7 @@ class Mamba(nn.Module):
         """A_log = log(1..N) on every row (S4D-Real, arXiv 2206.11893) and D = 1, float32 always."""
         levels = torch.arange(1, self.d_state + 1, dtype=torch.float32, device=device)
         A_log = nn.Parameter(levels.log().repeat(self.d_inner, 1))  # (D, N)
-        D = nn.Parameter(torch.ones(self.d_inner, device=device))
+        D = nn.Parameter(torch.ones(self.d_inner, dtype=torch.float32, device=device))
         return A_log, D
 
     def _direction_modules(self, conv_bias: bool, factory: dict) -> tuple[nn.Conv1d, nn.Linear, nn.Linear]:
@@ -193,9 +194,12 @@ class Mamba(nn.Module):
     def _weight_holders(self, suffix: str) -> tuple[nn.Module, nn.Module, nn.Module]:
         """conv1d, x_proj and dt_proj of a direction. Raises TypeError for one that is more than its parameters."""
         holders = tuple(getattr(self, name + suffix) for name in WEIGHT_HOLDERS)
-        if not torch.compiler.is_compiling():
-            for module, (name, kind) in zip(holders, WEIGHT_HOLDERS.items()):
-                _check_holder(name + suffix, module, kind)
+        for module, (name, kind) in zip(holders, WEIGHT_HOLDERS.items()):
+            _check_holder(name + suffix, module, kind)
+        conv, x_proj, _ = holders
+        _check_convolution("conv1d" + suffix, conv)
+        if x_proj.bias is not None:
+            raise TypeError(f"x_proj{suffix} has a bias, which this mixer would not add: use bias=False")
         return holders
 
     def _parameters_of(self, suffix: str, A: Tensor) -> DirectionParameters:
@@ -235,7 +239,8 @@ class Mamba(nn.Module):
         """Mix tokens: (B, L, E) -> (B, L, E).
 
         `inference_params` (with `key_value_memory_dict` and `seqlen_offset`) keeps the state of a one-directional
-        layer: the first call fills it from a whole prompt, later ones take one token each.
+        layer: the first call fills it from a whole prompt, later ones take one token each. It is changed in place and
+        token by token: for inference, under `torch.no_grad()`.
         """
         if hidden_states.dim() != 3 or hidden_states.shape[1] == 0 or hidden_states.shape[-1] != self.d_model:
             raise ValueError(
@@ -285,7 +290,7 @@ class Mamba(nn.Module):
         if conv.bias is not None:
             x = x + conv.bias
         x = F.silu(x).to(z.dtype)  # the cache's may be another
-        dt, B, C = x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt, B, C = F.linear(x, x_proj.weight).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y = selective_state_update(
             ssm_state, x, F.linear(dt, dt_proj.weight), negative_exp(self.A_log), B, C, self.D, z,
             dt_bias=dt_proj.bias, dt_softplus=True,
@@ -319,17 +324,28 @@ def _check_holder(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
     """Raise TypeError for a module whose call is more than a `kind` of its parameters; see `Mamba`."""
     own, mend = vars(module), "adapt in_proj or out_proj, or merge the adapter"
     # Parameters and parametrizations are not among `own`, so a hook that only watches does not count.
-    computed = module._forward_pre_hooks and own.keys() & {"weight", "bias"}
+    computed = [of for of in ("bias", "weight") if of in own] if module._forward_pre_hooks else []
     if type(module).forward is not kind.forward:
         found = f"is a {type(module).__module__}.{type(module).__qualname__}, which this mixer would not call"
-    elif module.forward != MethodType(kind.forward, module):
+    elif "forward" in own and own["forward"] != MethodType(kind.forward, module):
         found = "has a forward of its own, which this mixer would not call"
     elif computed:
-        found = f"has its {' and '.join(sorted(computed))} from a forward pre-hook, which this mixer would not run"
+        found = f"has its {' and '.join(computed)} from a forward pre-hook, which this mixer would not run"
         mend = "end the hook (torch.nn.utils.prune.remove), or use torch.nn.utils.parametrize"
     else:
         return
     raise TypeError(f"{name} {found}: it takes the parameters of a torch.nn.{kind.__name__}; {mend}")
+
+
+def _check_convolution(name: str, conv: nn.Conv1d) -> None:
+    """Raise TypeError for one that is not causal, depthwise, and of every token."""
+    (width,), channels = conv.kernel_size, conv.in_channels
+    for what, value, right in (
+        ("stride", conv.stride, (1,)), ("dilation", conv.dilation, (1,)), ("padding", conv.padding, (width - 1,)),
+        ("groups", conv.groups, channels), ("padding_mode", conv.padding_mode, "zeros"),
+    ):  # fmt: skip
+        if value != right:
+            raise TypeError(f"{name} has {what}={value!r}, which this mixer would not heed: use {right!r}")
 
 
 def _is_plain(linear: nn.Module) -> bool:

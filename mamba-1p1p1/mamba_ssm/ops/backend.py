@@ -12,6 +12,7 @@ import os
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 ENVIRONMENT_VARIABLE = "MAMBA_SSM_BACKEND"
 MODULES = {
@@ -113,22 +114,29 @@ def argument_of_dtype(op: str, dtype: torch.dtype) -> str:
     return "A" if dtype.is_complex else {"selective_scan": "u", "bimamba": "xz", "add_norm": "x"}[op]
 
 
-def differentiated_by_functorch() -> bool:
-    """Whether `torch.func` differentiates through this call, by grad, jvp or what is made of them.
+def differentiated_beyond_autograd() -> bool:
+    """Whether more than autograd differentiates this call: `torch.func`, or forward mode (torch.autograd.forward_ad).
 
-    Registered operations have formulas for autograd alone: jvp would take their derivatives for zero. The reference,
-    plain torch, has them all. Not known while torch.compile traces. Raises NotImplementedError where another backend
-    is forced.
+    Registered operations have formulas for autograd alone: forward mode would take their derivatives for zero. The
+    reference, plain torch, has them all. Raises NotImplementedError where another backend is forced.
     """
-    if torch.compiler.is_compiling():
-        return False
+    # torch.compile traces this: what it reads here it guards, and it guards torch.func's stack by itself
+    return (forward_ad._current_level >= 0 or _transformed()) and _reference_is_allowed()
+
+
+@torch.compiler.assume_constant_result
+def _transformed() -> bool:
     kinds = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
-    found = any(level.key() in kinds for level in torch._C._functorch.get_interpreter_stack() or ())
-    if found and forced() not in (None, "reference"):
+    return any(level.key() in kinds for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
+@torch.compiler.assume_constant_result
+def _reference_is_allowed() -> bool:
+    if forced() not in (None, "reference"):
         raise NotImplementedError(
-            f"{ENVIRONMENT_VARIABLE}={forced()}: torch.func has no derivatives of it; unset it, or use reference"
+            f"{ENVIRONMENT_VARIABLE}={forced()}: autograd alone has derivatives of it; unset it, or use reference"
         )
-    return found
+    return True
 
 
 def _choice(device_type: str) -> str:

@@ -327,7 +327,7 @@ def bimamba(xz: Tensor, forward: DirectionParameters, backward: DirectionParamet
 
 def _mixer(xz: Tensor, forward: DirectionParameters, backward: DirectionParameters, scale: float) -> Tensor:
     """`bimamba` of checked arguments."""
-    if backend.differentiated_by_functorch():
+    if backend.differentiated_beyond_autograd():
         return reference.bimamba(xz, forward, backward, scale)
     save = needs_grad(xz, *forward, *backward)
     return _bimamba(xz, *forward, *backward, scale, save)[0]
@@ -362,7 +362,7 @@ def bimamba_block(
         raise ValueError(f"decay={decay!r} is unknown: use one of {', '.join(map(repr, DECAYS))}")
     inputs = (hidden, in_proj_weight, out_proj_weight)
     _check_block(*inputs, forward, backward)
-    transformed = backend.differentiated_by_functorch()
+    transformed = backend.differentiated_beyond_autograd()
     half = None if transformed else _half_block_dtype(hidden, forward)
     if half is not None:
         with torch.autocast(hidden.device.type, enabled=False):

@@ -24,6 +24,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 MAX_WIDTH, MAX_STATES = 4, 256
 _LIBRARY_STEM = "_cpu_kernels"
 INTERFACE = 4  # of the C functions and argument blocks; counted up with csrc/library.cpp
+_floats = functools.partial(torch.empty, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
 
 
 def _fields(pointers: str = "", integers: str = "", doubles: str = "") -> list:
@@ -233,7 +234,7 @@ def selective_scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, 
     call = _ScanCall(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     (batch, channels, length), d_state = u.shape, A.shape[1]
     out = torch.empty(u.shape, dtype=call.u.dtype)
-    last_state = torch.empty(batch, channels, d_state)
+    last_state = _floats(batch, channels, d_state)
     size = selective_scan_saved_bytes(batch, channels, length, d_state, u.dtype) if save else 0
     saved = torch.empty(size, dtype=torch.uint8)
     call.arguments.out, call.arguments.last_state = _sequence(out), last_state.data_ptr()
@@ -376,7 +377,7 @@ def block_forward(hidden, in_proj, out_proj, forward_params, backward_params, sc
     parameters = [[_plain(p) for p in params] for params in (forward_params, backward_params)]
     batch, length, _ = hidden.shape
     out = torch.empty_like(hidden)
-    xz = torch.empty(batch, length, in_proj.shape[0]) if save else torch.empty(0)
+    xz = _floats(batch, length, in_proj.shape[0]) if save else _floats(0)
     saved = _empty_saved(batch, length, parameters[0], hidden.dtype, save)
     mixer = _mixer_arguments(batch, length, hidden.dtype, parameters, scale)
     if save:
@@ -400,7 +401,7 @@ def block_backward(
     mixer.gradients = (_Direction * 2)(*(_direction(g) for g in grads))
     tensors = {"hidden": hidden, "in_proj": in_proj, "out_proj": out_proj, "dout": dout, "dhidden": dhidden}
     if bf16_products:
-        y, dxz = torch.empty(*hidden.shape[:2], out_proj.shape[1]), torch.empty_like(xz)
+        y, dxz = _floats(*hidden.shape[:2], out_proj.shape[1]), torch.empty_like(xz)
         mixer.y, mixer.dxz = y.data_ptr(), dxz.data_ptr()
         _call("block_backward", _block_arguments(mixer, bf16_products, **tensors))
         din_proj, dout_proj = _over_tokens(dxz, hidden), _over_tokens(dout, y)
@@ -446,8 +447,8 @@ def add_norm_forward(x, residual, weight, bias, eps, kind, residual_dtype):
     x, residual = _io(x), _io(residual)
     out = torch.empty_like(x)
     total = torch.empty(x.shape, dtype=_io_dtype(residual_dtype))
-    rstd = torch.empty(rows)
-    mean = torch.empty(rows) if kind == "layer" else None
+    rstd = _floats(rows)
+    mean = _floats(rows) if kind == "layer" else None
     tensors = {
         "x": x, "residual": residual, "weight": _plain(weight), "bias": _plain(bias),
         "out": out, "residual_out": total, "mean": mean, "rstd": rstd,
@@ -463,8 +464,8 @@ def add_norm_backward(dout, dresidual_out, residual_out, weight, bias, mean, rst
     total = _io(residual_out)
     dx = torch.empty(dout.shape, dtype=x_dtype)
     dresidual = None if residual_dtype is None else torch.empty(dout.shape, dtype=_io_dtype(residual_dtype))
-    dweight = torch.empty(width)
-    dbias = None if bias is None else torch.empty(width)
+    dweight = _floats(width)
+    dbias = None if bias is None else _floats(width)
     tensors = {
         "dout": dout.to(x_dtype).contiguous(), "residual_out": total, "weight": _plain(weight), "bias": _plain(bias),
         "dresidual_out": None if dresidual_out is None else dresidual_out.to(total.dtype).contiguous(),

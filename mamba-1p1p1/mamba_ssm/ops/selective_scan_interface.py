@@ -200,7 +200,7 @@ def selective_scan_fn(
     MAMBA_SSM_BACKEND forces does not serve.
     """
     _check_scan(u, delta, A, B, C, D, z, delta_bias)
-    if backend.differentiated_by_functorch():
+    if backend.differentiated_beyond_autograd():
         out, last_state = reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
         return (out, last_state) if return_last_state else out
     save = needs_grad(u, delta, A, B, C, D, z, delta_bias)
@@ -241,9 +241,6 @@ def _projected_matrix(projected: Tensor, bias: Tensor | None, is_complex: bool) 
 
 def _scan_inputs(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias):
     """Convolve and project: (x (B, D, L), z, delta (B, D, L), B, C), whatever of B and C is not given per token."""
-    for name, matrix, bias in (("B", B, B_proj_bias), ("C", C, C_proj_bias)):
-        if matrix is not None and bias is not None:
-            raise ValueError(f"{name}_proj_bias is added to a {name} of x_proj: leave it out beside a constant {name}")
     x, z = xz.chunk(2, dim=1)
     width = conv1d_weight.shape[-1]
     weight = conv1d_weight.reshape(-1, 1, width)  # (D, W) and (D, 1, W) are both accepted
@@ -259,12 +256,51 @@ def _scan_inputs(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weigh
     return x, z, delta, B, C
 
 
+def _check_inner(xz, conv1d_weight, x_proj_weight, delta_proj_weight, A, A_b, B, C, B_proj_bias, C_proj_bias) -> None:
+    """What the scan that follows does not see of the arguments of the functions below."""
+    if A.dim() != 2:
+        raise ValueError(f"A must be (D, N), not {tuple(A.shape)}")
+    if A_b is not None and (A_b.shape != A.shape or A_b.is_complex() != A.is_complex()):
+        raise ValueError(f"A_b must be {tuple(A.shape)} of {A.dtype} as A, not {tuple(A_b.shape)} of {A_b.dtype}")
+    channels, states = A.shape[0], A.shape[1] * (2 if A.is_complex() else 1)
+    if xz.dim() != 3 or xz.shape[1] != 2 * channels or xz.shape[2] == 0 or not xz.is_floating_point():
+        raise ValueError(
+            f"xz must be (B, 2 D, L), floating point, with L >= 1 and D = {channels} as A, not {tuple(xz.shape)} "
+            f"of {xz.dtype}"
+        )
+    width = conv1d_weight.shape[-1]
+    if tuple(conv1d_weight.shape) not in ((channels, 1, width), (channels, width)):
+        form = f"({channels}, 1, W) or ({channels}, W)"
+        raise ValueError(f"conv1d_weight must be {form}, not {tuple(conv1d_weight.shape)}")
+    if delta_proj_weight.dim() != 2 or len(delta_proj_weight) != channels:
+        raise ValueError(f"delta_proj_weight must be ({channels}, R), not {tuple(delta_proj_weight.shape)}")
+    rank = delta_proj_weight.shape[1]
+    rows = {rank + 2 * states, rank + states * ((B is None) + (C is None))}  # those of a constant B or C may be there
+    if x_proj_weight.dim() != 2 or len(x_proj_weight) not in rows or x_proj_weight.shape[1] != channels:
+        counts = " or ".join(map(str, sorted(rows)))
+        raise ValueError(
+            f"x_proj_weight must be ({counts}, {channels}), R = {rank} rows of the time step and {states} each of B "
+            f"and C, not {tuple(x_proj_weight.shape)}"
+        )
+    for name, matrix, bias in (("B", B, B_proj_bias), ("C", C, C_proj_bias)):
+        if bias is None:
+            continue
+        if matrix is not None:
+            raise ValueError(f"{name}_proj_bias is added to a {name} of x_proj: leave it out beside a constant {name}")
+        if tuple(bias.shape) != (states,):
+            raise ValueError(f"{name}_proj_bias must be ({states},), not {tuple(bias.shape)}")
+
+
 def _to(tensor: Tensor | None, like: Tensor) -> Tensor | None:
     return None if tensor is None else tensor.to(like.dtype)
 
 
 def _project_out(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """(B, D, L) -> (B, L, E), or (B, L, D) without a weight."""
+    if weight is None and bias is not None:
+        raise ValueError("out_proj_bias is given without out_proj_weight: give both, or neither")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"out_proj_bias must be ({len(weight)},), not {tuple(bias.shape)}")
     y = y.transpose(1, 2)
     return y if weight is None else F.linear(y, weight.to(y.dtype), _to(bias, y))
 
@@ -277,6 +313,7 @@ def _inner(
 
     With A_b both directions of "v1" added up, without it one direction.
     """
+    _check_inner(xz, conv1d_weight, x_proj_weight, delta_proj_weight, A, A_b, B, C, B_proj_bias, C_proj_bias)
     x, z, delta, B, C = _scan_inputs(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
     )

@@ -124,7 +124,7 @@ def _norm(x, weight, bias, residual, eps, prenorm, residual_in_fp32, kind):
         residual_dtype = residual.dtype
     else:
         residual_dtype = torch.promote_types(x.dtype, torch.float32) if residual_in_fp32 else x.dtype
-    if backend.differentiated_by_functorch():
+    if backend.differentiated_beyond_autograd():
         out, total, _, _ = reference.add_norm(x, residual, weight, bias, eps, kind)
         return (out, total.to(residual_dtype)) if prenorm else out
     rows = x.reshape(-1, x.shape[-1]).contiguous()  # (M, E)
