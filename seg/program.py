@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 import distributed
 from build import assemble
 from dense import Backbone, build_backbone, load_backbone, load_dense
@@ -40,8 +42,9 @@ def execute(args, world: World) -> int:
     task = Segmentation(data.num_classes, args.aux_weight)
     if args.eval:
         return evaluate_saved(args, world, model, task, data, log, load=load_dense)
+    given = Namespace(**vars(args))
     args.num_classes = data.num_classes
-    return train(assemble(args, world, model, data, task), data, log)
+    return train(assemble(args, world, model, data, task), data, log, given)
 
 
 def build_model(args, num_classes: int, say=print) -> UPerNet:

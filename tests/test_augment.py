@@ -254,8 +254,13 @@ def test_grey_input_is_the_luminance():
 def test_contradictory_and_unknown_augmentation_is_refused():
     with pytest.raises(ConfigError, match=r"--src.*--ThreeAugment"):
         build_transform(arguments("--src"), train=True)
-    with pytest.raises(ConfigError, match=r"--aa ramd-m9: expected none or .* rand, "):
-        build_transform(arguments("--aa", "ramd-m9"), train=True)
+    for policy in ("ramd-m9", "randfoo", "augmixx", "rand-foo", "v0x"):
+        with pytest.raises(ConfigError, match=f"--aa {policy}: expected none, or one of rand, "):
+            build_transform(arguments("--aa", policy), train=True)
+    with pytest.raises(ConfigError, match="--aa rand-q9: Unknown RandAugment config section"):
+        build_transform(arguments("--aa", "rand-q9"), train=True)
+    for policy in ("v0r", "3a", "augmix-m5-w4-d2", "originalr-mstd0.5"):
+        assert build_transform(arguments("--aa", policy), train=True)
     for ratio in ("0", "1.5"):
         with pytest.raises(ConfigError, match=f"--eval-crop-ratio {ratio}"):
             build_transform(arguments("--eval-crop-ratio", ratio), train=False)

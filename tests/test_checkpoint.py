@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 
 import checkpoint
 from checkpoint import (
+    Checkpoint,
     CheckpointError,
+    compare_classes,
     file_digest,
     latest_checkpoint,
     load_weights,
@@ -30,6 +32,7 @@ from checkpoint import (
     save_checkpoint,
     store_checkpoint,
 )
+from errors import ConfigError
 from models_mamba import VisionMamba
 
 
@@ -273,6 +276,16 @@ def test_web_address_that_cannot_be_reached(tmp_path, monkeypatch):
 
 
 # Into the model
+
+
+def test_classes_of_one_name_are_no_other_numbers():
+    """ImageNet's words have two cranes. What differs is told, and a number that is another one's is refused."""
+    names = ["crane", "dog", "crane", "cat"]
+    file = Checkpoint(path=Path("a.pth"), sha256="", model={}, extra={"class_names": names})
+    assert compare_classes(file, names, "") == ""
+    assert "'bird' for 'dog'" in compare_classes(file, ["crane", "bird", "crane", "cat"], "")
+    with pytest.raises(ConfigError, match=r"'cat' is 1 in the data and 3 there; or else"):
+        compare_classes(file, ["crane", "cat", "crane", "dog"], "or else")
 
 
 def test_strict_loading_loads_everything():

@@ -2,6 +2,9 @@
 
 import argparse
 import itertools
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,9 @@ from hypothesis import strategies as st
 
 import arguments
 from arguments import Switch, build_parser, parse_args, save_arguments
+from distributed import EXIT_CONFIG
 from errors import ConfigError as Refused
-from failures import run_cli
+from failures import explain, run_cli
 
 # Flag (with its other spellings, a switch with its negation): default. DeiT's and Vim's, as published; a
 # change here breaks somebody's script.
@@ -197,6 +201,19 @@ def test_open_defaults_are_resolved():
     assert parse_args([*ON_CPU, "--data-path", "x"]).data_set == "IMNET"
     assert parse_args([*ON_CPU, "--if_amp"]).if_amp
     assert parse_args([*ON_CPU, "--if_continue_inf"]).nonfinite == "skip"
+
+
+def test_the_published_switch_wins_over_a_saved_policy(tmp_path):
+    save_arguments(parse_args(ON_CPU), tmp_path / "args.yaml")
+    assert parse_args(["--config", str(tmp_path / "args.yaml"), "--if_continue_inf"]).nonfinite == "skip"
+    save_arguments(parse_args([*ON_CPU, "--nonfinite", "skip"]), tmp_path / "args.yaml")
+    assert parse_args(["--config", str(tmp_path / "args.yaml")]).nonfinite == "skip"
+    assert parse_args(["--config", str(tmp_path / "args.yaml"), "--no_continue_inf"]).nonfinite == "stop"
+
+
+def test_two_configuration_files_are_refused(tmp_path):
+    with pytest.raises(Refused, match=r"--config a.yaml and --config b.yaml: give one file"):
+        parse_args(["--config", "a.yaml", "--config=b.yaml"])
 
 
 def test_the_published_commands_parse():
@@ -392,6 +409,29 @@ def test_a_command_that_is_interrupted_is_one_line(capsys):
 
     assert run_cli(command, argparse.Namespace()) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_command_whose_reader_has_enough_ends_quietly():
+    """`predict.py ... | head -1`"""
+    program = (
+        "import argparse, sys; sys.path.insert(0, sys.argv[1]); from failures import run_cli\n"
+        "def command(args):\n"
+        "    sys.stdin.readline()\n"
+        "    for i in range(9999): print('a line')\n"
+        "sys.exit(run_cli(command, argparse.Namespace()))\n"
+    )
+    command = [sys.executable, "-c", program, str(Path(arguments.__file__).parent)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        process.stdout.close()
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_a_file_that_may_not_be_read_is_one_line():
+    assert explain(PermissionError(13, "Permission denied", "w.pth")) == (EXIT_CONFIG, "w.pth: Permission denied")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import time
 import traceback
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,6 +131,21 @@ def test_inat_labels_follow_the_category_asked_for(tmp_path):
     bundle = build_datasets(args)
     assert bundle.class_names == ["Apis", "Bos"] and bundle.train is None
     assert bundle.val.source.labels.tolist() == [0, 0, 1, 1, 1, 1]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """os.walk would pass it over, and its images would be missing without a word."""
+    root = write_image_folder(tmp_path, ("a", "b"), per_class=2)
+    deep, scandir = root / "train" / "a" / "deep", os.scandir
+    deep.mkdir()
+
+    def refuse(path):
+        if Path(path) == deep:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert f"{deep} cannot be read: Permission denied" in refused(run_args("--data-set", "IMNET", "--data-path", str(root)))
 
 
 def test_digits_hold_out_a_fixed_stratified_fifth():

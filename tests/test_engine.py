@@ -142,6 +142,24 @@ def test_a_convolutional_teacher_distils_into_a_student(kind, student, tmp_path)
     assert moved >= {"head_dist.weight", "head.weight"} if "distilled" in student else "head.weight" in moved
 
 
+def test_gradient_checkpointing_that_a_model_lacks_is_one_line():
+    args = parse_args(["--device", "cpu", "--model", "convit_tiny", "--grad-checkpointing", "--input-size", "224"])
+    with pytest.raises(ConfigError, match="--grad-checkpointing: convit_tiny does not support it; leave it out"):
+        build_model(args, 10)
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path):
+    names = [str(digit) for digit in range(10)]
+    content = {"model": timm.create_model("resnet10t", num_classes=10).state_dict(), "class_names": [*names[1:], "0"]}
+    torch.save(content, tmp_path / "teacher.pth")
+    flags = f"--distillation-type hard --teacher-model resnet10t --teacher-path {tmp_path / 'teacher.pth'}"
+    args = parse_args(f"--device cpu --model vim_nano_patch4_32 --input-size 32 --num_workers 0 {flags}".split())
+    data = build_datasets(args)
+    assert data.class_names == names
+    with pytest.raises(ConfigError, match=r"'0' is 0 in the data and 9 there; a teacher must know the data's classes"):
+        build_run(args, WORLD, build_model(args, data.num_classes), data)
+
+
 # --- what a step survives
 
 

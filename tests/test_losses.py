@@ -1,8 +1,10 @@
 """Losses against their formulas, and which one a recipe gets."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.data import Mixup
 from torch import nn
 
 from helpers import run_args
@@ -57,6 +59,20 @@ def test_bce_does_not_take_smoothing_for_an_answer(logits):
     yes[:, 1:3] = 1.0
     found = BinaryCrossEntropy(floor=0.1 / C)(logits, mixed)
     torch.testing.assert_close(found, F.binary_cross_entropy_with_logits(logits, yes))
+
+
+@pytest.mark.parametrize("num_classes", [7, 1000])
+def test_bce_is_not_misled_by_the_rounding_of_mixed_targets(num_classes):
+    """The floor times lambda and times the rest add up to a little more than the floor, at some lambdas."""
+    mixup, labels, smoothing = Mixup(mixup_alpha=0.8, num_classes=num_classes), torch.tensor([0, 1]), 0.1
+    np.random.seed(0)
+    floor, above, logits = smoothing / num_classes, 0, torch.zeros(2, num_classes)
+    logits[:, 2:] = -50.0  # a yes to any class but the two costs 50
+    for _ in range(200):
+        _, mixed = mixup(torch.zeros(2, 3, 4, 4), labels)
+        above += bool((mixed[:, 2:] > floor).any())
+        assert BinaryCrossEntropy(floor)(logits, mixed) <= 1
+    assert above  # the case does arise
 
 
 def test_cosub_is_symmetric_and_the_taught_half_takes_no_gradient_as_teacher(logits):

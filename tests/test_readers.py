@@ -206,6 +206,25 @@ def test_faults_of_shards_are_one_line(tmp_path, fault):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("fault", ["damaged", "cut off", "fewer than told"])
+def test_a_shard_that_lost_samples_is_refused(tmp_path, fault):
+    """tarfile takes a damaged header for the archive's end, and what comes behind it for nothing."""
+    root = write_shards(tmp_path)
+    shard = root / "set-train-01.tar"
+    with tarfile.open(shard) as file:
+        header = file.getmembers()[-2].offset
+    content = bytearray(shard.read_bytes())
+    if fault == "damaged":
+        content[header + 20] = 0xFF
+    shard.write_bytes(content if fault == "damaged" else content[:header])
+    expected = rf"set-train-01\.tar is {fault} at byte {header:,}: there is neither a file nor the archive's end"
+    if fault == "fewer than told":
+        shard.write_bytes(content[:header] + b"\0" * 10240)
+        expected = f"'train' hold {TRAIN - 1} samples, and _info.json says {TRAIN}: find the missing ones"
+    with pytest.raises(DataError, match=expected):
+        build_datasets(run_args("--data-set", "wds/", "--data-path", str(root)))
+
+
 def test_a_broken_image_in_a_shard_is_named(tmp_path):
     root = write_shards(tmp_path)
     data = build_datasets(run_args("--data-set", "wds/", "--data-path", str(root))).val

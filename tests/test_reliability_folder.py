@@ -3,11 +3,13 @@
 Promises and their numbers: docs/RELIABILITY.md.
 """
 
+import json
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
+import yaml
 
 import report
 import run_folder
@@ -169,6 +171,40 @@ def test_a_resume_with_other_flags_says_them_and_takes_them(first, tmp_path, cap
     assert "; other than before: epochs 2 (was 1), weight_decay 0.9 (was 0.05)\n" in capsys.readouterr().out
     groups = read_checkpoint(tmp_path / "checkpoint.pth").optimizer["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.0, 0.9}
+
+
+@pytest.mark.parametrize("sched", ["none", "plateau", "constant"])
+def test_a_resume_takes_the_flags_rates(sched, first, tmp_path):
+    """Also those that no schedule sets anew: without one, and what a plateau would have made of it."""
+    begun = tmp_path / "begun"
+    assert run(f"{QUICK} --epochs 1 --warmup-epochs 0 --lr 1e-3 --sched {sched}", begun) == 0
+    flags = f"{QUICK} --warmup-epochs 0 --lr 1e-5 --sched {sched} --resume {begun / 'checkpoint.pth'}"
+    assert run(flags, tmp_path / "resumed") == 0
+    rates = [json.loads(line)["train_lr"] for line in (begun / "log.txt").read_text().splitlines()]
+    rates += [json.loads(line)["train_lr"] for line in (tmp_path / "resumed" / "log.txt").read_text().splitlines()]
+    assert rates[-1] == pytest.approx(rates[0] / 100)
+
+
+def test_a_resume_takes_the_flags_layer_decay(tmp_path):
+    flags = f"{QUICK} --warmup-epochs 0 --sched constant"
+    assert run(f"{flags} --epochs 1 --layer-decay 0.75", tmp_path / "begun") == 0
+    assert run(f"{flags} --layer-decay 0.1 --resume {tmp_path / 'begun' / 'checkpoint.pth'}", tmp_path / "resumed") == 0
+    groups = read_checkpoint(tmp_path / "resumed" / "checkpoint.pth").optimizer["param_groups"]
+    assert min(group["lr_scale"] for group in groups) < 0.002
+
+
+def test_the_saved_flags_leave_the_number_of_classes_to_the_data(first):
+    """They may be used with other data; what was trained is in the checkpoint."""
+    assert yaml.safe_load((first / "args.yaml").read_text())["num_classes"] is None
+    assert read_checkpoint(first / "checkpoint.pth").args.num_classes == 10
+
+
+def test_the_best_is_found_anew_where_other_weights_are_evaluated(first, tmp_path, capsys):
+    flags = f"{QUICK} --model-ema --model-ema-decay 0.5"
+    assert run(f"{flags} --epochs 1", tmp_path) == 0
+    assert run(f"{flags} --epochs 2 --resume auto --eval-weights ema", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "eval_weights ema (was both)" in said and "no best top-1 is known of the epochs before" in said
 
 
 def test_a_place_in_the_epoch_that_does_not_fit_is_said(tmp_path, capsys):

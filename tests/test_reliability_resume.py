@@ -81,6 +81,11 @@ def test_weights_that_would_be_moved_are_refused(name, tmp_path, capsys):
     assert main(flags) == EXIT_CONFIG
     assert "which this run would move aside: take another --output_dir" in capsys.readouterr().err
     assert (tmp_path / name).exists() and not list(tmp_path.glob("earlier-*"))
+    (tmp_path / "link").symlink_to(tmp_path)
+    for weights in (tmp_path / "link" / name, tmp_path / name):
+        for folder in (tmp_path / "link", tmp_path):
+            assert main([*QUICK.split(), "--finetune", str(weights), "--output_dir", str(folder)]) == EXIT_CONFIG
+    assert (tmp_path / name).exists() and not list(tmp_path.glob("earlier-*"))
 
 
 def test_a_run_stopped_during_an_evaluation_finishes_it_first(tmp_path, monkeypatch, capsys):

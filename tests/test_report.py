@@ -5,9 +5,11 @@ import dataclasses
 import io
 import json
 import math
+import subprocess
 import sys
 import types
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +81,19 @@ def test_a_new_run_in_an_old_folder_starts_its_own_log(tmp_path):
     write_epochs(a_log(tmp_path), 0, 3)
     write_epochs(a_log(tmp_path), 0, 1)
     assert (tmp_path / "log.txt").read_text().count("\n") == 1
+
+
+def test_lines_of_somebody_else_in_a_log_are_passed_over(tmp_path, capsys):
+    log = a_log(tmp_path)
+    write_epochs(log, 0, 2)
+    log.incident("stopped", 3, "stopped")
+    for name in ("log.txt", "incidents.txt"):
+        with open(tmp_path / name, "a") as file:
+            file.write("\na note\n")
+    again = a_log(tmp_path)
+    write_epochs(again, 2, 3)
+    assert [row["epoch"] for row in again.rows] == [0, 1, 2] and again.incidents() == {"stopped": 1}
+    assert f"{tmp_path / 'log.txt'}, line 4 is not of a run: passed over" in capsys.readouterr().out
 
 
 def test_columns_may_appear_late(tmp_path):
@@ -174,6 +189,28 @@ def test_where_no_terminal_is_a_line_comes_now_and_then(tmp_path, capsys):
     assert all("images/s" in line and line.endswith(" left") for line in lines)
 
 
+def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path):
+    """Ctrl-C ends `main.py | tee log` with tee first: the lines after it must not end the run unsaved."""
+    program = (
+        "import sys; sys.path[:0] = sys.argv[1:3]; import report\n"
+        "from helpers import run_args\n"
+        "log = report.RunLog(run_args('--log-every', '1'), True)\n"
+        "sys.stdin.readline()\n"
+        "log.say('a line')\n"
+        "with log.meter(0, 2, 0, 8) as bar: bar.advance(1.0, 1e-3)\n"
+        "log.say('another'); print('saved', file=sys.stderr)\n"
+    )
+    root = Path(report.__file__).parent
+    command = [sys.executable, "-c", program, str(root), str(Path(__file__).parent)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        process.stdout.close()
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        assert process.stderr.read().strip().endswith("saved")
+    assert process.returncode == 0
+
+
 def test_on_a_terminal_there_is_a_bar(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     log = a_log("", "--epochs", "9")
@@ -264,6 +301,12 @@ def test_a_name_is_drawn_as_it_is(name):
         return file.getvalue()
 
     assert drawn(drawing.literal(name)) == drawn(name, parse_math=False)
+
+
+def test_names_that_are_not_utf8_are_drawn(tmp_path):
+    figure = Figure(figsize=(2, 1))
+    figure.text(0.1, 0.5, drawing.literal("caf\udce9"))
+    figure.savefig(tmp_path / "a.png")
 
 
 def test_a_class_that_only_the_model_has_is_numbered():

@@ -141,6 +141,19 @@ def test_without_a_gpu_the_script_asks_how_many_processes(tmp_path, paths):
     assert "no GPU found by nvidia-smi" in result.stderr
 
 
+@pytest.mark.parametrize("said, code", [("NVIDIA-SMI has failed", 9), ("No devices were found", 6), ("", 1)])
+def test_a_driver_that_fails_is_no_gpu(said, code, tmp_path, paths):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text(f"#!/bin/sh\necho '{said}'\nexit {code}\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    result = run_script("pt-vim-t", cwd=tmp_path, PATH=f"{tools}:{os.environ['PATH']}", **paths)
+    assert result.returncode == 4 and "no GPU found by nvidia-smi" in result.stderr
+    (tools / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: one (UUID: 1)'\necho 'GPU 1: two (UUID: 2)'\n")
+    result = run_script("pt-vim-t", cwd=tmp_path, PATH=f"{tools}:{os.environ['PATH']}", DRY_RUN=1, **paths)
+    assert result.returncode == 0 and "--nproc_per_node 2 " in result.stdout
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_header_says_what_to_expect(name):
     header = (SCRIPTS / f"{name}.sh").read_text().split("source ", 1)[0]

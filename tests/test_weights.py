@@ -229,6 +229,7 @@ def test_an_exported_folder_loads_in_timm(tmp_path, capsys):
     with torch.no_grad():
         torch.testing.assert_close(model(images), expected(images), rtol=0, atol=0)
     assert model.pretrained_cfg["label_names"] == CLASS_NAMES
+    assert timm.data.resolve_model_data_config(model, use_test_size=True)["input_size"] == (3, 16, 16)
     assert json.loads((out / "config.json").read_text())["model_args"]["embed_dim"] == 16
     card = (out / "README.md").read_text()
     assert read_checkpoint(path).sha256 in card and "local-dir:" in card

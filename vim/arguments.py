@@ -31,7 +31,7 @@ NOT_SAVED = ("config",)
 # Flags that do not change a run's numbers: a resumed run may differ in them.
 CHANGES_NOTHING = {
     "bad_image_share", "checkpoint_steps", "config", "data_path", "device", "dist_eval", "dist_timeout", "dist_url",
-    "distributed", "eval", "eval_weights", "finetune", "if_continue_inf", "keep_checkpoints", "loader_timeout",
+    "distributed", "eval", "finetune", "if_continue_inf", "keep_checkpoints", "loader_timeout",
     "local_rank", "log_every", "model_ema_force_cpu", "nonfinite", "nonfinite_limit", "num_workers", "output_dir",
     "pin_mem", "pos_embed_resize", "real_labels", "report_to", "resume", "start_epoch", "summary", "trust_checkpoint",
     "valid_labels", "world_size",
@@ -157,6 +157,14 @@ class Switch(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, option_string == self.option_strings[0])
+
+
+class PublishedNonfinite(Switch):
+    """Sets --nonfinite, so that of both names the last one given counts, on the command line after a file's."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        super().__call__(parser, namespace, values, option_string)
+        namespace.nonfinite = "skip" if getattr(namespace, self.dest) else "stop"
 
 
 def switch(add, name: str, default: bool, text: str) -> None:
@@ -391,7 +399,7 @@ def add_schedule_flags(parser) -> None:
         metavar="STEPS",
         help="warm up for so many steps instead; with --sched-on-updates",
     )
-    add("--cooldown-epochs", default=10, type=natural_int, help="at min-lr, if --epochs leaves room")
+    add("--cooldown-epochs", default=10, type=natural_int, help="of the published commands; --epochs ends a run")
     add("--patience-epochs", default=10, type=natural_int, help="of --sched plateau")
     add("--decay-rate", "--dr", default=0.1, type=positive_float, help="factor of --sched step; power of --sched poly")
 
@@ -515,7 +523,8 @@ def add_reliability_flags(parser) -> None:
         help="a loss or gradient that is not finite: end the run (exit code 3, default) or skip its step",
     )
     add("--nonfinite-limit", default=10, type=positive_int, help="steps left out in a row before the end")
-    add("--if_continue_inf", "--no_continue_inf", action=Switch, help="the published name of --nonfinite skip")
+    names = "the published names of --nonfinite skip and stop"
+    add("--if_continue_inf", "--no_continue_inf", action=PublishedNonfinite, help=names)
 
 
 def add_distributed_flags(parser) -> None:
@@ -542,8 +551,11 @@ def parse_args(argv: list[str] | None = None, program: Program | None = None) ->
     program = program or CLASSIFIER
     parser = build_parser(program)
     finder = OneLineParser(prog=program.prog, add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", default="")
-    path = finder.parse_known_args(argv)[0].config
+    finder.add_argument("--config", action="append")
+    finder.set_defaults(config=[])
+    *others, path = ["", *finder.parse_known_args(argv)[0].config]
+    if others[1:]:
+        raise ConfigError(f"--config {others[1]} and --config {path}: give one file")
     tokens = yaml_tokens(path, parser) if path else []
     args = parser.parse_args(tokens + argv)
     args.output_dir = os.path.expanduser(args.output_dir)
@@ -630,7 +642,7 @@ def resolve_defaults(args: argparse.Namespace) -> None:
     if args.if_amp is None:
         args.if_amp = args.device.startswith("cuda")
     if args.nonfinite is None:
-        args.nonfinite = "skip" if args.if_continue_inf else "stop"
+        args.nonfinite = "stop"
 
 
 def fastest_device() -> str:

@@ -7,6 +7,7 @@ augmentation depends on the counters it is called for and on nothing else.
 
 import math
 import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,7 +20,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from arguments import size_of
-from errors import ConfigError
+from errors import ConfigError, as_config_error
 
 # At or below this many pixels a side, images are taken whole (CIFAR, digits): no zooming crop.
 SMALL_SIDE = 32
@@ -29,7 +30,7 @@ SMALL_SIDE = 32
 LONGEST = 32
 
 # First words of timm's augmentation policies, such as rand-m9-mstd0.5-inc1.
-AUTO_AUGMENT = ("rand", "augmix", "original", "v0", "3a")
+AUTO_AUGMENT = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
 
 # See samplers.ORDER_STREAM.
 SAMPLE_STREAM = 2
@@ -170,16 +171,14 @@ def _small_shifts(size: tuple[int, int]) -> list:
 
 def _deit_steps(args, size: tuple[int, int]) -> list:
     """Random resized crop, flip, RandAugment (or colour jitter): the image part of DeiT's recipe."""
-    if args.aa not in (None, "", "none") and not args.aa.startswith(AUTO_AUGMENT):
-        raise ConfigError(f"--aa {args.aa}: expected none or a policy beginning {', '.join(AUTO_AUGMENT)}")
-    crop, augment, _ = create_transform(
-        input_size=size,
-        is_training=True,
-        color_jitter=args.color_jitter,
-        auto_augment=None if args.aa == "none" else args.aa,
-        interpolation=args.train_interpolation,
-        separate=True,
-    )
+    policy, *sections = (args.aa or "none").split("-")
+    if policy not in ("none", *AUTO_AUGMENT) or not all(re.fullmatch(r"[a-z]+\d.*", section) for section in sections):
+        raise ConfigError(
+            f"--aa {args.aa}: expected none, or one of {', '.join(AUTO_AUGMENT)} with timm's sections, as in "
+            "rand-m9-mstd0.5-inc1"
+        )
+    with as_config_error(f"--aa {args.aa}: ", AssertionError):  # timm's way to refuse a section
+        crop, augment, _ = _timm_transforms(args, size)
     for policy in augment.transforms:
         for operation in _operations(policy):
             if operation.aug_fn is auto_augment.posterize:
@@ -188,6 +187,17 @@ def _deit_steps(args, size: tuple[int, int]) -> list:
     if max(size) <= SMALL_SIDE:
         geometry = [ResizeToCover(size), transforms.RandomCrop(size, padding=4), *geometry[1:]]
     return geometry + augment.transforms
+
+
+def _timm_transforms(args, size: tuple[int, int]):
+    return create_transform(
+        input_size=size,
+        is_training=True,
+        color_jitter=args.color_jitter,
+        auto_augment=None if args.aa == "none" else args.aa,
+        interpolation=args.train_interpolation,
+        separate=True,
+    )
 
 
 def _operations(policy) -> Iterator[auto_augment.AugmentOp]:

@@ -17,7 +17,7 @@ import models_baseline  # noqa: F401  (registers its models with timm)
 import models_mamba  # noqa: F401  (registers its models with timm)
 from arguments import size_of
 from augment import build_mixup
-from checkpoint import head_parameter_names, load_weights, read_checkpoint
+from checkpoint import compare_classes, head_parameter_names, load_weights, read_checkpoint
 from classification import Classification
 from datasets import DataBundle
 from distributed import World, together
@@ -108,10 +108,17 @@ def build_model(args, num_classes: int, say=print) -> nn.Module:
     model = create_model("--model", args.model, say, **arguments, **vim_arguments(args))
     check_input_size(args, model)
     if args.grad_checkpointing:
-        model.set_grad_checkpointing(True)
+        checkpoint_gradients(args, model)
     if args.attn_only:
         train_attention_only(args, model)
     return model
+
+
+def checkpoint_gradients(args, model: nn.Module) -> None:
+    try:
+        model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError) as error:  # timm's ways to say so
+        raise ConfigError(f"--grad-checkpointing: {args.model} does not support it; leave it out") from error
 
 
 def check_input_size(args, model: nn.Module) -> None:
@@ -137,14 +144,17 @@ def train_attention_only(args, model: nn.Module) -> None:
         parameter.requires_grad_(".attn." in name or name in heads)
 
 
-def build_teacher(args, num_classes: int, device: torch.device, say=print) -> nn.Module | None:
+def build_teacher(args, data: DataBundle, device: torch.device, say=print) -> nn.Module | None:
     """`--teacher-model` with the weights of `--teacher-path`, frozen; None without distillation."""
     if args.distillation_type == "none":
         return None
     check_model_name("--teacher-model", args.teacher_model)
-    arguments = {"num_classes": num_classes, "in_chans": args.in_chans, "img_size": args.input_size}
+    arguments = {"num_classes": data.num_classes, "in_chans": args.in_chans, "img_size": args.input_size}
     teacher = create_model("--teacher-model", args.teacher_model, say, **arguments)
     checkpoint = read_checkpoint(args.teacher_path, args.trust_checkpoint)
+    other_names = compare_classes(checkpoint, data.class_names, "a teacher must know the data's classes")
+    if other_names:
+        say(f"--teacher-path {checkpoint.path}: {other_names}")
     with as_config_error("--teacher-path "):
         grid, file = grid_of(checkpoint), args.teacher_path
         load_weights(teacher, checkpoint.weights("model"), old_grid=grid, hints=TEACHER_HINTS, source=file)
@@ -164,7 +174,7 @@ def build_run(args, world: World, model: nn.Module, data: DataBundle, say=print)
     with as_config_error():
         mixup = build_mixup(args, data.num_classes)
     with together():
-        teacher = build_teacher(args, data.num_classes, world.device, say)
+        teacher = build_teacher(args, data, world.device, say)
     if teacher is not None and hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)
     criterion = build_criterion(args, mixup is not None, data.num_classes, teacher)

@@ -85,6 +85,11 @@ class Checkpoint:
         return ENTRIES["raw" if self.model is not None else "ema"]
 
     @property
+    def class_names(self) -> list[str]:
+        """Of its run's data, in the order of their numbers; [] where the file does not tell."""
+        return list(map(str, self.extra.get("class_names") or []))
+
+    @property
     def some_weights(self) -> dict[str, torch.Tensor]:
         return getattr(self, self.some_entry)
 
@@ -105,8 +110,9 @@ def compare_classes(checkpoint: Checkpoint, names: list[str], way_out: str) -> s
     Raises ConfigError, ending with `way_out`, where a class has another number: every label would be taken for
     another one's.
     """
-    there = list(map(str, checkpoint.extra.get("class_names") or names))
-    numbers = {name: number for number, name in enumerate(there)}
+    there = checkpoint.class_names or names
+    # ImageNet's words have two classes "crane": such names tell nothing.
+    numbers = {name: number for number, name in enumerate(there) if there.count(name) == names.count(name) == 1}
     for number, name in enumerate(names):
         if numbers.get(name, number) != number:
             raise ConfigError(

@@ -237,9 +237,16 @@ def scan_classes(folder: Path) -> dict[str, list[str]]:
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """(directory, names of its files) of all directories below a folder, linked ones too, each once."""
+    """(directory, names of its files) of all directories below a folder, linked ones too, each once.
+
+    Raises DataError for one that cannot be read: its images would be missing without a word.
+    """
+
+    def refuse(error: OSError):
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+
     seen = set()
-    for directory, inner, files in os.walk(folder, followlinks=True):
+    for directory, inner, files in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(directory)
         if real in seen:  # a link to a folder above it
             inner.clear()

@@ -15,7 +15,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from arguments import size_of
-from build import check_model_name, create_model, vim_arguments
+from build import check_model_name, checkpoint_gradients, create_model, vim_arguments
 from checkpoint import Checkpoint, LoadReport, load_weights, read_checkpoint
 from errors import CheckpointError, ConfigError, as_config_error
 from failures import main_memory_is_full
@@ -168,7 +168,7 @@ def build_backbone(args, img_size: int | tuple[int, int], taps: int | list[int],
                 f"{backbone.cell}, or another backbone"
             )
     if args.grad_checkpointing:
-        backbone.set_grad_checkpointing(True)
+        checkpoint_gradients(args, backbone)
     return backbone
 
 

@@ -267,13 +267,13 @@ class StopSignal:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         if number == signal.SIGHUP:
-            _let_go_of_terminal()
+            let_go_of_terminal()
         self.received = signal.Signals(number).name
 
 
-def _let_go_of_terminal() -> None:
+def let_go_of_terminal(descriptors: tuple[int, ...] = (1, 2)) -> None:
     """Print to files alone: the next line to a closed terminal, or to what read it, would end the run unsaved."""
-    for descriptor in (1, 2):
+    for descriptor in descriptors:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 

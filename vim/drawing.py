@@ -101,8 +101,8 @@ def say_lacking(fonts: str) -> None:
 
 
 def literal(text: str) -> str:
-    """For matplotlib, which would read a formula between two dollars."""
-    return text.replace("$", r"\$")
+    """For matplotlib, which would read a formula between two dollars, and takes no name that is not UTF-8."""
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def class_name(names: list[str], label: int) -> str:

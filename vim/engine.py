@@ -42,7 +42,7 @@ from samplers import EvalSampler, TrainSampler
 from task import Result, Task, in_words
 
 # An optimiser's settings that flags give; its groups may hold others that are state.
-OF_FLAGS = {"betas", "eps", "momentum", "weight_decay"}
+OF_FLAGS = {"betas", "eps", "lr_scale", "momentum", "weight_decay"}
 # An optimiser's state that has its parameter's shape.
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg")
 
@@ -429,16 +429,20 @@ def restore(run: Run, checkpoint: Checkpoint, grid: tuple[int, int] | None = Non
     if run.scaler.is_enabled() and checkpoint.scaler:  # empty where it was off
         run.scaler.load_state_dict(checkpoint.scaler)
     restore_progress(run, checkpoint)
+    if getattr(checkpoint.args, "eval_weights", run.args.eval_weights) != run.args.eval_weights:
+        run.progress.best = None  # it may be of the other weights
     differences = "".join(f"; {each}" for each in (changes(run, checkpoint), other_names) if each)
     return f"{checkpoint.label}: {', '.join(known)}; goes on at {run.progress.position}{differences}"
 
 
 def load_optimizer(run: Run, checkpoint: Checkpoint) -> None:
-    """Weight decay and the like stay those of the flags, as the learning rate does.
+    """Weight decay and the like stay those of the flags, as the learning rate does, which a schedule sets anew.
 
-    Raises ConfigError where the file's optimiser is another one or of other parameters.
+    Without a schedule it is set here, and what "plateau" has made of it is scaled. Raises ConfigError where the file's
+    optimiser is another one or of other parameters.
     """
     of_flags = [{name: group[name] for name in OF_FLAGS & group.keys()} for group in run.optimizer.param_groups]
+    rates = [group.get("initial_lr", group["lr"]) for group in run.optimizer.param_groups]
     before = getattr(checkpoint.args, "opt", run.args.opt)
     if before != run.args.opt:
         raise ConfigError(
@@ -454,8 +458,13 @@ def load_optimizer(run: Run, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: its optimiser state does not fit ({error}); "
             "give the flags of that run, or --finetune"
         ) from None
-    for group, settings in zip(run.optimizer.param_groups, of_flags):
+    for group, settings, rate in zip(run.optimizer.param_groups, of_flags, rates):
         group.update(settings)
+        if run.args.sched == "none":
+            group["lr"] = rate
+        elif "initial_lr" in group and group["initial_lr"] != rate:
+            group["lr"] *= rate / group["initial_lr"]
+            group["initial_lr"] = rate
 
 
 def check_moments(optimizer: torch.optim.Optimizer) -> None:

@@ -45,13 +45,13 @@ class NonFiniteError(ArithmeticError):
 
 
 @contextmanager
-def as_config_error(prefix: str = "") -> Iterator[None]:
-    """Turn a ValueError that a user's argument caused deeper down into a ConfigError; `prefix` begins its line."""
+def as_config_error(prefix: str = "", kind: type[Exception] = ValueError) -> Iterator[None]:
+    """Turn an error that a user's argument caused deeper down into a ConfigError; `prefix` begins its line."""
     try:
         yield
     except ConfigError:
         raise
-    except ValueError as error:
+    except kind as error:
         raise ConfigError(prefix + one_line(error)) from error
 
 

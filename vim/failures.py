@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import FULL
-from distributed import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NONFINITE
+from distributed import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NONFINITE, let_go_of_terminal
 from errors import CheckpointError, ConfigError, DataError, NonFiniteError, PeerError
 
 # What torch says on a CPU, in a plain RuntimeError.
@@ -32,6 +32,8 @@ def explain(error: Exception, args=None) -> tuple[int, str] | None:
         return EXIT_CONFIG, str(error)
     if isinstance(error, torch.OutOfMemoryError) or main_memory_is_full(error):
         return EXIT_CONFIG, out_of_memory(error, args)
+    if isinstance(error, PermissionError):
+        return EXIT_CONFIG, f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.errno in FULL:  # of a log or a picture; checkpoints have their own
         where = error.filename or getattr(args, "output_dir", "")
         return EXIT_CONFIG, f"{where}: {error.strerror}; the last checkpoint is whole, --resume auto goes on from it"
@@ -45,6 +47,10 @@ def run_cli(command: Callable[[argparse.Namespace], None], args: argparse.Namesp
     """Run a command; what a user can mend becomes one line on stderr and exit code 4."""
     try:
         command(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        let_go_of_terminal((1,))
+        return 128 + signal.SIGPIPE
     except (ConfigError, DataError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG

@@ -149,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
 def export(args, checkpoint: Checkpoint) -> None:
     """`checkpoint.py export`."""
     model, identity, entry = open_model(checkpoint, args.model, args.weights)
-    names = list(checkpoint.extra.get("class_names", []))
+    names = checkpoint.class_names
     export_folder(model, Path(args.out), identity, checkpoint, names)
     print(f"{args.out}: {identity.name}, entry {entry!r} of {checkpoint.path} (SHA-256 {checkpoint.sha256})")
     print(f'load it with: timm.create_model("local-dir:{args.out}", pretrained=True)')

@@ -145,7 +145,10 @@ def preprocessing(model: nn.Module, source: Checkpoint) -> dict:
     """How `main.py --eval` prepares images for `model`, in timm's words."""
     args, channels = evaluation_settings(model, source.args or argparse.Namespace()), getattr(model, "in_chans", 3)
     mean, std = channel_statistics(channels)
-    return {"input_size": (channels, *args.input_size), "crop_pct": crop_ratio(args), "mean": mean, "std": std}
+    return {
+        "input_size": (channels, *args.input_size), "crop_pct": crop_ratio(args), "mean": mean, "std": std,
+        "interpolation": "bicubic", "crop_mode": "center", "test_input_size": None, "test_crop_pct": None,
+    }  # fmt: skip
 
 
 def grid_of(checkpoint: Checkpoint) -> tuple[int, int] | None:

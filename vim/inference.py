@@ -68,7 +68,7 @@ def load_classifier(args: argparse.Namespace) -> Classifier:
     else:
         checkpoint = read_checkpoint(args.checkpoint, args.trust_checkpoint)
         model, identity, entry = open_model(checkpoint, args.model, args.weights)
-        names = list(checkpoint.extra.get("class_names", []))
+        names = checkpoint.class_names
         settings = checkpoint.args or argparse.Namespace()
         description = f"{checkpoint.label}: {identity.name}, {entry}"
     if not model.num_classes:

@@ -7,7 +7,9 @@ memory among them), 75 stopped by a signal and saved, to be queued again.
 
 from __future__ import annotations
 
+import io
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from classification import Classification
 from datasets import IMAGENET_CLASSES, DataBundle, build_datasets
 from distributed import EXIT_DONE, EXIT_FAILED, StopAtOnce, StopSignal, World, together
 from engine import Run, build_val_loader, fit, restore, share_replaced
-from errors import ConfigError
+from errors import ConfigError, some_of
 from identity import DENSE_BACKBONE, grid_of
 from report import RunLog
 from subsets import check_valid_labels, read_real_labels, real_labels_of, valid_labels
@@ -60,6 +62,9 @@ def run_program(argv: list[str] | None, parse: Callable, execute: Callable) -> i
         parse: from `argv` to arguments. execute: from arguments and a `World` to an exit code.
     """
     args, code = None, EXIT_FAILED
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
     with StopSignal():  # a run that has ended is not stopped any more
         try:
             with StopAtOnce():  # until training has a step to finish, and after it
@@ -98,10 +103,13 @@ def execute(args, world: World) -> int:
             report = load_weights(model, checkpoint.some_weights, "finetune", method, grid, source=file)
             averaged = ", averaged weights, it has no others" if checkpoint.model is None else ""
             log.say(f"fine-tuning {checkpoint.label}{averaged}: {report}")
+            if not report.remade_head and checkpoint.class_names not in ([], data.class_names):
+                log.say(f"its head is of other classes, {some_of(checkpoint.class_names)}, and begins with theirs")
     if args.eval:
         return evaluate_checkpoint(args, world, model, data, log)
+    given = Namespace(**vars(args))
     args.num_classes = data.num_classes
-    return train(build_run(args, world, model, data, log.say), data, log)
+    return train(build_run(args, world, model, data, log.say), data, log, given)
 
 
 def say_own_data(args, log: RunLog, data: str) -> None:
@@ -110,14 +118,16 @@ def say_own_data(args, log: RunLog, data: str) -> None:
     log.say(f"{why}: {'evaluating' if args.eval else 'training'} on {data}")
 
 
-def train(run: Run, data: DataBundle, log: RunLog) -> int:
-    """Train from the checkpoint of `--resume`, or from the start, to the end; returns the exit code."""
-    args = run.args
+def train(run: Run, data: DataBundle, log: RunLog, given: Namespace) -> int:
+    """Train from the checkpoint of `--resume`, or from the start, to the end; returns the exit code.
+
+    given: the arguments without what the data tells, such as the number of classes, for use with other data.
+    """
     log.say(describe(run))
     resume(run, log)
     with together():
         if log.dir:
-            save_arguments(args, log.dir / "args.yaml")
+            save_arguments(given, log.dir / "args.yaml")
         log.open(run.progress.epoch, run.progress.step)
     try:
         return fit(run, data, log)

@@ -196,6 +196,12 @@ def _open_wds(args, split: str) -> tuple[TarSource, list[str]]:
         for member, label in _index_tar(tar, label_key):
             members.append((number, *member))
             labels.append(label)
+    told = 0 if names_shards else reader.split_info.num_samples
+    if told and told != len(labels):
+        raise DataError(
+            f"{root}: the shards of split {split!r} hold {len(labels):,} samples, and _info.json says {told:,}: find "
+            "the missing ones, or correct the number"
+        )
     return TarSource(tars, members, labels), list(reader.info.get("class_names", []))
 
 
@@ -208,6 +214,7 @@ def _index_tar(tar: Path, label_key: str) -> Iterator[tuple[tuple[str, int, int]
                 stem, _, ending = member.name.rpartition("/")[2].partition(".")
                 key = member.name[: len(member.name) - len(ending)]
                 samples.setdefault(key or stem, {})[ending.lower()] = member
+            _check_end(file, tar)
             for key, parts in samples.items():
                 image = next((parts[ending] for ending in WDS_IMAGES if ending in parts), None)
                 if image is None:
@@ -216,6 +223,15 @@ def _index_tar(tar: Path, label_key: str) -> Iterator[tuple[tuple[str, int, int]
                 yield (image.name, image.offset_data, image.size), label
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{tar} is missing or no uncompressed tar file: {error}") from error
+
+
+def _check_end(file: tarfile.TarFile, tar: Path) -> None:
+    """Raise DataError where the members did not end with the archive: tarfile takes a damaged header for the end."""
+    file.fileobj.seek(file.offset)
+    block = file.fileobj.read(tarfile.BLOCKSIZE)
+    if block != tarfile.NUL * tarfile.BLOCKSIZE:
+        what = "is damaged" if block else "is cut off"
+        raise DataError(f"{tar} {what} at byte {file.offset:,}: there is neither a file nor the archive's end")
 
 
 def _wds_label(file: tarfile.TarFile, tar: Path, key: str, parts: dict, label_key: str) -> int:

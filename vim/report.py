@@ -23,6 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datasets import DataBundle
+from distributed import let_go_of_terminal
 from drawing import draw_confusion, draw_curves, draw_mistakes
 from errors import import_optional
 from evaluation import Evaluation
@@ -126,9 +127,12 @@ def build_trackers(args, output_dir: Path | None, done: int) -> TrackerList:
 
 
 def print_line(text: str) -> None:
-    """Above a progress bar, if there is one."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    """Above a progress bar, if there is one. A run goes on without its reader: Ctrl-C ends `| tee` first."""
+    try:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        let_go_of_terminal((1,))
 
 
 class RunLog:
@@ -169,7 +173,7 @@ class RunLog:
         path = self.dir / "incidents.txt" if self.dir else None
         if path is None or not path.exists():
             return Counter()
-        return Counter(json.loads(line)["kind"] for line in path.read_text(encoding="utf-8").splitlines())
+        return Counter(incident["kind"] for incident in self._records(path))
 
     def incidents_in_words(self) -> str:
         counts = self.incidents()
@@ -181,8 +185,15 @@ class RunLog:
         counts = self.incidents()
         self.trackers.log({f"incidents/{kind}": counts[kind] for kind in INCIDENTS}, step)
         if self.dir and epoch and (self.dir / "log.txt").exists():
-            lines = (self.dir / "log.txt").read_text(encoding="utf-8").splitlines()
-            self.rows = [row for row in map(json.loads, lines) if row["epoch"] < epoch]
+            self.rows = [row for row in self._records(self.dir / "log.txt") if row["epoch"] < epoch]
+
+    def _records(self, path: Path) -> Iterator[dict]:
+        """The lines of a log file; what somebody else has written there is passed over, and told."""
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                self.say(f"{path}, line {number} is not of a run: passed over")
 
     def step(self, step: int, result, images_per_second: float) -> None:
         """Numbers of one step, for the trackers alone."""
@@ -279,10 +290,9 @@ class LineMeter(SpeedMeter):
     def advance(self, loss: float, lr: float) -> None:
         super().advance(loss, lr)
         if self.done % self.every == 0 or self.done == self.steps:
-            print(
+            print_line(
                 f"{self.title}  step {self.done}/{self.steps}  loss {loss:.4f}  lr {lr:.2e}  "
-                f"{self.images_per_second:.0f} images/s  {clock(self.seconds_left)} left",
-                flush=True,
+                f"{self.images_per_second:.0f} images/s  {clock(self.seconds_left)} left"
             )
 
 

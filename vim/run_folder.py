@@ -109,7 +109,7 @@ class RunFolder:
         """
         if self.path and matching(self.path, RUN_SIGNS):
             left = matching(self.path, RUN_FILES)
-            self._refuse_to_move_weights({path.absolute() for path in left})
+            self._refuse_to_move_weights({path.absolute() for path in left} | {path.resolve() for path in left})
             self.say(f"--output_dir {self.path} holds another run, and {why}: moved it to {self._move_aside(left)}")
 
     def set_back(self, path: Path) -> None:
@@ -136,7 +136,8 @@ class RunFolder:
         """A restart would not find them any more. Raises ConfigError."""
         for flag in ("finetune", "teacher_path"):
             weights = getattr(self.args, flag, "")
-            if weights and left & {Path(weights).absolute(), Path(weights).resolve()}:
+            path = Path(weights).expanduser()
+            if weights and left & {path.absolute(), path.resolve()}:
                 raise ConfigError(
                     f"--{flag.replace('_', '-')} {weights} is a file of the run in --output_dir {self.path}, which "
                     "this run would move aside: take another --output_dir"

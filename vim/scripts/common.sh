@@ -38,13 +38,13 @@ require_count() {
     (($2 >= $3)) || fail "$error"
 }
 
-# gpus_of_this_machine: how many nvidia-smi lists; 0 without it.
+# gpus_of_this_machine: how many nvidia-smi lists; 0 without it, and where it fails.
 gpus_of_this_machine() {
-    if command -v nvidia-smi > /dev/null; then
-        nvidia-smi --list-gpus | wc -l
-    else
-        echo 0
-    fi
+    local count=0 line
+    while read -r line; do
+        if [[ $line == "GPU "* ]]; then count=$((count + 1)); fi
+    done < <(nvidia-smi --list-gpus 2> /dev/null)
+    echo "$count"
 }
 
 read_machine() {
