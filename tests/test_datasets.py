@@ -145,7 +145,8 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert f"{deep} cannot be read: Permission denied" in refused(run_args("--data-set", "IMNET", "--data-path", str(root)))
+    args = run_args("--data-set", "IMNET", "--data-path", str(root))
+    assert f"{deep} cannot be read: Permission denied" in refused(args)
 
 
 def test_digits_hold_out_a_fixed_stratified_fifth():
