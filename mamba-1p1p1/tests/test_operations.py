@@ -1001,6 +1001,22 @@ def test_cached_generation_equals_the_whole_sequence():
     torch.testing.assert_close(torch.cat(outs, 1), module(tokens))
 
 
+@pytest.mark.parametrize("use_fast_path", [True, False])
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_a_prompt_leaves_the_cache_that_its_tokens_would(length, use_fast_path):
+    """And is differentiated as a sequence without a cache."""
+    torch.manual_seed(0)
+    module, memory = Mamba(16, d_state=4, layer_idx=0, use_fast_path=use_fast_path).double(), Memory()
+    tokens = torch.randn(2, length, 16, dtype=torch.float64, requires_grad=True)
+    cache = module.allocate_inference_cache(2, length)
+    stepped = torch.cat([module.step(token, *cache)[0] for token in tokens.detach().split(1, 1)], 1).detach()
+    out = module(tokens, inference_params=memory)
+    torch.testing.assert_close(out, stepped)
+    torch.testing.assert_close(tuple(memory.key_value_memory_dict[0]), tuple(state.detach() for state in cache))
+    grads = (torch.autograd.grad(run.square().sum(), tokens)[0] for run in (out, module(tokens)))
+    torch.testing.assert_close(*grads)
+
+
 def test_a_cache_is_of_one_batch():
     module, memory = Mamba(16, layer_idx=0), Memory()
     module(torch.randn(3, 5, 16), inference_params=memory)

@@ -22,6 +22,9 @@ from mamba_ssm.ops.selective_scan_interface import (
     bimamba_inner_ref,
     mamba_inner_fn,
     mamba_inner_ref,
+    scan_inputs,
+    selective_scan_fn,
+    selective_scan_ref,
 )
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
@@ -239,8 +242,8 @@ class Mamba(nn.Module):
         """Mix tokens: (B, L, E) -> (B, L, E).
 
         `inference_params` (with `key_value_memory_dict` and `seqlen_offset`) keeps the state of a one-directional
-        layer: the first call fills it from a whole prompt, later ones take one token each. It is changed in place and
-        token by token: for inference, under `torch.no_grad()`.
+        layer: the first call fills it from a whole prompt, later ones go on token by token. Gradients reach the first
+        call's output and nothing by way of the cache.
         """
         if hidden_states.dim() != 3 or hidden_states.shape[1] == 0 or hidden_states.shape[-1] != self.d_model:
             raise ValueError(
@@ -255,7 +258,10 @@ class Mamba(nn.Module):
         return out if self.init_layer_scale is None else out * self.gamma
 
     def _forward_cached(self, hidden_states: Tensor, inference_params) -> Tensor:
-        """Token by token, each layer's cache in `inference_params`. (B, L, E) -> (B, L, E)."""
+        """A prompt at once and what follows it token by token, each layer's cache in `inference_params`.
+
+        (B, L, E) -> (B, L, E).
+        """
         if self.layer_idx is None:
             raise ValueError("layer_idx=None: inference_params keeps a layer's state under it; number the layers")
         memory = inference_params.key_value_memory_dict
@@ -263,10 +269,24 @@ class Mamba(nn.Module):
             memory[self.layer_idx] = self.allocate_inference_cache(hidden_states.shape[0], hidden_states.shape[1])
         conv_state, ssm_state = memory[self.layer_idx]
         if inference_params.seqlen_offset == 0:
-            conv_state.zero_()
-            ssm_state.zero_()
+            return self._prompt(hidden_states, conv_state, ssm_state)
         tokens = (self.step(token, conv_state, ssm_state)[0] for token in hidden_states.split(1, dim=1))
         return torch.cat(list(tokens), dim=1)
+
+    def _prompt(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
+        """`forward` of a prompt (B, L, E), which leaves its end in a cache, see `step`."""
+        self._require_causal()
+        _check_cache(hidden_states, conv_state, ssm_state)
+        conv, x_proj, dt_proj = self._weight_holders("")
+        xz, A = self.in_proj(hidden_states).transpose(1, 2), negative_exp(self.A_log)  # (B, 2 D, L)
+        x, z, delta, B, C = scan_inputs(xz, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, A)
+        scan = selective_scan_fn if self.use_fast_path else selective_scan_ref
+        y, last_state = scan(x, delta, A, B, C, self.D, z, dt_proj.bias, True, return_last_state=True)
+        width = conv_state.shape[-1]
+        conv_state.copy_(F.pad(xz[:, : self.d_inner], (width, 0))[..., -width:].detach())
+        ssm_state.copy_(last_state.detach())
+        out = self.out_proj(y.transpose(1, 2))
+        return out if self.init_layer_scale is None else out * self.gamma
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One token (B, 1, E) of a one-directional layer; conv_state (B, D, W) and ssm_state (B, D, N) in place.
@@ -276,13 +296,7 @@ class Mamba(nn.Module):
         self._require_causal()
         if hidden_states.shape[1] != 1:
             raise ValueError(f"step takes one token, (B, 1, E), not {tuple(hidden_states.shape)}")
-        batch = hidden_states.shape[0]
-        for name, state in (("conv_state", conv_state), ("ssm_state", ssm_state)):
-            if state.shape[0] != batch:
-                raise ValueError(
-                    f"{name} of batch {state.shape[0]} beside hidden_states of batch {batch}: start with a new cache, "
-                    f"of allocate_inference_cache({batch}, ...), or with an empty key_value_memory_dict"
-                )
+        _check_cache(hidden_states, conv_state, ssm_state)
         conv, x_proj, dt_proj = self._weight_holders("")
         x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)  # (B, D) each
         conv_state.copy_(torch.cat([conv_state[..., 1:], x.unsqueeze(-1).to(conv_state.dtype)], dim=-1))
@@ -317,6 +331,16 @@ class Mamba(nn.Module):
             raise NotImplementedError(
                 f"inference_params with bimamba_type={self.bimamba_type!r}: a bidirectional layer needs the whole "
                 "sequence; call forward without a cache, or use bimamba_type='none'"
+            )
+
+
+def _check_cache(hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> None:
+    batch = hidden_states.shape[0]
+    for name, state in (("conv_state", conv_state), ("ssm_state", ssm_state)):
+        if state.shape[0] != batch:
+            raise ValueError(
+                f"{name} of batch {state.shape[0]} beside hidden_states of batch {batch}: start with a new cache, "
+                f"of allocate_inference_cache({batch}, ...), or with an empty key_value_memory_dict"
             )
 
 

@@ -239,7 +239,10 @@ def _projected_matrix(projected: Tensor, bias: Tensor | None, is_complex: bool) 
     return projected.transpose(1, 2).unsqueeze(1)
 
 
-def _scan_inputs(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias):
+def scan_inputs(
+    xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B=None, C=None, B_proj_bias=None,
+    C_proj_bias=None,
+):  # fmt: skip
     """Convolve and project: (x (B, D, L), z, delta (B, D, L), B, C), whatever of B and C is not given per token."""
     x, z = xz.chunk(2, dim=1)
     width = conv1d_weight.shape[-1]
@@ -314,7 +317,7 @@ def _inner(
     With A_b both directions of "v1" added up, without it one direction.
     """
     _check_inner(xz, conv1d_weight, x_proj_weight, delta_proj_weight, A, A_b, B, C, B_proj_bias, C_proj_bias)
-    x, z, delta, B, C = _scan_inputs(
+    x, z, delta, B, C = scan_inputs(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
     )
     y = scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
