@@ -29,6 +29,7 @@ CONV_SEGMENT, CONV_BACKWARD_SEGMENT = 32, 64  # tokens that a thread walks, at l
 CONV_RESIDENT = 16  # blocks of the forward convolution that a multiprocessor holds
 FEW_WARPS = 8  # of a multiprocessor
 SUM_COLUMNS = 32
+TOKEN_GROUPS = 32  # parts in which products over all tokens are made
 NARROW_ARRAYS, WEIGHT_THREADS = 8, 256
 MAX_RANK = 64
 SHARED_MEMORY = 128 * 1024  # bytes of a multiprocessor, at least
@@ -140,6 +141,18 @@ class Parameters(NamedTuple):
     D: tuple[Tensor, Tensor]
 
 
+class Gradients(NamedTuple):
+    """Of parameters, in the order in which `sum_rows` takes them: shares (2, rows, ...), or sums, a pair each."""
+
+    A: Tensor | tuple[Tensor, Tensor]
+    D: Tensor | tuple[Tensor, Tensor]
+    dt_bias: Tensor | tuple[Tensor, Tensor]
+    conv_weight: Tensor | tuple[Tensor, Tensor]
+    conv_bias: Tensor | tuple[Tensor, Tensor]
+    x_proj_weight: Tensor | tuple[Tensor, Tensor]
+    dt_weight: Tensor | tuple[Tensor, Tensor]
+
+
 def _parameters(forward_params, backward_params) -> Parameters:
     """No copies where the model keeps float32 weights."""
     pairs = zip(forward_params, backward_params)
@@ -227,10 +240,11 @@ def _project(u: Tensor, x_proj: Tensor) -> Tensor:
     return product_in_float32(u.flatten(1, 2), x_proj.transpose(1, 2))
 
 
-def _projections_backward(ddelta, dBC, u, projected, weights: Weights) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """(du through the projections; the gradients of their weights: x projection, time step)."""
-    rank, columns = weights.parameters.dt_weight[0].shape[1], projected.shape[-1]
-    padded, rows = _padded(rank), u.shape[1] * u.shape[2]
+def _projections_backward(ddelta, dBC, u, projected, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+    """(du through the projections; shares of the gradients of their weights: x projection (2, groups, columns, D), time
+    step (2, groups, padded rank, D))."""
+    padded, columns = _padded(weights.parameters.dt_weight[0].shape[1]), projected.shape[-1]
+    rows = u.shape[1] * u.shape[2]
     flat_u, flat_ddelta = u.flatten(1, 2), ddelta.flatten(1, 2)  # (2, B L, D)
     dprojected = torch.empty((2, rows, columns), dtype=u.dtype, device=u.device)
     torch.bmm(flat_ddelta, weights.dt_weight, out=dprojected[..., :padded])
@@ -239,11 +253,17 @@ def _projections_backward(ddelta, dBC, u, projected, weights: Weights) -> tuple[
     )
     du = torch.bmm(dprojected, weights.x_proj)
     dt = projected[..., :padded].to(u.dtype)
-    dx_proj = [product_in_float32(dprojected[i].T, flat_u[i]) for i in range(2)]
-    if rank != padded:
-        dx_proj = [torch.cat([one[:rank], one[padded:]]) for one in dx_proj]
-    ddt_weight = [product_in_float32(flat_ddelta[i].T, dt[i])[:, :rank].contiguous() for i in range(2)]
-    return du, dx_proj, ddt_weight
+    return du, _over_tokens(dprojected, flat_u, u.shape[1]), _over_tokens(dt, flat_ddelta, u.shape[1])
+
+
+def _over_tokens(left: Tensor, right: Tensor, batch: int) -> Tensor:
+    """Shares, by groups of sequences, of sums over tokens (2, rows, M), (2, rows, N) -> (2, groups, M, N) float32.
+
+    A gradient of M N numbers alone would keep a few multiprocessors busy with all tokens.
+    """
+    groups = next(count for count in range(min(batch, TOKEN_GROUPS), 0, -1) if batch % count == 0)
+    left, right = (one.view(2 * groups, -1, one.shape[-1]) for one in (left, right))
+    return product_in_float32(left.transpose(1, 2), right).unflatten(0, (2, groups))
 
 
 # ---- launches --------------------------------------------------------------------------------------------------
@@ -337,10 +357,13 @@ def _conv_backward(xz: Tensor, du_scan: Tensor, du_projected: Tensor, parameters
     return dweight, dbias
 
 
-def _sums(shares: list[Tensor], dtype: torch.dtype, factors=(None, None)) -> list[tuple[Tensor, Tensor]]:
-    """Of five arrays (2, rows, ...): the sums over rows, a pair each, the first one's times `factors`; one launch."""
+def _sums(shares: Gradients, parameters: Parameters, dtype: torch.dtype, logarithms: bool) -> Gradients:
+    """Sums over rows of shares (2, rows, ...), a pair each: gradients without padding, of log(-A) with `logarithms`."""
+    channels, rank = parameters.dt_weight[0].shape
+    sizes = [share[0, 0].numel() for share in shares]
+    sizes[5:] = parameters.x_proj_weight[0].numel(), parameters.dt_weight[0].numel()
     shares = [share.flatten(2) for share in shares]
-    pairs = [tuple(share.new_empty(share.shape[2]) for _ in range(2)) for share in shares]
+    pairs = [tuple(share.new_empty(size) for _ in range(2)) for share, size in zip(shares, sizes)]
     arguments = [
         argument
         for share, pair in zip(shares, pairs)
@@ -348,9 +371,10 @@ def _sums(shares: list[Tensor], dtype: torch.dtype, factors=(None, None)) -> lis
     ]
     widest = max(share.shape[2] for share in shares)
     runtime.load("sums.cu", "sum_rows", (_half(dtype),))(
-        (ceil_div(widest, SUM_COLUMNS), len(shares), 2), 256, 256 * 4, *arguments, *factors
-    )
-    return pairs
+        (ceil_div(widest, SUM_COLUMNS), len(shares), 2), 256, 256 * 4,
+        *arguments, *(parameters.A if logarithms else (None, None)), channels, rank,
+    )  # fmt: skip
+    return Gradients(*pairs)
 
 
 # ---- backend form ------------------------------------------------------------------------------------------------
@@ -400,13 +424,12 @@ def _backward(
     y, dxz, states = _scan_forward(xz, u, projected, parameters, scale, _contiguous(dy))
     use_y(y)
     del y, dy
-    du_scan, ddelta, dBC, *sums = _scan_backward(dxz, u, projected, states, parameters)
+    du_scan, ddelta, dBC, *shares = _scan_backward(dxz, u, projected, states, parameters)
     del states
-    du_projected, dx_proj, ddt_weight = _projections_backward(ddelta, dBC, u, projected, weights)
-    sums += _conv_backward(xz, du_scan, du_projected, parameters, dxz)
-    factors = parameters.A if logarithms else (None, None)  # of log(-A): dA A
-    dA, dD, ddt_bias, dconv_weight, dconv_bias = _sums(sums, xz.dtype, factors)
-    in_order = zip(dconv_weight, dconv_bias, dx_proj, ddt_weight, ddt_bias, dA, dD)
+    du_projected, *of_projections = _projections_backward(ddelta, dBC, u, projected, weights)
+    shares += _conv_backward(xz, du_scan, du_projected, parameters, dxz)
+    sums = _sums(Gradients(*shares, *of_projections), parameters, xz.dtype, logarithms)
+    in_order = zip(*(getattr(sums, name) for name in Parameters._fields))
     grads = [
         tuple(None if p is None else grad.view(p.shape).to(p.dtype) for grad, p in zip(of_direction, params))
         for of_direction, params in zip(in_order, (forward_params, backward_params))

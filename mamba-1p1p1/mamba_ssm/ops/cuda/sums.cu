@@ -14,15 +14,19 @@ struct Task {
     int64 rows, columns;
 };
 
-// Sums of up to five arrays of both directions in one launch; those of the first are multiplied by `factor`, where one is
-// given: dA becomes the gradient of A_log. Grid (blocks of 32 columns, tasks, directions).
+// Sums of seven arrays of both directions in one launch. Those of the first are multiplied by `factor`, where one is given:
+// dA becomes the gradient of A_log. The sixth is of the x projection, (columns of `projected`, channels), whose padding,
+// behind `rank` of them, goes; the seventh of the time step's, (padded rank, channels), whose target is (channels, rank).
+// Grid (blocks of 32 columns, tasks, directions).
 extern "C" __global__ void __launch_bounds__(COLUMNS * LANES) sum_rows(
     const float* source_0, float* ahead_0, float* behind_0, int64 rows_0, int64 columns_0,
     const float* source_1, float* ahead_1, float* behind_1, int64 rows_1, int64 columns_1,
     const float* source_2, float* ahead_2, float* behind_2, int64 rows_2, int64 columns_2,
     const float* source_3, float* ahead_3, float* behind_3, int64 rows_3, int64 columns_3,
     const float* source_4, float* ahead_4, float* behind_4, int64 rows_4, int64 columns_4,
-    const float* factor_ahead, const float* factor_behind) {
+    const float* source_5, float* ahead_5, float* behind_5, int64 rows_5, int64 columns_5,
+    const float* source_6, float* ahead_6, float* behind_6, int64 rows_6, int64 columns_6,
+    const float* factor_ahead, const float* factor_behind, int64 channels, int64 rank) {
     DYNAMIC_SHARED(shared);
     float* partial = reinterpret_cast<float*>(shared);  // (LANES, COLUMNS)
     const bool behind = blockIdx.z;
@@ -32,7 +36,9 @@ extern "C" __global__ void __launch_bounds__(COLUMNS * LANES) sum_rows(
         case 1: task = Task{source_1, behind ? behind_1 : ahead_1, rows_1, columns_1}; break;
         case 2: task = Task{source_2, behind ? behind_2 : ahead_2, rows_2, columns_2}; break;
         case 3: task = Task{source_3, behind ? behind_3 : ahead_3, rows_3, columns_3}; break;
-        default: task = Task{source_4, behind ? behind_4 : ahead_4, rows_4, columns_4};
+        case 4: task = Task{source_4, behind ? behind_4 : ahead_4, rows_4, columns_4}; break;
+        case 5: task = Task{source_5, behind ? behind_5 : ahead_5, rows_5, columns_5}; break;
+        default: task = Task{source_6, behind ? behind_6 : ahead_6, rows_6, columns_6};
     }
     const int within = threadIdx.x % COLUMNS, lane = threadIdx.x / COLUMNS;
     const int64 column = int64(blockIdx.x) * COLUMNS + within;
@@ -48,7 +54,14 @@ extern "C" __global__ void __launch_bounds__(COLUMNS * LANES) sum_rows(
         for (int i = 1; i < LANES; ++i) sum += partial[i * COLUMNS + within];
         const float* factor = behind ? factor_behind : factor_ahead;
         if (blockIdx.y == 0 && factor) sum *= factor[column];
-        task.target[column] = sum;
+        int64 to = column;
+        if (blockIdx.y >= 5) {
+            const int64 row = column / channels, padding = (rank + 7) / 8 * 8 - rank;
+            if (row >= rank && row < rank + padding) return;
+            if (blockIdx.y == 6) to = column % channels * rank + row;
+            else if (row >= rank) to -= padding * channels;
+        }
+        task.target[to] = sum;
     }
 }
 
