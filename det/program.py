@@ -34,7 +34,7 @@ def execute(args, world: World) -> int:
         check_deterministic(args, world, model)
     if args.eval:
         return evaluate_saved(args, world, model, task, data, log, load=load_dense)
-    return train(assemble(args, world, model, data, task), data, log, args)
+    return train(assemble(args, world, model, data, task), data, log)
 
 
 def build_detector(args, num_classes: int, say) -> Detector:

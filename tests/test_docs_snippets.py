@@ -145,7 +145,7 @@ def test_every_language_of_a_snippet_is_run():
 def test_the_python_of_the_readme_and_of_dense_prediction(clone):
     readme = [snippet for snippet in snippets_of("README.md") if snippet[0] == "python"]
     # It is written for scripts that stand beside the modules.
-    dense = [("python", f'import sys; sys.path.append("vim")\n{text}') for _, text in snippets_of("docs/DENSE.md")]
+    dense = [("python", f'import sys; sys.path.insert(0, "vim")\n{text}') for _, text in snippets_of("docs/DENSE.md")]
     assert readme and dense
     run(clone, readme + dense)
 

@@ -118,16 +118,16 @@ def say_own_data(args, log: RunLog, data: str) -> None:
     log.say(f"{why}: {'evaluating' if args.eval else 'training'} on {data}")
 
 
-def train(run: Run, data: DataBundle, log: RunLog, given: Namespace) -> int:
+def train(run: Run, data: DataBundle, log: RunLog, given: Namespace | None = None) -> int:
     """Train from the checkpoint of `--resume`, or from the start, to the end; returns the exit code.
 
-    given: the arguments without what the data tells, such as the number of classes, for use with other data.
+    given: the arguments to write down for use with other data, without what this data told; None: all of the run's.
     """
     log.say(describe(run))
     resume(run, log)
     with together():
         if log.dir:
-            save_arguments(given, log.dir / "args.yaml")
+            save_arguments(given or run.args, log.dir / "args.yaml")
         log.open(run.progress.epoch, run.progress.step)
     try:
         return fit(run, data, log)
