@@ -1,5 +1,6 @@
 """The house: packaging from any folder, licence files, the Makefile, and the README's commands."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -77,9 +78,15 @@ def test_python_dash_m_tells_the_backends(package, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", PACKAGES)
 def test_a_wheel_holds_the_package_and_needs_only_torch(folder, tmp_path):
-    """A wheel as others would build it: the modules inside, no tests, torch (and triton) as requirements."""
+    """A wheel as others would build it: the modules and the library inside, no tests, torch (and triton) required."""
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')  # an optimised library takes a minute
+    compiler.chmod(0o755)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path)]
-    result = subprocess.run([*command, str(ROOT / folder)], capture_output=True, text=True, timeout=600)
+    environment = os.environ | {"CXX": str(compiler)}
+    result = subprocess.run(
+        [*command, str(ROOT / folder)], env=environment, capture_output=True, text=True, timeout=600
+    )
     assert result.returncode == 0, result.stderr
     listing = python_in(
         tmp_path,
@@ -93,6 +100,7 @@ def test_a_wheel_holds_the_package_and_needs_only_torch(folder, tmp_path):
     names = [line for line in listing if not line.startswith("Requires-Dist")]
     required = {re.match(r"Requires-Dist: ([\w-]+)", line)[1] for line in listing if line not in names}
     assert f"{PACKAGES[folder]}/__init__.py" in names
+    assert [name for name in names if re.search(r"/_cpu_kernels\..*so$", name)]
     assert not [name for name in names if name.split("/")[0] == "tests"]
     assert "torch" in required and required <= {"torch", "triton", "causal-conv1d", "causal_conv1d"}
 
