@@ -76,6 +76,9 @@ inline float sigmoid(float x) {
     return 1.f / (1.f + p);
 }
 
+// x, or -88 where it is less: times the sigmoid of that, which is limited as well, it is next to zero.
+inline float clamp_tail(float x) { return x < -88.f ? -88.f : x; }
+
 // A tile: tokens [t0, t0 + tokens) of `channels` channels from c0. In memory a panel of rows of `inner` numbers:
 // channels-last, a row is a token; else there is one row, of tokens, and one channel. `shift` leads to the next token.
 template <bool LAST> struct Tile {
@@ -159,7 +162,7 @@ template <class T, int WIDTH, bool LAST> void forward_tile(const Arguments& a, c
     if (a.silu) {
         const int count = tile.tokens * tile.channels;
 #pragma omp simd
-        for (int i = 0; i < count; ++i) out[i] *= sigmoid(out[i]);
+        for (int i = 0; i < count; ++i) out[i] = clamp_tail(out[i]) * sigmoid(out[i]);
     }
     store_panel<T>(a.out, tile, out);
 }
@@ -182,10 +185,12 @@ void convolve_back(const Filter& f, Tile<LAST> tile, int n, const float* grad, f
 // sum[weight(i)] += sum over the tile's tokens of grad * x, or of grad alone.
 template <bool LAST> void add_products(Tile<LAST> tile, const float* grad, const float* x, float* sum) {
     if (LAST) {
+        float total[CHANNELS] = {};  // of the tile by itself: long sums drift less
         for (int r = 0; r < tile.tokens; ++r)
 #pragma omp simd
             for (int i = 0; i < tile.channels; ++i)
-                sum[i] += grad[r * tile.channels + i] * (x ? x[r * tile.channels + i] : 1.f);
+                total[i] += grad[r * tile.channels + i] * (x ? x[r * tile.channels + i] : 1.f);
+        for (int i = 0; i < tile.channels; ++i) sum[i] += total[i];
     } else {
         float total = 0;
 #pragma omp simd reduction(+ : total)
@@ -209,7 +214,7 @@ void backward_tile(const Arguments& a, const Filter& f, Tile<LAST> tile, Filter&
 #pragma omp simd
         for (int i = 0; i < n * tile.channels; ++i) {
             float s = sigmoid(pre[i]);
-            first[i] *= s * (1.f + pre[i] * (1.f - s));
+            first[i] *= s * (1.f + clamp_tail(pre[i]) * (1.f - s));
         }
     }
     for (int k = 0; k < WIDTH; ++k)

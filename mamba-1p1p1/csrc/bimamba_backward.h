@@ -189,7 +189,7 @@ template <class T> struct BimambaBackward : Bimamba<T> {
                               float* dx, float* draw, int64_t draw_step, GradientSums sums) const {
         const vf D = load(VectorParameters(packed[dir].vectors, s, v).D);
         VectorParameters grads(sums.vectors, s, v);
-        vf dbias = load(grads.dt_bias);
+        vf dbias = {};
         for (int t = 0; t < n; ++t) {
             vf dy = load(tile.dy + t * VL), g_B = load(tile.g_B + t * VL);
             vf raw = fma(g_B, load(x + t * s.padded), load(tile.g_d + t * VL)) * load(tile.slope + t * VL);
@@ -197,7 +197,7 @@ template <class T> struct BimambaBackward : Bimamba<T> {
             store(dx + t * s.padded, fma(g_B, load(tile.d + t * VL) * EXP_UNIT, D * dy));
             dbias += raw;
         }
-        store(grads.dt_bias, dbias);
+        store(grads.dt_bias, load(grads.dt_bias) + dbias);
         store(grads.D, load(grads.D) + dot_rows(n, x, s.padded, tile.dy));
         int64_t r = 0;
         for (; r + 4 <= s.rank; r += 4) add_time_step_gradients<4>(n, rows + r, draw, draw_step, grads.dt + r * VL);
@@ -208,13 +208,12 @@ template <class T> struct BimambaBackward : Bimamba<T> {
     template <int COUNT>
     INLINE void add_time_step_gradients(int n, const float* rows, const float* draw, int64_t draw_step,
                                         float* out) const {
-        vf sum[COUNT];
-        UNROLL for (int r = 0; r < COUNT; ++r) sum[r] = load(out + r * VL);
+        vf sum[COUNT] = {};
         for (int t = 0; t < n; ++t) {
             vf g = load(draw + t * draw_step);
             UNROLL for (int r = 0; r < COUNT; ++r) sum[r] = fma(g, set1(rows[t * s.row + r]), sum[r]);
         }
-        UNROLL for (int r = 0; r < COUNT; ++r) store(out + r * VL, sum[r]);
+        UNROLL for (int r = 0; r < COUNT; ++r) store(out + r * VL, load(out + r * VL) + sum[r]);
     }
 
     // "Project" of a tile: from dx, the scan's part of the gradient of the convolved x, to `out`, that of the
@@ -299,8 +298,8 @@ template <class T> struct BimambaBackward : Bimamba<T> {
     template <int WIDTH>
     static void adjoin_filter(int n, const float* taps, const float* x, const float* around, const float* at,
                               int64_t step, VectorParameters out, float* dx) {
-        vf w[WIDTH], dw[WIDTH], bias = load(out.conv_bias);
-        UNROLL for (int k = 0; k < WIDTH; ++k) w[k] = load(taps + k * VL), dw[k] = load(out.conv + k * VL);
+        vf w[WIDTH], dw[WIDTH] = {}, bias = {};
+        UNROLL for (int k = 0; k < WIDTH; ++k) w[k] = load(taps + k * VL);
         for (int t = 0; t < n; ++t) {
             vf g = load(at + t * step), sum = load(dx + t * VL);
             bias += g;
@@ -310,8 +309,8 @@ template <class T> struct BimambaBackward : Bimamba<T> {
             }
             store(dx + t * VL, sum);
         }
-        UNROLL for (int k = 0; k < WIDTH; ++k) store(out.conv + k * VL, dw[k]);
-        store(out.conv_bias, bias);
+        UNROLL for (int k = 0; k < WIDTH; ++k) store(out.conv + k * VL, load(out.conv + k * VL) + dw[k]);
+        store(out.conv_bias, load(out.conv_bias) + bias);
     }
 };
 

@@ -21,9 +21,7 @@ constexpr int GEMM_ROWS = VL >= 16 ? 8 : 4;
 template <int ROWS, int VECTORS>
 INLINE void gemm_block(int K, const float* A, int64_t A_row, int64_t A_col, const float* B, int64_t ldb, float* C,
                        int64_t ldc) {
-    vf sum[ROWS][VECTORS];
-    UNROLL for (int i = 0; i < ROWS; ++i)
-        UNROLL for (int j = 0; j < VECTORS; ++j) sum[i][j] = load(C + i * ldc + j * VL);
+    vf sum[ROWS][VECTORS] = {};
     for (int k = 0; k < K; ++k) {
         vf b[VECTORS];
         UNROLL for (int j = 0; j < VECTORS; ++j) b[j] = load(B + k * ldb + j * VL);
@@ -33,7 +31,8 @@ INLINE void gemm_block(int K, const float* A, int64_t A_row, int64_t A_col, cons
         }
     }
     UNROLL for (int i = 0; i < ROWS; ++i)
-        UNROLL for (int j = 0; j < VECTORS; ++j) store(C + i * ldc + j * VL, sum[i][j]);
+        UNROLL for (int j = 0; j < VECTORS; ++j)
+            store(C + i * ldc + j * VL, load(C + i * ldc + j * VL) + sum[i][j]);
 }
 
 template <int VECTORS>

@@ -107,15 +107,24 @@ void norm_row_backward(const NormArguments& a, int64_t row, float* sums, int64_t
     }
 }
 
+constexpr int64_t SUMMED_ROWS = 32;
+
 int norm_backward(const NormArguments& a) {
     const int64_t threads = larger<int64_t>(1, smaller(a.threads, (a.rows + 15) / 16));
     const int64_t padded = round_up(a.width, 16);
-    float* sums = mamba_ssm_workspace(threads * 2 * padded);
+    float* sums = mamba_ssm_workspace(threads * 4 * padded);
     if (!sums) return 1;
-    memset(sums, 0, threads * 2 * padded * sizeof(float));
+    memset(sums, 0, threads * 4 * padded * sizeof(float));
+    const int64_t blocks = (a.rows + SUMMED_ROWS - 1) / SUMMED_ROWS;
 #pragma omp parallel for num_threads((int)threads) schedule(static)
-    for (int64_t row = 0; row < a.rows; ++row)
-        norm_row_backward(a, row, sums + omp_get_thread_num() * 2 * padded, padded);
+    for (int64_t block = 0; block < blocks; ++block) {
+        float* total = sums + omp_get_thread_num() * 2 * padded;
+        float* own = total + threads * 2 * padded;  // of a block by itself: long sums drift less
+        memset(own, 0, 2 * padded * sizeof(float));
+        const int64_t end = smaller(a.rows, (block + 1) * SUMMED_ROWS);
+        for (int64_t row = block * SUMMED_ROWS; row < end; ++row) norm_row_backward(a, row, own, padded);
+        for (int64_t i = 0; i < 2 * padded; i += VL) store(total + i, load(total + i) + load(own + i));
+    }
     for (int64_t slot = 1; slot < threads; ++slot)
         for (int64_t i = 0; i < 2 * padded; i += VL)
             store(sums + i, load(sums + i) + load(sums + slot * 2 * padded + i));

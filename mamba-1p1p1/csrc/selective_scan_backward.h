@@ -71,7 +71,7 @@ template <class T> struct ScanBackward : Scan<T> {
         const int64_t c = s.channel(k), t0 = tile * TILE;
         const vf D = load(BlockParameters(packed, s, k).D);
         BlockParameters grads(sums, s, k);
-        vf dD = load(grads.D), dbias = load(grads.bias);
+        vf dD = {}, dbias = {};
         for (int t = 0; t < n; ++t) {
             const int at = t * VL;
             vf u = load(x.u + at), dy = load(x.dy + at), g_B = load(x.g_B + at);
@@ -85,8 +85,8 @@ template <class T> struct ScanBackward : Scan<T> {
                 store(x.y + at, load(x.out + at) * y * silu_slope(z, sigmoid(z)));
             }
         }
-        store(grads.D, dD);
-        store(grads.bias, dbias);
+        store(grads.D, load(grads.D) + dD);
+        store(grads.bias, load(grads.bias) + dbias);
         store_tile<T>(a.du, b, c, lanes, t0, n, x.g_B);
         store_tile<T>(a.ddelta, b, c, lanes, t0, n, x.g_d);
         if (a.z.data) store_tile<T>(a.dz, b, c, lanes, t0, n, x.y);

@@ -164,19 +164,14 @@ constexpr int EXP_STEPS = 1, EXP_SHIFT = 23;
 #endif
 constexpr float EXP_UNIT = LN2 / EXP_STEPS, UNITS_PER_ONE = LOG2E * EXP_STEPS;
 
-// x with its magnitude limited to that of 2^126, in the unit above.
-INLINE vf clamp_power(vf x) {
-#if SIMD_AVX512
-    return (vf)_mm512_range_ps((__m512)x, (__m512)set1(126.f * EXP_STEPS), 2);  // the lesser magnitude, with x's sign
-#else
-    return vmax(set1(-126.f * EXP_STEPS), vmin(set1(126.f * EXP_STEPS), x));
-#endif
-}
+// x with its magnitude limited to that of 2^126, in the unit above; not a number stays what it is.
+INLINE vf clamp_power(vf x) { return vmax(set1(-126.f * EXP_STEPS), vmin(set1(126.f * EXP_STEPS), x)); }
 
 // exp(EXP_UNIT d a). Nearest-integer reduction d a = n + f, then 2^(n / EXP_STEPS) (1 + f q(f)) with q the minimax fit
 // of (2^(f / EXP_STEPS) - 1) / f in relative error, which is at most 1.1e-7 with 16 steps, 8.6e-7 with 8 and 4.7e-7
-// with one. It is the relative error of the decay rate, what the error of a slow state is made of, and the value at 0
-// is exactly 1. Beyond the range of float32 the result is next to zero or beyond 2^126; not a number gives itself.
+// with one. It is the relative error of the decay rate before it is rounded to float32, what the error of a slow state is
+// made of, and the value at 0 is exactly 1. Beyond the range of float32 the result is next to zero or beyond 2^126; not
+// a number gives itself.
 INLINE vf exp_of_product(vf d, vf a) {
     const vf magic = set1(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
     vf product = d * a;
@@ -185,9 +180,6 @@ INLINE vf exp_of_product(vf d, vf a) {
 #endif
     vf limited = clamp_power(product);
     vf rounded = limited + magic;
-#if SIMD_AVX512
-    limited = product;  // its clamp loses a not-a-number, so f is taken from before
-#endif
     vf f = limited - (rounded - magic);
 #if SIMD_AVX512
     __m512 entry = _mm512_permutexvar_ps((__m512i)rounded, _mm512_load_ps(EXP_TABLE));
@@ -250,12 +242,14 @@ INLINE vf clamp_exponent(vf x) {
 
 INLINE vf exp_minus(vf x) { return exp_of_product(clamp_exponent(x), set1(-UNITS_PER_ONE)); }
 
-// 1 / d to about one unit in the last place: the processor's estimate and a Newton step, a fifth of a division.
+// 1 / d to about one unit in the last place: the processor's estimate and a Newton step, a fifth of a division. AVX2's
+// estimate has twelve bits and takes two: of d = 1 it must be 1, for silu's slope is 1 - sigmoid times any number.
 INLINE vf reciprocal(vf d) {
 #if SIMD_AVX512
     vf r = (vf)_mm512_rcp14_ps((__m512)d);
 #elif SIMD_AVX2
     vf r = (vf)_mm256_rcp_ps((__m256)d);
+    r = fma(r, fma(-d, r, set1(1.f)), r);
 #else
     return 1.f / d;
 #endif
@@ -266,10 +260,13 @@ INLINE vf reciprocal(vf d) {
 
 INLINE vf sigmoid(vf x) { return reciprocal(1.f + exp_minus(x)); }
 
-INLINE vf silu(vf x) { return x * sigmoid(x); }
+// x, or -87 where it is less: times the sigmoid of that, which is limited as well, it is next to zero.
+INLINE vf clamp_tail(vf x) { return vmax(set1(-87.f), x); }
+
+INLINE vf silu(vf x) { return clamp_tail(x) * sigmoid(x); }
 
 // d silu(x) / dx, given s = sigmoid(x).
-INLINE vf silu_slope(vf x, vf s) { return s * fma(x, 1.f - s, set1(1.f)); }
+INLINE vf silu_slope(vf x, vf s) { return s * fma(clamp_tail(x), 1.f - s, set1(1.f)); }
 
 // softplus(x) in units of EXP_UNIT. max(x, 0) + log1p(exp(-|x|)), where log1p(e) = e q(e) with q the minimax fit on
 // [0, 1] (2e-7), keeps the relative accuracy of small results. e = exp(-|x|).

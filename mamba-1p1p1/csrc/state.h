@@ -134,8 +134,8 @@ void states_backward(int tokens, const float* d, const float* x, const float* dy
         }
         if (OUTPUT) store(y + t * step, load(y + t * step) + sum);
     }
-    vf carry[NG], dA[NG], dB[NG] = {}, dC[NG] = {};
-    UNROLL for (int n = 0; n < NG; ++n) carry[n] = load(out.carry + n * VL), dA[n] = load(out.dA + n * VL);
+    vf carry[NG], dA[NG] = {}, dB[NG] = {}, dC[NG] = {};  // sums of a tile by themselves: long ones drift less
+    UNROLL for (int n = 0; n < NG; ++n) carry[n] = load(out.carry + n * VL);
     for (int t = tokens - 1; t >= 0; --t) {
         const vf dt = load(d + t * step), xt = load(x + t * step), dyt = load(dy + t * step);
         const float *Bt = B + t * B_step, *Ct = C + t * C_step;
@@ -163,7 +163,7 @@ void states_backward(int tokens, const float* d, const float* x, const float* dy
     }
     UNROLL for (int n = 0; n < NG; ++n) {
         store(out.carry + n * VL, carry[n]);
-        store(out.dA + n * VL, dA[n]);
+        store(out.dA + n * VL, load(out.dA + n * VL) + dA[n]);
         if (CONST_B) store(out.dB + n * VL, load(out.dB + n * VL) + dB[n]);
         if (CONST_C) store(out.dC + n * VL, load(out.dC + n * VL) + dC[n]);
     }
