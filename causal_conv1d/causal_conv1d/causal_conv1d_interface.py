@@ -207,7 +207,7 @@ def causal_conv1d_update(
         _check_integers(name, integers, "(B,)", (x.shape[0],), x)
     rows = conv_state_indices
     if rows is not None:  # without waiting for a GPU: a negative index becomes one that indexing refuses
-        rows = torch.where(rows < 0, len(conv_state), rows).long()
+        rows = torch.where(rows < 0, len(conv_state), rows.long())
     state = conv_state if rows is None else conv_state[rows]
     if state.shape[0] != x.shape[0]:
         raise ValueError(f"x has {x.shape[0]} rows, and there are states of {state.shape[0]}: give one for each row")

@@ -41,8 +41,8 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, initial_states
 def causal_conv1d_packed(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, silu: bool) -> Tensor:
     """The same over several sequences packed in one row: a tap reaches only tokens of its own sequence.
 
-    `seq_idx` (B, L) integer: tokens with equal neighbouring numbers belong together. Negative numbers are
-    padding, whose output is zero before the activation.
+    `seq_idx` (B, L) integer: tokens with equal numbers belong together, so give each sequence one of its own. Negative
+    numbers are padding, whose output is zero before the activation.
     """
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     width, length = weight.shape[1], x.shape[-1]
@@ -119,8 +119,8 @@ def varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:
 
     x (total tokens, D), cu_seqlens (B+1,) -> (B, D, state_len).
     """
-    if len(x) == 0:
-        return x.new_zeros(len(cu_seqlens) - 1, x.shape[1], state_len)
+    if len(x) == 0 or len(cu_seqlens) < 2:
+        return x.new_zeros(max(len(cu_seqlens) - 1, 0), x.shape[1], state_len)
     ends = cu_seqlens[1:, None]
     positions = ends + torch.arange(-state_len, 0, device=x.device)  # (B, state_len)
     inside = positions >= cu_seqlens[:-1, None]

@@ -263,8 +263,11 @@ def test_states_of_packed_sequences():
     ):
         with pytest.raises(ValueError, match=words):
             causal_conv1d_varlen_states(*arguments)
+    for offsets in ([0, 12], [-5, 2]):
+        with pytest.raises(IndexError, match=rf"cu_seqlens goes from {offsets[0]} to {offsets[1]}; x has 11 tokens"):
+            causal_conv1d_varlen_states(x, torch.tensor(offsets), 3)
     with pytest.raises(IndexError):
-        causal_conv1d_varlen_states(x, torch.tensor([0, 12]), 3)
+        causal_conv1d_varlen_states(none, torch.tensor([0, 5]), 3)
 
 
 def test_a_cache_has_no_row_before_its_first():
@@ -273,6 +276,10 @@ def test_a_cache_has_no_row_before_its_first():
     with pytest.raises(IndexError):
         causal_conv1d_update(torch.ones(2, 4), cache, torch.ones(4, 3), conv_state_indices=torch.tensor([4, -1]))
     assert torch.equal(cache, before)
+    many = torch.zeros(200, 4, 3)
+    row = torch.tensor([5], dtype=torch.int8)
+    causal_conv1d_update(torch.ones(1, 4), many, torch.ones(4, 3), conv_state_indices=row)
+    assert many[5].any() and not many[:5].any() and not many[6:].any()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mamba_ssm.ops import cpu, reference
+from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
 pytestmark = pytest.mark.skipif(bool(cpu.unavailable_reason()), reason=str(cpu.unavailable_reason()))
 
@@ -449,6 +450,60 @@ def test_subnormal_numbers_are_flushed_inside_and_left_alone_outside(isa):
     _, state, _ = cpu.selective_scan_forward(u, one, A, one, one, None, None, None, False, False)  # e^-94 is subnormal
     assert state.item() == 0.0
     assert (torch.tensor([1e-38]) / 8).item() > 0.0
+
+
+# ---- numbers of any size -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delta, A", [(0.7, -3.6e9), (0.7, -4.3e15), (1e8, -1.0), (1e4, -1e6), (0.7, -float("inf"))])
+def test_a_state_that_decays_at_once_is_gone(isa, delta, A):
+    """The exponential of any negative product is 0 and not what its polynomial gives far outside of it."""
+    u, step = torch.ones(1, 16, 5), torch.full((1, 16, 5), delta, requires_grad=True)
+    ones = torch.ones(1, 16, 5)
+    out = selective_scan_fn(u, step, torch.full((16, 16), A), ones, ones)
+    torch.testing.assert_close(out, 16 * step)
+    if A >= -1e30:  # the derivative of an infinite rate has no value
+        (grad,) = torch.autograd.grad(out.sum(), step)
+        torch.testing.assert_close(grad, torch.full_like(grad, 16.0))
+
+
+def test_not_a_number_shows_from_its_token_on(isa):
+    step, A, ones = torch.ones(1, 16, 7), -torch.ones(16, 16), torch.ones(1, 16, 7)
+    step[0, 3, 4] = float("nan")
+    out = selective_scan_fn(ones, step, A, ones, ones)
+    assert out[0, 3, 4:].isnan().all() and out[0, 3, :4].isfinite().all()
+    assert out[0, [i for i in range(16) if i != 3]].isfinite().all()
+    A[5, 2] = float("nan")
+    assert selective_scan_fn(ones, ones, A, ones, ones)[0, 5, 1:].isnan().all()
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e6, 1e18, 3e38])
+def test_the_gate_of_large_numbers(isa, size):
+    """silu is z or 0, its slope 1 or 0: 1 - sigmoid must be 0 exactly, for it is multiplied by z."""
+    z = torch.tensor([size, -size]).repeat(8)[None, :, None].repeat(1, 1, 3).requires_grad_()
+    u, step, A, ones = torch.ones(1, 16, 3), torch.ones(1, 16, 3), -torch.ones(16, 16), torch.ones(1, 16, 3)
+    y = selective_scan_fn(u, step, A, ones, ones)
+    out = selective_scan_fn(u, step, A, ones, 1e-2 * ones, z=z)
+    positive = z.detach() > 0
+    torch.testing.assert_close(out[positive], (1e-2 * y.double() * z.double())[positive].float())
+    assert out[~positive].abs().max() <= 1e-30
+    (slope,) = torch.autograd.grad(out.sum(), z)
+    torch.testing.assert_close(slope, torch.where(positive, 1e-2 * y, 0.0), rtol=1e-5, atol=1e-30)
+
+
+def test_sums_over_many_tokens_do_not_drift(isa):
+    """Terms of one size, which a single running sum of float32 loses a thousandth of."""
+    length = 100_000
+    inputs = [torch.ones(1, 16, length), torch.full((1, 16, length), 0.5), -torch.ones(16, 1)]
+    inputs += [torch.ones(1, 1, length), torch.ones(1, 1, length), torch.ones(16), None, torch.zeros(16)]
+
+    def gradients(dtype):
+        u, step, A, B, C, D, z, bias = (None if t is None else t.to(dtype) for t in inputs)
+        leaves = [t.requires_grad_() for t in (A, D, bias)]
+        return torch.autograd.grad(selective_scan_fn(u, step, A, B, C, D, z, bias).sum(), leaves)
+
+    for name, found, right in zip(("A", "D", "bias"), gradients(torch.float32), gradients(torch.float64)):
+        check(name, found, right, 1e-4)
 
 
 # ---- add and norm ------------------------------------------------------------------------------------------

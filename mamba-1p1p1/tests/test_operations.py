@@ -1061,6 +1061,42 @@ def test_a_lone_token_gives_every_parameter_a_gradient(use_fast_path):
     assert not module.A_log.grad.any()
 
 
+@pytest.mark.parametrize("rank", [2, 4])
+def test_a_block_of_16_bits_takes_wider_weights_and_no_other_does(rank):
+    generator = torch.Generator().manual_seed(0)
+    projections = [torch.randn(shape, generator=generator) / 8 for shape in ((64, 16), (16, 32))]
+    sides = [direction(32, 16, rank, 4, torch.float32, seed, True) for seed in (1, 2)]
+    sides = [DirectionParameters(*(p.detach() for p in side)) for side in sides]
+    hidden = torch.randn(2, 5, 16, generator=generator)
+    out = bimamba_block(hidden.bfloat16(), *projections, *sides)
+    right = bimamba_block(hidden, *projections, *sides)
+    assert out.dtype == BF16 and (out - right).abs().max() <= 0.03 * right.abs().max()
+    with pytest.raises(ValueError, match=r"in_proj's weight is torch.bfloat16, hidden torch.float32: cast one of them"):
+        bimamba_block(hidden, *(weight.bfloat16() for weight in projections), *sides)
+
+
+@pytest.mark.parametrize("prenorm", [False, True])
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_a_norms_gradient_is_that_of_the_unrounded_sum(kind, prenorm):
+    """A residual of 16 bits, far from zero: its rounded sum does not have the statistics that forward used."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((50, 64), (64,), (64,)))
+    residual, incoming = (torch.randn(50, 64, generator=generator) for _ in range(2))
+    residual = (30 + residual).bfloat16()
+    norm, norm_ref = (layer_norm_fn, layer_norm_ref) if kind == "layer" else (rms_norm_fn, rms_norm_ref)
+
+    def gradients(norm, *inputs):
+        leaves = [t.detach().clone().requires_grad_() for t in inputs]
+        out = norm(*leaves[:3], residual=leaves[3], prenorm=prenorm)
+        out = out[0] if prenorm else out
+        return torch.autograd.grad((out * incoming.to(out.dtype)).sum(), leaves)
+
+    found = gradients(norm, x, weight, bias, residual)
+    right = gradients(norm_ref, *(t.double() for t in (x, weight, bias, residual)))
+    for grad, expected in zip(found[:3], right[:3]):
+        assert (grad.double() - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize("norm", [rms_norm_ref, layer_norm_ref])
 def test_a_norm_without_residual_does_not_give_back_its_input(norm):
     x = torch.randn(3, 8)

@@ -351,7 +351,8 @@ def bimamba_block(
     is the three of them in a row.
 
     Args:
-        hidden: (B, L, E), floating point. in_proj_weight: (2 D, E), x before z. out_proj_weight: (E, D).
+        hidden: (B, L, E), floating point. in_proj_weight: (2 D, E), x before z. out_proj_weight: (E, D), both of
+            hidden's dtype or of another where hidden has 16 bits or autocast casts.
         forward, backward, scale: as of `bimamba`.
         decay: what A of both directions holds, "A", or "log": log(-A), of which a GPU makes A with its other weights.
 
@@ -411,7 +412,8 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 def _in_a_row(inputs: tuple, forward: DirectionParameters, backward: DirectionParameters, scale: float) -> Tensor:
     hidden, in_proj, out_proj = inputs
-    return F.linear(_mixer(F.linear(hidden, in_proj), forward, backward, scale), out_proj)
+    y = _mixer(F.linear(hidden, in_proj.to(hidden.dtype)), forward, backward, scale)
+    return F.linear(y, out_proj.to(y.dtype))
 
 
 def _half_block_dtype(hidden: Tensor, forward: DirectionParameters) -> torch.dtype | None:
@@ -479,3 +481,6 @@ def _check_block(
             raise ValueError(f"{name}'s weight must have shape {shape}, not {tuple(weight.shape)}")
         if weight.device != hidden.device:
             raise ValueError(f"{name}'s weight is on {weight.device}, hidden on {hidden.device}: move it there")
+        cast = hidden.dtype.itemsize == 2 or torch.is_autocast_enabled(hidden.device.type)
+        if weight.dtype != hidden.dtype and not cast:
+            raise ValueError(f"{name}'s weight is {weight.dtype}, hidden {hidden.dtype}: cast one of them")

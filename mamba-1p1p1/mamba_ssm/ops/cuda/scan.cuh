@@ -20,7 +20,7 @@
 // mma.m16n8k8: register by register, rows g and g + 8 are then its even and odd columns, and t and t + 4 the pair's first
 // and second channel. So a sum comes as two numbers, of two columns of C that have zeros in the other channel's rows, and
 // goes through shared memory to the lane that has the token. What is not finite in a token or state also shows in up to
-// three tokens beside it, where it meets those zeros.
+// three tokens beside it and in the other channel of its pair, where it meets those zeros.
 //
 // What shared memory does not do is worth instructions: its accesses and the exponentials wait for each other
 // (docs/LOG.md, 2026-11-27).

@@ -129,8 +129,10 @@ def _norm(x, weight, bias, residual, eps, prenorm, residual_in_fp32, kind):
         return (out, total.to(residual_dtype)) if prenorm else out
     rows = x.reshape(-1, x.shape[-1]).contiguous()  # (M, E)
     residual_rows = None if residual is None else residual.reshape(rows.shape).contiguous()
-    out, total, _, _ = _add_norm(rows, residual_rows, weight, bias, eps, kind, residual_dtype)
-    return (out.view(x.shape), total.view(x.shape)) if prenorm else out.view(x.shape)
+    # Backward reads the sum beside its statistics: a rounded one would not be theirs.
+    wide = residual_dtype if residual is None else torch.promote_types(residual_dtype, torch.float32)
+    out, total, _, _ = _add_norm(rows, residual_rows, weight, bias, eps, kind, wide)
+    return (out.view(x.shape), total.to(residual_dtype).view(x.shape)) if prenorm else out.view(x.shape)
 
 
 def layer_norm_fn(
