@@ -6,6 +6,7 @@ Defaults are ViTDet's for COCO, as Vim's authors used them: images of 1024 pixel
 from __future__ import annotations
 
 import argparse
+import math
 
 from arguments import (
     COMMON_FLAGS,
@@ -58,7 +59,8 @@ def add_view_flags(parser) -> None:
         "--pad",
         default="square",
         choices=PADS,
-        help="fill images up to --input-size, or to the largest of the batch, which keeps rectangles",
+        help="fill images up to --input-size, or to the largest of the batch (each by itself in evaluation), which "
+        "keeps rectangles",
     )
 
 
@@ -118,10 +120,12 @@ def resolve(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     require_weights(args)
     low, high = args.scale_range
-    if not 0 < low <= high:
+    if not 0 < low <= high < math.inf:
         raise ConfigError(f"--scale-range {low:g} {high:g}: expected two factors above 0, the smaller one first")
     if args.compile:
         raise ConfigError("--compile: a detector's boxes change in number at every step; leave it out")
+    if not args.train_mode:
+        raise ConfigError("--no-train-mode: torchvision's heads have losses in training mode alone; leave it out")
     if args.flip_prob and not args.data_path:
         raise ConfigError(
             f"--flip-prob {args.flip_prob:g}: the digits of generated scenes must not be mirrored; leave it out or "

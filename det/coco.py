@@ -10,6 +10,7 @@ raises `DataError`, one line.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -32,6 +33,8 @@ SPLITS = {"train": "train2017", "val": "val2017"}
 CROWD = "crowd regions"
 OUTSIDE = "boxes without a pixel of the image"
 NO_MASK = "annotations without a usable mask"
+# In pixels. One needs a view enlarged a hundred times to be seen; corners in a line make less, by rounding.
+LEAST_AREA = 1e-4
 IMAGE_KEYS = ("id", "file_name", "width", "height")
 
 
@@ -104,12 +107,12 @@ class CocoSource:
         found: list[list[Instance]] = [[] for _ in images]
         for annotation in content["annotations"]:
             i, image = images[annotation["image_id"]]
-            reason = why_left_out(annotation, image)
+            shape = usable_segmentation(annotation.get("segmentation"), image["height"], image["width"])
+            reason = why_left_out(annotation, image, shape)
             if reason:
                 self.left_out[reason] += 1
                 continue
             self.clipped += reaches_beyond(annotation["bbox"], image)
-            shape = usable_segmentation(annotation["segmentation"])
             found[i].append(Instance(label_of[annotation["category_id"]], shape))
         return found
 
@@ -154,15 +157,15 @@ class CocoSource:
         return "; ".join(said)
 
 
-def why_left_out(annotation: dict, image: dict) -> str:
-    """The reason for which an annotation is no training target; "" if it is one."""
+def why_left_out(annotation: dict, image: dict, shape: list | dict | None) -> str:
+    """The reason for which an annotation is no training target; "" if it is one. `shape`: its usable mask."""
     if annotation.get("iscrowd", 0):
         return CROWD
     left, top, width, height = annotation["bbox"]
     right, bottom = min(left + width, image["width"]), min(top + height, image["height"])
     if not (right - max(left, 0) > 0 and bottom - max(top, 0) > 0):  # so that NaN is outside too
         return OUTSIDE
-    return "" if usable_segmentation(annotation.get("segmentation")) else NO_MASK
+    return "" if shape else NO_MASK
 
 
 def reaches_beyond(box: list[float], image: dict) -> bool:
@@ -172,12 +175,43 @@ def reaches_beyond(box: list[float], image: dict) -> bool:
     return min(left, top) < -slack or left + width > image["width"] + slack or top + height > image["height"] + slack
 
 
-def usable_segmentation(segmentation) -> list | dict | None:
-    """Run lengths, or the polygons that have an area: three corners and more. None if nothing is left."""
+def usable_segmentation(segmentation, height: int, width: int) -> list | dict | None:
+    """Run lengths with a pixel of the object, or the polygons that have an area in the image. None if nothing is left.
+
+    The rest would be counted as objects and never be trained on, because no view shows a pixel of it.
+    """
     if isinstance(segmentation, dict):
-        return segmentation if {"counts", "size"} <= segmentation.keys() else None
+        known = {"counts", "size"} <= segmentation.keys()
+        return segmentation if known and rle.area(run_lengths(segmentation, height, width)) > 0 else None
     polygons = [p for p in segmentation or [] if len(p) >= 6 and len(p) % 2 == 0 and all(map(math.isfinite, p))]
-    return polygons or None
+    return [polygon for polygon in polygons if has_area(polygon, height, width)] or None
+
+
+def has_area(polygon: list[float], height: int, width: int) -> bool:
+    """Whether a polygon [x, y, x, y, ...] covers some of its image, be it less than a pixel: a view may enlarge it."""
+    corners = list(zip(polygon[::2], polygon[1::2]))
+    inside = min(polygon) >= 0 and max(polygon[::2]) <= width and max(polygon[1::2]) <= height
+    borders = () if inside else ((0, 0, 1), (0, width, -1), (1, 0, 1), (1, height, -1))  # most are, of a million
+    for axis, border, sign in borders:
+        corners = clipped(corners, axis, border, sign)
+    area = abs(sum(a[0] * b[1] - b[0] * a[1] for a, b in zip(corners, corners[1:] + corners[:1]))) / 2
+    # Lobes of a polygon that crosses itself may cancel each other out; pycocotools draws them all.
+    return area >= LEAST_AREA or bool(rle.area(run_lengths([polygon], height, width)) > 0)
+
+
+def clipped(corners: list[tuple[float, float]], axis: int, border: float, sign: int) -> list[tuple[float, float]]:
+    """The part of a polygon whose coordinate `axis` is at least `border`; for `sign` -1 at most."""
+    depths = [sign * (corner[axis] - border) for corner in corners]
+    if min(depths, default=0) >= 0:
+        return corners
+    kept = []
+    for (a, here), (b, there) in itertools.pairwise(zip([corners[-1], *corners], [depths[-1], *depths])):
+        if (here < 0) != (there < 0):
+            share = here / (here - there)
+            kept.append((a[0] + share * (b[0] - a[0]), a[1] + share * (b[1] - a[1])))
+        if there >= 0:
+            kept.append(b)
+    return kept
 
 
 def run_lengths(segmentation: list | dict, height: int, width: int) -> dict:
@@ -198,10 +232,11 @@ def ground_truth(content: dict) -> dict:
     sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
     annotations = []
     for number, annotation in enumerate(content["annotations"], start=1):
-        shape = usable_segmentation(annotation.get("segmentation"))
+        height, width = sizes[annotation["image_id"]]
+        shape = usable_segmentation(annotation.get("segmentation"), height, width)
         annotation = {"iscrowd": 0, **annotation, "id": number, "segmentation": shape}
         if "area" not in annotation:
-            annotation["area"] = area(annotation, *sizes[annotation["image_id"]])
+            annotation["area"] = area(annotation, height, width)
         annotations.append(annotation)
     return {"images": content["images"], "annotations": annotations, "categories": content["categories"]}
 

@@ -5,6 +5,7 @@ pycocotools checks little: it fails late, and on some masks reads or writes memo
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -35,6 +36,13 @@ def check_content(file: Path, content: dict) -> None:
         number, count = Counter(entry["id"] for entry in content[kind]).most_common(1)[0]
         if count > 1:
             raise DataError(f"{file}: {count} {kind} have the id {number}; ids must differ")
+    first = content["images"][0]["id"]
+    for i, image in enumerate(content["images"]):  # pycocotools sorts them
+        if isinstance(image["id"], str) != isinstance(first, str):
+            raise DataError(
+                f"{file}: images[{i}] has the id {shortened(image['id'])} and images[0] {shortened(first)}: expected "
+                "ids of one type; write all as numbers, or all as text"
+            )
     for i, image in enumerate(content["images"]):
         if not (image["width"] > 0 and image["height"] > 0):
             raise DataError(f"{file}: images[{i}] is {image['width']} x {image['height']}: expected a pixel at least")
@@ -84,6 +92,9 @@ def check_annotations(file: Path, content: dict) -> None:
         box = annotation["bbox"]
         if not (len(box) == 4 and all(isinstance(v, NUMBER) for v in box)):
             raise DataError(f"{where} has bbox {shortened(box)}: expected [x, y, width, height]")
+        area = annotation.get("area", 0)
+        if not 0 <= area < math.inf:
+            raise DataError(f"{where} has area {area}: expected 0 or a positive number; without one the mask's counts")
         check_segmentation(where, annotation.get("segmentation"), (image["height"], image["width"]))
 
 

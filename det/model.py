@@ -6,6 +6,7 @@ Ours are the pyramid (`pyramid.py`), how cascade stages follow each other (`casc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ from dense import Backbone, DenseModel
 from det.cascade import AgnosticPredictor, CascadeRoIHeads, PyramidRoIAlign
 from det.pyramid import SCALES, SimpleFeaturePyramid
 
+# Of the boxes that train a head, at most this share are of objects.
+POSITIVE_SHARE = 0.25
 DETECTORS = ("cascade", "mask")
 # Of the three stages: overlap from which a box counts as an object, and the weights of its coded deltas.
 CASCADE_OVERLAPS = (0.5, 0.6, 0.7)
@@ -47,7 +50,8 @@ class DetectorSettings:
     roi_samples: int = 512  # boxes of an image that the heads are trained on
     roi_side: float = 224.0  # a box of this side is read from the level of stride 16
     score_threshold: float = 0.05
-    pad: tuple[int, int] | None = None  # height and width that images are filled up to; None: the batch's largest
+    # Height and width that images are filled up to; None: in training the batch's largest, else each by itself.
+    pad: tuple[int, int] | None = None
 
     def __post_init__(self):
         if self.detector not in DETECTORS:
@@ -58,6 +62,13 @@ class DetectorSettings:
                 f"{len(self.anchor_sizes)} anchor sizes for {levels} levels ({len(self.pyramid_scales)} pyramid "
                 "scales and one more): give one size per level"
             )
+        for name, sides in (("anchor_sizes", self.anchor_sizes), ("roi_side", (self.roi_side,))):
+            wrong = [side for side in sides if not 0 < side < math.inf]
+            if wrong:
+                raise ValueError(f"{name}: {wrong[0]:g}: expected pixels above 0")
+        if int(POSITIVE_SHARE * self.roi_samples) < 1:
+            least = math.ceil(1 / POSITIVE_SHARE)
+            raise ValueError(f"roi_samples: {self.roi_samples}: none would be of an object; give {least} at least")
 
 
 class Detector(DenseModel):
@@ -93,6 +104,9 @@ class Detector(DenseModel):
         """
         if self.training and targets is None:
             raise ValueError("a detector in training needs targets: pass them, or call model.eval()")
+        if not self.training and self.size is None and len(images) > 1:
+            # What is detected must not depend on which images happen to share a batch.
+            return [self([image])[0] for image in images]
         padded, sizes = self.pad(images), [tuple(image.shape[-2:]) for image in images]
         features = self.pyramid(self.backbone(padded)[-1])
         features = {name: level.float() for name, level in features.items()}
@@ -160,7 +174,7 @@ def build_stage(
         fg_iou_thresh=overlap,
         bg_iou_thresh=overlap,
         batch_size_per_image=settings.roi_samples,
-        positive_fraction=0.25,
+        positive_fraction=POSITIVE_SHARE,
         bbox_reg_weights=weights,
         score_thresh=settings.score_threshold,
         nms_thresh=0.5,

@@ -40,6 +40,11 @@ def execute(args, world: World) -> int:
 def build_detector(args, num_classes: int, say) -> Detector:
     """The detector of the flags, its backbone with the weights of `--finetune`."""
     backbone = build_backbone(args, args.input_size, taps=1, say=say)
+    if args.pad == "batch" and backbone.only_size:
+        height, width = backbone.only_size
+        raise ConfigError(
+            f"--pad batch: --model {args.model} takes images of {height}x{width} alone; take --pad square"
+        )
     with as_config_error():
         detector = Detector(backbone, num_classes, settings_of(args))
     if args.finetune and not args.eval:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from arguments import (
     COMMON_FLAGS,
@@ -10,6 +11,7 @@ from arguments import (
     Switch,
     fraction,
     image_size,
+    natural_float,
     natural_int,
     parse_args,
     positive_int,
@@ -62,14 +64,14 @@ def add_head_flags(parser) -> None:
     add = parser.add_argument_group("UPerNet").add_argument
     add("--head-channels", default=None, type=positive_int, help="of the head; default: the backbone's width")
     add("--aux-channels", default=256, type=natural_int, help="of the auxiliary head; 0 for none")
-    add("--aux-weight", default=0.4, type=float, help="of the auxiliary head's loss")
+    add("--aux-weight", default=0.4, type=natural_float, help="of the auxiliary head's loss")
     add(
         "--pyramid-scales",
         default=list(SCALES),
         type=float,
         nargs="+",
         metavar="SCALE",
-        help="of a plain backbone's maps",
+        help="of a plain backbone's maps, the finest level first",
     )
 
 
@@ -100,8 +102,12 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--data-set {args.data_set} needs --data-path DIR; without --data-path only SCENES can be used"
         )
-    if min(args.eval_scales) <= 0:
-        raise ConfigError(f"--eval-scales {min(args.eval_scales):g}: expected ratios above 0")
+    low, high = args.scale_range
+    if not 0 < low <= high < math.inf:
+        raise ConfigError(f"--scale-range {low:g} {high:g}: expected two ratios above 0, the smaller one first")
+    wrong = [scale for scale in args.eval_scales if not 0 < scale < math.inf]
+    if wrong:
+        raise ConfigError(f"--eval-scales {wrong[0]:g}: expected ratios above 0")
     side, stride = min(size_of(args.crop_size)), args.window_stride
     if stride > side:
         raise ConfigError(

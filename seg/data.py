@@ -235,13 +235,10 @@ def build_datasets(args) -> DataBundle:
 
 
 def view_settings(args) -> ViewSettings:
-    low, high = args.scale_range
-    if not 0 < low <= high:
-        raise ConfigError(f"--scale-range {low} {high}: give the smaller ratio first, above 0")
     return ViewSettings(
         size=size_of(args.crop_size),
         sides=tuple(sorted(size_of(args.resize))),
-        ratios=(low, high),
+        ratios=tuple(args.scale_range),
         class_share=args.crop_class_share,
         flip_prob=args.flip_prob,
         photometric=args.photometric,
@@ -285,9 +282,9 @@ def folder_layout(args) -> Layout:
 
 
 def names_in(path: Path) -> list[str]:
-    """The lines of a UTF-8 file that are not empty."""
+    """The lines of a UTF-8 file that are not empty; a byte-order mark before them, as Windows writes it, is none's."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except ValueError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}); save it as such") from error
     return [line.strip() for line in lines if line.strip()]

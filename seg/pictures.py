@@ -58,11 +58,9 @@ def write(folder: Path, result: Segmented, data: DataBundle) -> list[Path]:
 def file_names(result: Segmented, data: DataBundle) -> list[str]:
     """What the samples' overlays are called: as their images, with their numbers where two are called alike."""
     stems = [Path(data.val.name(sample.index)).stem.replace(" ", "-") for sample in result.samples]
-    times = Counter(stems)
-    return [
-        f"{stem}.png" if times[stem] == 1 else f"{stem}-{sample.index}.png"
-        for stem, sample in zip(stems, result.samples)
-    ]
+    while len(times := Counter(stems)) < len(stems):  # a number may make a name that another image has
+        stems = [stem if times[stem] == 1 else f"{stem}-{sample.index}" for stem, sample in zip(stems, result.samples)]
+    return [f"{stem}.png" for stem in stems]
 
 
 def draw_samples(result: Segmented, data: DataBundle, colours: np.ndarray, path: Path) -> None:
@@ -100,7 +98,8 @@ def draw_classes(result: Segmented, names: list[str], path: Path) -> None:
     order = sorted(order) if len(names) <= MOST_BARS else order
     figure = Figure(figsize=(7, 1.2 + 0.24 * len(order)), layout="constrained")
     axes = figure.subplots()
-    axes.barh([literal(names[label]) for label in order], [iou[label].item() for label in order], color="#4477aa")
+    axes.barh(range(len(order)), [iou[label].item() for label in order], color="#4477aa")
+    axes.set_yticks(range(len(order)), [literal(names[label]) for label in order])  # two may have the same name
     axes.axvline(result.score, color="black", linewidth=1, label=f"mean {result.score:.1f} %")
     axes.set(xlabel="intersection over union, %", xlim=(0, 100))
     axes.invert_yaxis()

@@ -30,9 +30,7 @@ class Segmentation:
 
     def loss(self, run, batch, micro: int) -> Tensor:
         images, labels = (part.to(run.world.device, non_blocking=True) for part in batch)
-        if not run.net.training:  # --no-train-mode
-            return pixel_loss(run.net(images), labels)
-        logits, auxiliary = run.net(images)
+        logits, auxiliary = run.net(images, with_auxiliary=True)
         loss = pixel_loss(logits, labels)
         return loss if auxiliary is None else loss + self.auxiliary_weight * pixel_loss(auxiliary, labels)
 

@@ -107,13 +107,11 @@ class FCNHead(nn.Module):
 class UPerNet(DenseModel):
     """Images (B, 3, height, width) of any size -> logits (B, K, height, width), float32.
 
-    In training (logits, auxiliary logits).
-
     Args:
         backbone: a plain one's maps are rescaled by `scales`; a staged one's are levels as they are.
         channels: of the head; None for the width of the backbone's widest level.
         auxiliary_channels: of the auxiliary head, which sees the last level but one; 0 for none.
-        scales: see `Rescale`; as many as the backbone has maps.
+        scales: see `Rescale`; as many as the backbone has maps, falling, because the head takes the finest level first.
     """
 
     def __init__(
@@ -128,6 +126,9 @@ class UPerNet(DenseModel):
         maps = len(backbone.channels)
         if backbone.plain and len(scales) != maps:
             raise ValueError(f"{len(scales)} scales for {maps} maps: give one scale per map")
+        if backbone.plain and list(scales) != sorted(set(scales), reverse=True):
+            given = " ".join(f"{scale:g}" for scale in scales)
+            raise ValueError(f"{given}: expected each scale once, falling")
         if maps < 2:
             raise ValueError(
                 f"UPerNet needs at least two maps and the backbone gives {maps}: take one with more blocks or stages"
@@ -139,7 +140,11 @@ class UPerNet(DenseModel):
         self.decode_head = UPerHead(widths, channels or max(widths), num_classes)
         self.auxiliary_head = FCNHead(widths[-2], auxiliary_channels, num_classes) if auxiliary_channels else None
 
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
+    def forward(self, images: Tensor, with_auxiliary: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Logits, or with those of the auxiliary head, None where there is none: training asks for both.
+
+        Not `self.training` decides, because --no-train-mode trains with that off.
+        """
         size = images.shape[-2:]
         if self.backbone.only_size:
             images = filled(images, self.backbone.only_size)
@@ -148,7 +153,7 @@ class UPerNet(DenseModel):
         if self.neck is not None:
             levels = [rescale(level) for rescale, level in zip(self.neck, levels)]
         logits = uncrop(self.decode_head(levels), padded, size)
-        if not self.training:
+        if not with_auxiliary:
             return logits
         auxiliary = None if self.auxiliary_head is None else self.auxiliary_head(levels[-2])
         return logits, None if auxiliary is None else uncrop(auxiliary, padded, size)

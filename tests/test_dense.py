@@ -6,12 +6,22 @@ from copy import deepcopy
 import pytest
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 import tiny  # noqa: F401  (registers the tests' model)
 from arguments import COMMON_FLAGS, Program, parse_args
-from checkpoint import read_checkpoint
-from dense import Backbone, DenseModel, build_backbone, choose_taps, load_backbone, load_dense, moved_slots
+from checkpoint import load_weights, read_checkpoint
+from dense import (
+    Backbone,
+    DenseModel,
+    build_backbone,
+    choose_taps,
+    grid_in_file,
+    load_backbone,
+    load_dense,
+    moved_slots,
+)
 from errors import CheckpointError, ConfigError
 from models_mamba import VisionMamba, resample_pos_embed, split_cls_tokens
 from optim import build_optimizer
@@ -146,14 +156,16 @@ def test_recomputed_activations_give_the_same_gradients():
 @pytest.mark.parametrize(("name", "expected"), [
     ("test_vit_relpos", (64, 96)),
     ("pit_ti_224", (64, 96)),
+    ("halonet26t", (256, 512)),  # of which timm says nothing: its maps are multiples of a block
     ("xcit_nano_12_p16_224", None),  # of which timm says so too
     ("deit_nano_patch4_32", None),
     ("resnet10t", None),
 ])  # fmt: skip
 def test_a_backbone_of_one_image_size_is_known(name, expected):
-    backbone = build_backbone(arguments("--model", name), (64, 96), 4)
+    size = expected or (64, 96)
+    backbone = build_backbone(arguments("--model", name), size, 4)
     assert backbone.only_size == expected and backbone.training
-    for height, width in [(64, 96), *([] if expected else [(64, 64), (128, 96)])]:
+    for height, width in [size, *([] if expected else [(64, 64), (128, 96)])]:
         assert len(backbone(images(height, width))) == len(backbone.strides)
 
 
@@ -258,6 +270,17 @@ def test_a_rectangles_grid_comes_from_its_file(tmp_path):
         assert "from 4 x 9 to 4 x 4" in said
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_file_of_averaged_weights_alone_is_taken_and_said(dense, tmp_path):
+    model, _ = saved_classifier(tmp_path)
+    state = {name: value for name, value in model.state_dict().items() if not dense or "head" not in name}
+    state = {f"backbone.model.{name}" if dense else name: v for name, v in state.items() if "norm_f" not in name}
+    torch.save({"model_ema": state}, tmp_path / "average.pth")
+    backbone, said = load(tmp_path / "average.pth", 16)
+    assert torch.equal(backbone.model.pos_embed, model.pos_embed)
+    assert "...): averaged weights, it has no others; every weight loaded" in said
+
+
 def test_another_models_weights_are_refused(tmp_path):
     torch.save({"model": timm.create_model("deit_nano_patch4_32").state_dict()}, tmp_path / "deit.pth")
     with pytest.raises(CheckpointError, match=r"deit\.pth: the weights do not fit.*is it of --model vim_two_blocks\?"):
@@ -295,6 +318,76 @@ def test_a_dense_models_rectangle_is_known_from_its_run(tmp_path):
     model = load_all(checkpoint, Segmenter(Backbone(vim(img_size=48), 4)))
     expected = resample_pos_embed(saved.backbone.model.pos_embed, (6, 6), "middle", (2, 8))
     assert torch.equal(model.backbone.model.pos_embed, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "slots"),
+    [("deit3_small_patch16_224", 0), ("deit_tiny_distilled_patch16_224", 2), ("deit_tiny_patch16_224", 1)],
+)
+def test_slots_are_those_of_the_model_whatever_its_tokens_are_called(name, slots, tmp_path):
+    """DeiT III's class token has no position, the distilled DeiT two tokens have one each."""
+
+    def segmenter(size):
+        small = {"img_size": size, "embed_dim": 12, "num_heads": 3, "depth": 2, "num_classes": 0}
+        return Segmenter(Backbone(timm.create_model(name, **small, dynamic_img_size=True), 2))
+
+    saved = segmenter((32, 128))  # 2 x 8 patches, not 4 x 4
+    torch.save({"model": saved.state_dict(), "args": Namespace(crop_size=(32, 128))}, tmp_path / "dense.pth")
+    model = load_all(read_checkpoint(tmp_path / "dense.pth"), segmenter(64))
+    before = saved.backbone.model.pos_embed
+    assert before.shape[1] == slots + 16
+    expected = resample_abs_pos_embed(before, (4, 4), (2, 8), slots, interpolation="bicubic", antialias=False)
+    assert torch.equal(model.backbone.model.pos_embed, expected)
+
+
+@pytest.mark.parametrize(("stride", "grid"), [(8, (2, 8)), (4, (5, 17))])
+def test_a_size_of_no_whole_patches_has_the_grid_that_the_model_was_built_for(stride, grid, tmp_path):
+    """18 x 66: patches beside each other are rounded down, overlapping ones padded."""
+    size = (18, 66)
+
+    def segmenter(height, width):
+        padding = Backbone(vim(stride=stride), 2).padding(height, width) if stride == 4 else (0, 0, 0, 0)
+        padded = height + sum(padding[2:]), width + sum(padding[:2])
+        return Segmenter(Backbone(vim(stride=stride, img_size=padded), 2))
+
+    saved = segmenter(*size)
+    assert saved.backbone.model.patch_embed.grid_size == grid
+    torch.save({"model": saved.state_dict(), "args": Namespace(crop_size=size)}, tmp_path / "dense.pth")
+    model = load_all(read_checkpoint(tmp_path / "dense.pth"), segmenter(32, 32))
+    new = model.backbone.model.patch_embed.grid_size
+    expected = resample_pos_embed(saved.backbone.model.pos_embed, new, "middle", grid)
+    assert torch.equal(model.backbone.model.pos_embed, expected)
+
+
+def test_a_rectangle_that_its_embeddings_do_not_fit_is_no_square(tmp_path):
+    _, checkpoint = saved_segmenter(tmp_path, args=Namespace(crop_size=(24, 41)))  # 16 patches, no 3 x 5
+    line = r"dense\.pth: its pos_embed has 16 patches, which images of 24x41, .* --model\?$"
+    with pytest.raises(CheckpointError, match=line):
+        load_all(checkpoint, Segmenter(Backbone(vim(img_size=48), 4)))
+
+
+def test_scenes_are_of_their_own_size_not_the_crops(tmp_path):
+    """Generated scenes are shown whole, squares all of them."""
+    args = Namespace(data_set="SCENES", scene_size=32, crop_size=(16, 64))
+    _, checkpoint = saved_segmenter(tmp_path, args=args)
+    assert grid_in_file(checkpoint, Segmenter(Backbone(vim(), 4))) == (4, 4)
+
+
+@pytest.mark.parametrize(("size", "other"), [((16, 64), (32, 32)), (32, (64, 16))])
+def test_another_grid_of_as_many_patches_is_not_taken_for_the_own_one(size, other, tmp_path):
+    """Without resampling, as --resume loads: the shapes are the same and every position would be another one's."""
+    saved = Segmenter(Backbone(vim(img_size=size), 4))
+    torch.save({"model": saved.state_dict(), "args": Namespace(crop_size=size)}, tmp_path / "dense.pth")
+    checkpoint = read_checkpoint(tmp_path / "dense.pth")
+    for own in (size, other):
+        model = Segmenter(Backbone(vim(img_size=own), 4))
+        grid = grid_in_file(checkpoint, model)
+        if own == size:
+            load_weights(model, checkpoint.weights(), old_grid=grid)
+        else:
+            line = r"1 mismatched: backbone\.model\.pos_embed \(file \d x \d patches, model \d x \d\)$"
+            with pytest.raises(CheckpointError, match=line):
+                load_weights(model, checkpoint.weights(), old_grid=grid)
 
 
 def test_weights_that_are_not_all_of_a_dense_model_are_refused(tmp_path):

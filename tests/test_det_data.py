@@ -12,7 +12,7 @@ from pycocotools import mask as rle
 import det_sets
 from augment import counter_randomness
 from det.arguments import parse
-from det.coco import Instance, Packed, coco_source, run_lengths
+from det.coco import Instance, Packed, coco_source, has_area, run_lengths
 from det.coco_checks import FARTHEST, decompressed
 from det.data import EvalDataset, TrainDataset, build_datasets, collate, read
 from det.views import View, large_scale_jitter, scaled_size, targets, whole
@@ -96,7 +96,19 @@ def test_an_object_that_reaches_out_is_clipped_and_counted(tmp_path):
     assert target["masks"].shape == (1, 40, 60) and target["masks"].sum() == 100
 
 
-@pytest.mark.parametrize("shape", [[], [[1, 1, 5, 5]], [[1, 2, 3, 4, 5, 6, 7]], None, {"size": [40, 60]}])
+WITHOUT_AREA = {
+    "two corners": [[1, 1, 5, 5]],
+    "half a corner": [[1, 2, 3, 4, 5, 6, 7]],
+    "in a line": [[5.3, 5.4, 15.3, 12.4, 25.3, 19.4]],
+    "one point": [[5, 5, 5, 5, 5, 5]],
+    "beside the image": [[-9, 5, -2, 5, -2, 20]],
+    "along its border": [[60, 5, 70, 5, 70, 20, 60, 20]],
+    "no pixel of 40 x 60": {"size": [40, 60], "counts": [2400]},
+    "none, compressed": det_sets.compressed(np.zeros((40, 60))),
+}
+
+
+@pytest.mark.parametrize("shape", [[], None, {"size": [40, 60]}, *WITHOUT_AREA.values()])
 def test_an_annotation_without_a_usable_mask_is_left_out_and_counted(tmp_path, shape):
     spoilt = det_sets.annotation(7, 3, (2, 2, 12, 12), segmentation=shape)
     source = one_image(tmp_path, spoilt, det_sets.annotation(7, 3, (2, 2, 12, 12)))
@@ -119,6 +131,30 @@ def test_a_polygon_of_two_corners_is_dropped_from_those_with_an_area(tmp_path):
     source = one_image(tmp_path, det_sets.annotation(7, 3, (2, 2, 12, 12), segmentation=shape))
     assert source.instances(0)[0].segmentation == det_sets.rectangle(2, 2, 12, 12)
     assert source.remarks == ""
+
+
+@pytest.mark.parametrize(
+    "polygon",
+    [
+        [5.1, 5.1, 5.2, 5.1, 5.2, 5.2],  # less than a pixel: a view may enlarge it
+        [-50, -50, 110, -50, 30, 200],  # around the image, all corners outside
+        [5, 5, 20, 20, 5, 20, 20, 5],  # crosses itself: two lobes of opposite sign
+        [59.5, 39.5, 70, 39.5, 70, 50],  # a corner of the image's last pixel
+    ],
+)
+def test_a_polygon_with_an_area_in_its_image_is_a_target(polygon, tmp_path):
+    source = one_image(tmp_path, det_sets.annotation(7, 3, (2, 2, 12, 12), segmentation=[polygon]))
+    assert [one.segmentation for one in source.instances(0)] == [[polygon]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_object_is_what_pycocotools_draws_in_an_enlarged_view(seed):
+    """Random triangles in and around an image of 20 x 30 pixels, drawn thirty times as large."""
+    random.seed(seed)
+    polygons = [[random.uniform(-30, 60) for _ in range(6)] for _ in range(40)]
+    drawn = [rle.area(run_lengths([[30 * value for value in polygon]], 600, 900)) > 0 for polygon in polygons]
+    assert [has_area(polygon, 20, 30) for polygon in polygons] == drawn
+    assert 5 < sum(drawn) < 35
 
 
 def test_polygons_and_both_kinds_of_run_lengths_are_one_mask():
@@ -191,6 +227,12 @@ def drop(key, kind):
         (lambda c: c["annotations"][0].update(category_id="cat"), "has category_id 'cat': expected a whole number"),
         (lambda c: c["annotations"][0].update(iscrowd=None), "has iscrowd None: expected a whole number"),
         (lambda c: c["annotations"][0].update(area="big"), "has area 'big': expected a number"),
+        (lambda c: c["annotations"][0].update(area=float("nan")), "has area nan: expected 0 or a positive number"),
+        (lambda c: c["annotations"][0].update(area=-1), "has area -1: expected 0 or a positive number"),
+        (
+            lambda c: (c["images"][1].update(id="101"), c.update(annotations=[])),
+            r"images\[1\] has the id '101' and images\[0\] 100: expected ids of one type; write all as",
+        ),
         (with_mask("M" * 99), r"has segmentation 'M{59}\.\.\.: expected polygons or run lengths"),
         (with_mask([[1, 1, None, 5, 9, 9]]), r"has \[1, 1, None, 5, 9, 9\] for a mask: expected polygons"),
         (with_mask([[[1, 1], [5, 5], [1, 5]]]), r"has \[\[1, 1\], \[5, 5\], \[1, 5\]\] for a mask"),

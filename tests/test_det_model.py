@@ -382,6 +382,18 @@ def test_anchors_stand_on_every_levels_stride_at_odd_grids():
     assert (last[1, 0] - last[0, 0])[:, 1].tolist() == [16, 16, 16]
 
 
+@torch.no_grad()
+def test_detections_do_not_depend_on_which_images_share_a_batch():
+    """Padding to the largest of a batch would show an image among other zeros in another batch, or on another rank."""
+    model = small_detector(score_threshold=0.0).eval()
+    images, _ = two_scenes()
+    for image, together in zip(images, model(images)):
+        (alone,) = model([image])
+        assert len(alone["boxes"]) > 10
+        for name, value in alone.items():
+            assert torch.equal(value, together[name]), name
+
+
 def test_a_detection_in_the_file_has_the_files_size():
     detection = {"boxes": torch.tensor([[2.0, 4.0, 6.0, 8.0]]), "masks": torch.ones(1, 1, 28, 28)}
     found = in_original(detection, (10, 20), (30, 40))
@@ -399,6 +411,11 @@ def test_a_detection_of_nothing_in_the_file_is_nothing():
     ("wrong", "said"),
     [
         ({"detector": "yolo"}, "expected one of cascade, mask"),
+        ({"anchor_sizes": (8, -5, 32)}, "anchor_sizes: -5: expected pixels above 0"),
+        ({"anchor_sizes": (8, 16, float("inf"))}, "anchor_sizes: inf: expected"),
+        ({"roi_side": 0}, "roi_side: 0: expected pixels above 0"),
+        ({"roi_side": float("nan")}, "roi_side: nan: expected"),
+        ({"roi_samples": 3}, "roi_samples: 3: none would be of an object; give 4 at least"),
         ({"anchor_sizes": (8, 16)}, r"2 anchor sizes for 3 levels .*: give one size per level"),
     ],
 )

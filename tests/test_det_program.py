@@ -95,6 +95,14 @@ def test_a_checkpoint_is_evaluated_on_images_of_another_size(coco, tmp_path, cap
         assert size != 48 or f"box AP {row['test_box_AP']:.2f} " in said
 
 
+def test_another_rectangle_of_as_many_patches_is_not_resumed(coco, tmp_path, capsys):
+    assert det("--data-path", coco, "--epochs", 1, "--output_dir", tmp_path, size="32x128") == 0
+    for flags in (("--eval", "--resume", tmp_path / "checkpoint.pth"), ("--resume", "auto", "--output_dir", tmp_path)):
+        assert det("--data-path", coco, *flags, size=64) == 4
+        error = capsys.readouterr().err
+        assert "backbone.model.pos_embed (file 8 x 32 patches, model 16 x 16)" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("detector", ["cascade", "mask"])
 def test_generated_scenes_train_where_there_is_no_folder(detector, tmp_path, capsys):
     scenes = ("--train-scenes", 4, "--val-scenes", 2, "--pad", "batch", "--epochs", 1)
@@ -247,6 +255,13 @@ def test_a_step_that_torch_cannot_take_deterministically_is_refused(flags, devic
     [
         ("--scale-range 2 0.1", "--scale-range 2 0.1: expected two factors above 0"),
         ("--scale-range 0 1", "--scale-range 0 1: expected two factors above 0"),
+        ("--scale-range 1 inf", "--scale-range 1 inf: expected two factors above 0"),
+        ("--roi-side -4", "roi_side: -4: expected pixels above 0"),
+        ("--no-train-mode", "--no-train-mode: torchvision's heads have losses in training mode alone; leave it out"),
+        (
+            "--pad batch --model test_vit_relpos --input-size 64",
+            "--pad batch: --model test_vit_relpos takes images of 64x64 alone; take --pad square",
+        ),
         ("--compile", "--compile: a detector's boxes change in number"),
         ("--data-path= --flip-prob 0.5", "--flip-prob 0.5: the digits of generated scenes must not be mirrored; leave"),
         ("--anchor-sizes 8 16", "2 anchor sizes for 3 levels"),

@@ -240,6 +240,28 @@ def test_images_called_alike_have_overlays_of_their_own(tmp_path):
     assert sizes == {"1-0.png": (16, 12), "1-1.png": (7, 9), "2-b.png": (8, 8)}
 
 
+@pytest.mark.parametrize("names", [("n/a", "s/a", "s/a-1"), ("n/a", "s/a-0", "s/a", "t/a-0-1", "t/a-0")])
+def test_a_number_makes_no_name_that_another_image_has(names):
+    data = SimpleNamespace(val=SimpleNamespace(name=lambda index: f"{names[index]}.png"))
+    samples = [Sample(i, np.zeros((2, 2)), np.zeros((2, 2))) for i in range(len(names))]
+    found = pictures.file_names(Segmented(torch.eye(2, dtype=torch.int64), len(names), samples), data)
+    assert len(set(found)) == len(names)
+
+
+def test_classes_of_one_name_have_bars_of_their_own(monkeypatch, tmp_path):
+    """matplotlib would draw bars of one name over each other."""
+    drawn = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path, dpi: drawn.append(figure.axes[0]))
+    confusion = torch.diag(torch.tensor([9, 1, 5]))
+    confusion[0, 1] = 3
+    pictures.draw_classes(Segmented(confusion, 1), ["crane", "crane", "c"], tmp_path / "classes.png")
+    (axes,) = drawn
+    assert [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in axes.patches] == [
+        (0, pytest.approx(75)), (1, pytest.approx(25)), (2, 100),
+    ]  # fmt: skip
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["crane", "crane", "c"]
+
+
 def test_names_with_dollars_are_no_formulas(tmp_path):
     """matplotlib would read one between two dollars, and end the run at one that is none."""
     data, _ = a_set([(12, 16)])

@@ -105,7 +105,7 @@ def test_the_heads_parameters_have_the_published_names():
 def test_logits_have_the_images_size(size):
     images = torch.randn(2, 3, *size)
     model = upernet()
-    logits, auxiliary = model.train()(images)
+    logits, auxiliary = model.train()(images, with_auxiliary=True)
     assert logits.shape == auxiliary.shape == model.eval()(images).shape == (2, 5, *size)
     assert logits.dtype == torch.float32
 
@@ -128,7 +128,7 @@ def test_the_finest_level_is_made_of_two_transposed_convolutions():
 def test_the_auxiliary_head_sees_the_third_level_and_can_be_left_out():
     assert upernet().auxiliary_head.convs[0].conv.in_channels == 16
     model = upernet(auxiliary_channels=0)
-    assert model.auxiliary_head is None and model.train()(torch.randn(2, 3, 32, 32))[1] is None
+    assert model.auxiliary_head is None and model(torch.randn(2, 3, 32, 32), with_auxiliary=True)[1] is None
 
 
 def test_the_head_is_as_wide_as_the_backbone_unless_told():
@@ -147,7 +147,7 @@ def test_three_stages_are_three_levels():
     """PiT's maps are a row short of the image's whole cells: 7 x 11 of 64 x 96 pixels at stride 8."""
     model = UPerNet(Backbone(timm.create_model("pit_ti_224", img_size=(64, 96)), 4), 5, 16, 8).train()
     assert model.backbone.strides == [8, 16, 32] and len(model.decode_head.lateral_convs) == 2
-    for logits in model(torch.randn(2, 3, 64, 96)):
+    for logits in model(torch.randn(2, 3, 64, 96), with_auxiliary=True):
         assert logits.shape == (2, 5, 64, 96)
 
 
@@ -162,9 +162,11 @@ def test_a_backbone_of_one_image_size_is_shown_that(size):
     assert torch.equal(model(images), model(full)[..., : size[0], : size[1]])
 
 
-def test_every_parameter_learns():
-    model = upernet().train()
-    logits, auxiliary = model(torch.randn(2, 3, 32, 32))
+@pytest.mark.parametrize("train_mode", [True, False])
+def test_every_parameter_learns(train_mode):
+    """With --no-train-mode too, where several ranks would wait for the auxiliary head's gradients."""
+    model = upernet().train(train_mode)
+    logits, auxiliary = model(torch.randn(2, 3, 32, 32), with_auxiliary=True)
     (logits.square().mean() + auxiliary.square().mean()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
@@ -182,6 +184,14 @@ def test_scales_and_maps_must_agree():
         upernet(scales=(2.0, 1.0, 0.5))
     with pytest.raises(ValueError, match="two maps and the backbone gives 1: take one with more blocks or stages"):
         UPerNet(Backbone(vim(), taps=1), 5, scales=(1.0,))
+
+
+@pytest.mark.parametrize("scales", [(0.5, 1.0, 2.0, 4.0), (2.0, 1.0, 1.0, 0.5)])
+def test_scales_fall_because_the_head_takes_the_finest_level_first(scales):
+    with pytest.raises(ValueError, match="expected each scale once, falling"):
+        upernet(scales=scales)
+    staged = Backbone(timm.create_model("resnet10t", num_classes=0), 4)
+    assert upernet(backbone=staged, scales=scales).neck is None, "which has levels of its own"
 
 
 @pytest.mark.parametrize(("size", "device", "expected"), [(1, "cuda", False), (2, "cpu", False), (2, "cuda", True)])

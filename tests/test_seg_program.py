@@ -103,6 +103,7 @@ def test_scenes_train_where_there_is_no_folder(tmp_path, capsys):
         ("--if_amp", "--amp-dtype", "bfloat16"),
         ("--grad-checkpointing", "--accum-steps", "2", "--layer-decay", "0.9"),
         ("--aux-channels", "0", "--no-train-mode"),
+        ("--no-train-mode", "--batch-size", "1"),
         ("--model", "resnet10t", "--drop-path", "0", "--crop-size", "64", "--num-classes", "4"),
         ("--model", "deit_nano_patch4_32", "--pyramid-scales", "2", "1", "0.5", "0.25"),
         ("--crop-size", "64", "--model", "test_vit_relpos"),  # images of one size, and windows of 24 x 29
@@ -153,6 +154,17 @@ def test_a_checkpoint_is_evaluated_in_windows_of_another_size(tmp_path, folder, 
         assert size != 24 or f"mIoU {row['test_miou']:.2f} %" in said
 
 
+@pytest.mark.parametrize("flags", [("--eval", "--resume", "CKPT"), ("--resume", "auto", "--output_dir", "OUT")])
+def test_another_rectangle_of_as_many_patches_is_not_resumed(flags, tmp_path, folder, capsys):
+    """Four rows of nine patches as six of six would be other positions; at its own size the run goes on."""
+    assert seg("--data-path", folder, "--epochs", 1, "--crop-size", "16x36", "--output_dir", tmp_path) == 0
+    flags = [{"CKPT": tmp_path / "checkpoint.pth", "OUT": tmp_path}.get(flag, flag) for flag in flags]
+    assert seg("--data-path", folder, "--crop-size", "24x24", *flags) == 4
+    error = capsys.readouterr().err
+    assert "backbone.model.pos_embed (file 4 x 9 patches, model 6 x 6)" in error and error.count("\n") == 1
+    assert seg("--data-path", folder, "--crop-size", "16x36", *flags) == 0
+
+
 def test_layer_decay_matches_every_block():
     args = parse([*QUICK.split(), "--layer-decay", "0.5"])
     model = build_model(args, 5, lambda text: None)
@@ -179,7 +191,8 @@ def test_layer_decay_matches_every_block():
         (("--data-set", "ADE20K"), "--data-set ADE20K needs --data-path DIR"),
         (("--batch-size", "1"), "--batch-size 1: the head's batch norm needs at least 2 images"),
         (("--model", "vim_two_blocks"), "--model vim_two_blocks: taps=4: the backbone has 2 blocks"),
-        (("--pyramid-scales", "3", "2", "1", "1"), "--pyramid-scales: scale=3: expected one of 4, 2, 1, 0.5, 0.25"),
+        (("--pyramid-scales", "3", "2", "1", "0.5"), "--pyramid-scales: scale=3: expected one of 4, 2, 1, 0.5, 0.25"),
+        (("--pyramid-scales", "1", "2", "0.5", "0.25"), "--pyramid-scales: 1 2 0.5 0.25: expected each scale once"),
         (("--pyramid-scales", "2", "1"), "--pyramid-scales: 2 scales for 4 maps"),
         (("--model", "test_vit_relpos", "--eval-scales", "1.5"), "--model test_vit_relpos takes images of 48x48 alone"),
         (("--train-scenes", "1"), "1 training images do not fill one batch of 2"),

@@ -365,11 +365,17 @@ def grid_of_model(model: nn.Module) -> tuple[int, int] | None:
 
 
 def _other_grid(model: nn.Module, old: tuple[int, int]) -> list[str]:
-    """Position embeddings of a grid unlike `model`'s with as many patches, which their shape does not tell."""
-    old, new = tuple(old), grid_of_model(model)
-    if getattr(model, "pos_embed", None) is None or new is None or old == new or math.prod(old) != math.prod(new):
+    """Position embeddings of a grid unlike `model`'s with as many patches, which their shape does not tell.
+
+    They are the model's own, or those of the backbone in it.
+    """
+    parts = ((name, part) for name, part in model.named_modules() if getattr(part, "pos_embed", None) is not None)
+    prefix, part = next(parts, ("", None))
+    old, new = tuple(old), grid_of_model(part)
+    if new is None or old == new or math.prod(old) != math.prod(new):
         return []
-    return [f"pos_embed (file {old[0]} x {old[1]} patches, model {new[0]} x {new[1]})"]
+    name = f"{prefix}.pos_embed".lstrip(".")
+    return [f"{name} (file {old[0]} x {old[1]} patches, model {new[0]} x {new[1]})"]
 
 
 def head_parameter_names(model: nn.Module) -> list[str]:

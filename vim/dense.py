@@ -6,6 +6,7 @@ places. Weights of a trained classifier fit in; what of them a backbone has no u
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from arguments import size_of
 from build import check_model_name, checkpoint_gradients, create_model, vim_arguments
-from checkpoint import Checkpoint, LoadReport, load_weights, read_checkpoint
+from checkpoint import Checkpoint, LoadReport, grid_of_model, load_weights, read_checkpoint
 from errors import CheckpointError, ConfigError, as_config_error
 from failures import main_memory_is_full
 from identity import DENSE_BACKBONE, grid_of
@@ -159,8 +160,7 @@ def build_backbone(args, img_size: int | tuple[int, int], taps: int | list[int],
     if backbone.overlap:
         left, right, top, bottom = backbone.padding(height, width)
         model.set_input_size((top + height + bottom, left + width + right))
-    fixed = model.pretrained_cfg.get("fixed_input_size") and not getattr(model, "dynamic_img_size", False)
-    if fixed and not takes(backbone, height + backbone.cell, width):
+    if not takes_any_size(backbone) and not takes(backbone, height + backbone.cell, width):
         backbone.only_size = height, width
         if not takes(backbone, height, width):
             raise ConfigError(
@@ -170,6 +170,15 @@ def build_backbone(args, img_size: int | tuple[int, int], taps: int | list[int],
     if args.grad_checkpointing:
         checkpoint_gradients(args, backbone)
     return backbone
+
+
+def takes_any_size(backbone: Backbone) -> bool:
+    """Whether images of any size are known to do, without the time that one of the training size may take."""
+    model, cell = backbone.model, backbone.cell
+    if getattr(model, "dynamic_img_size", False):
+        return True
+    # Odd numbers of cells: timm says nothing of models whose maps must be multiples of a block, such as HaloNet.
+    return not model.pretrained_cfg.get("fixed_input_size") and takes(backbone, 3 * cell, 5 * cell)
 
 
 @torch.no_grad()
@@ -194,7 +203,8 @@ def load_backbone(args, backbone: Backbone, say=print) -> None:
     last map (later blocks, last norm, head) is left out and named; anything else must fit.
     """
     checkpoint = read_checkpoint(args.finetune, args.trust_checkpoint)
-    weights = checkpoint.weights("model")
+    weights = checkpoint.some_weights
+    averaged = "averaged weights, it has no others" if checkpoint.model is None else ""
     inner = DENSE_BACKBONE
     dense = any(name.startswith(inner) for name in weights)
     if dense:
@@ -203,7 +213,7 @@ def load_backbone(args, backbone: Backbone, say=print) -> None:
     else:
         useless = [name for name in weights if _after_the_maps(backbone, name)]
         weights = {name: value for name, value in weights.items() if name not in useless}
-    grid = dense_grid(checkpoint, weights) if dense else grid_of(checkpoint)
+    grid = known_grid(checkpoint, backbone) if dense else grid_of(checkpoint)
     before = weights.get("pos_embed")
     try:
         report = load_weights(
@@ -213,7 +223,7 @@ def load_backbone(args, backbone: Backbone, say=print) -> None:
         raise CheckpointError(f"{error}; is it of --model {args.model}?") from error
     left_out = ", ".join(dict.fromkeys(name.rpartition(".")[0] or name for name in useless))
     slots = moved_slots(backbone.model, before) if report.pos_embed and args.pos_embed_resize == "grid" else ""
-    said = [str(report), slots, f"left out: {left_out}" if left_out else ""]
+    said = [averaged, str(report), slots, f"left out: {left_out}" if left_out else ""]
     say(f"backbone from {checkpoint.label}: {'; '.join(filter(None, said))}")
 
 
@@ -223,24 +233,64 @@ def load_dense(args, model: DenseModel, checkpoint: Checkpoint, weights: dict[st
     own = {name.removeprefix(inner): value for name, value in weights.items() if name.startswith(inner)}
     if not own:
         raise ConfigError(f"--eval --finetune {args.finetune} is of a classifier; give a checkpoint of this program")
-    grid, file = dense_grid(checkpoint, own), checkpoint.path
+    grid, file = known_grid(checkpoint, model.backbone), checkpoint.path
     report = load_weights(model.backbone.model, own, "finetune", args.pos_embed_resize, grid, source=file)
     loaded = {name: value for name, value in model.state_dict().items() if name.startswith(inner)}
     load_weights(model, weights | loaded, source=file)
     return report
 
 
-def dense_grid(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> tuple[int, int] | None:
-    """(H, W) of the grid that a dense model's file was trained on; None for a square, which needs no telling.
+def grid_in_file(checkpoint: Checkpoint, model: nn.Module) -> tuple[int, int] | None:
+    """(H, W) of the position embeddings in a file for `model`, dense or not; None where the file does not tell."""
+    return dense_grid(checkpoint, model.backbone) if isinstance(model, DenseModel) else grid_of(checkpoint)
 
-    The size is among the run's arguments, and the stride is the one that gives as many patches as there are.
+
+def known_grid(checkpoint: Checkpoint, backbone: Backbone) -> tuple[int, int] | None:
+    """`dense_grid` for resampling, which takes None for a square: raises CheckpointError where that is wrong."""
+    grid, size = dense_grid(checkpoint, backbone), trained_size(checkpoint)
+    if grid is not None or size is None or size[0] == size[1]:
+        return grid
+    if patches := patches_in_file(checkpoint, backbone):
+        raise CheckpointError(
+            f"{checkpoint.path}: its pos_embed has {patches} patches, which images of {size[0]}x{size[1]}, its run's, "
+            "do not make; is it of another --model?"
+        )
+    return None
+
+
+def dense_grid(checkpoint: Checkpoint, backbone: Backbone) -> tuple[int, int] | None:
+    """(H, W) of the grid that a dense model's file was trained on; None where the file does not tell.
+
+    The size is among the run's arguments. The stride is the backbone's or, for a file of another one, such as a
+    fine-tuned Vim's before its stride was halved, the one that gives as many patches as there are.
     """
-    size = getattr(checkpoint.args, "crop_size", None) or getattr(checkpoint.args, "input_size", None)
-    if size is None or isinstance(size, int) or "pos_embed" not in weights:
+    size, patches = trained_size(checkpoint), patches_in_file(checkpoint, backbone)
+    if size is None or patches is None:
         return None
-    patches = weights["pos_embed"].shape[1] - sum(name.startswith("cls_token") for name in weights)
-    grids = (tuple(-(-side // stride) for side in size) for stride in range(1, max(size) + 1))
-    return next((grid for grid in grids if grid[0] * grid[1] == patches), None)
+
+    def grids(stride: int) -> set[tuple[int, int]]:
+        """Models round down, but for overlapping patches `Backbone` pads."""
+        rounded = (tuple(side // stride for side in size), tuple(-(-side // stride) for side in size))
+        return {grid for grid in rounded if math.prod(grid) == patches}
+
+    found = grids(backbone.cell) or set().union(*map(grids, range(1, max(size) + 1)))
+    return found.pop() if len(found) == 1 else None
+
+
+def trained_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """(height, width) of the images that a dense model was built for; None where its file does not tell."""
+    names = ("scene_size",) if getattr(checkpoint.args, "data_set", None) == "SCENES" else ("crop_size", "input_size")
+    sizes = filter(None, (getattr(checkpoint.args, name, None) for name in names))
+    return next(map(size_of, sizes), None)
+
+
+def patches_in_file(checkpoint: Checkpoint, backbone: Backbone) -> int | None:
+    """How many patches a dense model's file has position embeddings (1, L, E) of; None where there are none such."""
+    before = checkpoint.some_weights.get(f"{DENSE_BACKBONE}pos_embed")
+    own, grid = getattr(backbone.model, "pos_embed", None), grid_of_model(backbone.model)
+    if before is None or own is None or grid is None or before.dim() != 3 or own.dim() != 3:
+        return None
+    return before.shape[1] - (own.shape[1] - math.prod(grid))  # as many slots without a patch in both
 
 
 def moved_slots(model: nn.Module, before: Tensor) -> str:

@@ -30,6 +30,7 @@ from checkpoint import (
 )
 from classification import Classification
 from datasets import IMAGENET_CLASSES, DataBundle, build_datasets
+from dense import grid_in_file
 from distributed import EXIT_DONE, EXIT_FAILED, StopAtOnce, StopSignal, World, together
 from engine import Run, build_val_loader, fit, restore, share_replaced
 from errors import ConfigError, some_of
@@ -155,7 +156,7 @@ def resume(run: Run, log: RunLog) -> None:
     with together():
         if path:
             checkpoint = read_checkpoint(path, run.args.trust_checkpoint)
-            known = restore(run, checkpoint, grid_of(checkpoint))
+            known = restore(run, checkpoint, grid_in_file(checkpoint, run.model))
             restarts = f" (restart {count})" if count else ""
             log.incident("resumed", run.progress.step, f"resuming{restarts} {known}")
         elif count:
@@ -261,7 +262,7 @@ def saved_weights(args, model, checkpoint: Checkpoint, load: Callable) -> Iterat
     for name in found or wanted[:1]:  # `weights` raises where there is none, saying what the file holds
         weights = checkpoint.weights(ENTRIES[name])
         if args.resume:
-            grid, file = grid_of(checkpoint), checkpoint.path
+            grid, file = grid_in_file(checkpoint, model), checkpoint.path
             yield name, load_weights(model, weights, old_grid=grid, hints=hints, source=file)
         else:
             yield name, load(args, model, checkpoint, weights)

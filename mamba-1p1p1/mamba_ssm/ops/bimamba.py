@@ -481,6 +481,8 @@ def _check_block(
             raise ValueError(f"{name}'s weight must have shape {shape}, not {tuple(weight.shape)}")
         if weight.device != hidden.device:
             raise ValueError(f"{name}'s weight is on {weight.device}, hidden on {hidden.device}: move it there")
-        cast = hidden.dtype.itemsize == 2 or torch.is_autocast_enabled(hidden.device.type)
+        kind = hidden.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        cast = autocast or hidden.dtype.itemsize == 2
         if weight.dtype != hidden.dtype and not cast:
             raise ValueError(f"{name}'s weight is {weight.dtype}, hidden {hidden.dtype}: cast one of them")
