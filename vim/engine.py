@@ -35,6 +35,7 @@ from distributed import (
 )
 from ema import WeightsEma
 from errors import ConfigError, NonFiniteError, as_config_error, some_of
+from identity import DENSE_BACKBONE
 from optim import Schedule, whole_batch
 from precision import autocast
 from report import RunLog
@@ -415,7 +416,8 @@ def restore(run: Run, checkpoint: Checkpoint, grid: tuple[int, int] | None = Non
     file's position embeddings, if known.
     """
     other_names = compare_classes(checkpoint, run.class_names, "give that run's data, or --finetune")
-    hints = {"head": "--finetune re-makes the head", "pos_embed": "--finetune resamples the position embeddings"}
+    resampled = "--finetune resamples the position embeddings"
+    hints = {"head": "--finetune re-makes the head", "pos_embed": resampled, f"{DENSE_BACKBONE}pos_embed": resampled}
     load_weights(run.model, checkpoint.weights("model"), old_grid=grid, hints=hints, source=checkpoint.path)
     known = ["weights"]
     if run.ema is not None:
