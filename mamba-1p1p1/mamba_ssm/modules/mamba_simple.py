@@ -335,6 +335,7 @@ class Mamba(nn.Module):
 
 
 def _check_cache(hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> None:
+    """Raise ValueError for states of another batch, before anything moves."""
     batch = hidden_states.shape[0]
     for name, state in (("conv_state", conv_state), ("ssm_state", ssm_state)):
         if state.shape[0] != batch:
