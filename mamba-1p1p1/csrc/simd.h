@@ -164,14 +164,24 @@ constexpr int EXP_STEPS = 1, EXP_SHIFT = 23;
 #endif
 constexpr float EXP_UNIT = LN2 / EXP_STEPS, UNITS_PER_ONE = LOG2E * EXP_STEPS;
 
-// x with its magnitude limited to that of 2^126, in the unit above; not a number stays what it is.
-INLINE vf clamp_power(vf x) { return vmax(set1(-126.f * EXP_STEPS), vmin(set1(126.f * EXP_STEPS), x)); }
+// x with its magnitude limited to that of 2^126, in the unit above. AVX-512 has one instruction for it, which gives the
+// limit for what is not a number; see `number_or`.
+INLINE vf clamp_power(vf x) {
+#if SIMD_AVX512
+    return (vf)_mm512_range_ps((__m512)x, (__m512)set1(126.f * EXP_STEPS), 2);  // the lesser magnitude, with x's sign
+#else
+    return vmax(set1(-126.f * EXP_STEPS), vmin(set1(126.f * EXP_STEPS), x));
+#endif
+}
+
+// A tile's first state h, or the rate where that is not a number: its exponential may be one, and must not hide it. Time
+// steps that are none show in the drive.
+INLINE vf number_or(vf h, vf rate) { return rate == rate ? h : rate; }
 
 // exp(EXP_UNIT d a). Nearest-integer reduction d a = n + f, then 2^(n / EXP_STEPS) (1 + f q(f)) with q the minimax fit
 // of (2^(f / EXP_STEPS) - 1) / f in relative error, which is at most 1.1e-7 with 16 steps, 8.6e-7 with 8 and 4.7e-7
 // with one. It is the relative error of the decay rate before it is rounded to float32, what the error of a slow state is
-// made of, and the value at 0 is exactly 1. Beyond the range of float32 the result is next to zero or beyond 2^126; not
-// a number gives itself.
+// made of, and the value at 0 is exactly 1. Beyond the range of float32 the result is next to zero or beyond 2^126.
 INLINE vf exp_of_product(vf d, vf a) {
     const vf magic = set1(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
     vf product = d * a;

@@ -41,7 +41,7 @@ template <int NG, bool CONST_B, bool CONST_C, bool OUTPUT, bool ADD>
 void states_forward(int tokens, const float* d, const float* x, int64_t step, const float* B, int64_t B_step,
                     const float* C, int64_t C_step, const float* A, float* h, float* y, const Ahead& ahead) {
     vf state[NG];
-    UNROLL for (int n = 0; n < NG; ++n) state[n] = load(h + n * VL);
+    UNROLL for (int n = 0; n < NG; ++n) state[n] = number_or(load(h + n * VL), load(A + n * VL));
     for (int t = 0; t < tokens; ++t) {
         const vf dt = load(d), xt = load(x);
         ahead.fetch(t);
@@ -119,7 +119,7 @@ void states_backward(int tokens, const float* d, const float* x, const float* dy
     constexpr int NG = BACK_GROUP;
     vf decay[TILE][NG], states[TILE][NG];  // states[t]: before token t
     vf h[NG], rate[NG];
-    UNROLL for (int n = 0; n < NG; ++n) h[n] = load(h0 + n * VL), rate[n] = load(A + n * VL);
+    UNROLL for (int n = 0; n < NG; ++n) rate[n] = load(A + n * VL), h[n] = number_or(load(h0 + n * VL), rate[n]);
     for (int t = 0; t < tokens; ++t) {
         const vf dt = load(d + t * step), xt = load(x + t * step);
         const float *Bt = B + t * B_step, *Ct = C + t * C_step;
