@@ -19,6 +19,14 @@ def poisoned():
 
 
 @pytest.fixture
+def default_dtype():
+    """Sets torch's default dtype until the end of the test."""
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
 def emulated_cuda(monkeypatch):
     """The mixer's CUDA kernels, compiled by g++, run on CPU tensors."""
     from mamba_ssm.ops import backend

@@ -18,7 +18,7 @@ import shutil
 import sys
 import threading
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +112,8 @@ def compare_classes(checkpoint: Checkpoint, names: list[str], way_out: str) -> s
     """
     there = checkpoint.class_names or names
     # ImageNet's words have two classes "crane": such names tell nothing.
-    numbers = {name: number for number, name in enumerate(there) if there.count(name) == names.count(name) == 1}
+    times, there_times = Counter(names), Counter(there)
+    numbers = {name: number for number, name in enumerate(there) if there_times[name] == times[name] == 1}
     for number, name in enumerate(names):
         if numbers.get(name, number) != number:
             raise ConfigError(

@@ -208,7 +208,7 @@ def test_update_of_chosen_cache_rows(integers):
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
-def test_torchs_default_dtype_changes_nothing(default):
+def test_torchs_default_dtype_changes_nothing(default, default_dtype):
     """Kernels write into buffers of their own dtype, not of the one that tensors are made in by default."""
     x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((2, 64, 50), (64, 4), (64,)))
     initial = torch.randn(2, 64, 3, requires_grad=True)
@@ -218,11 +218,8 @@ def test_torchs_default_dtype_changes_nothing(default):
         return out, state, *torch.autograd.grad((out.square().sum() + state.sum()), (x, weight, bias, initial))
 
     right = run()
-    torch.set_default_dtype(default)
-    try:
-        found = run()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    default_dtype(default)
+    found = run()
     assert all(one.dtype == torch.float32 and torch.equal(one, expected) for one, expected in zip(found, right))
 
 

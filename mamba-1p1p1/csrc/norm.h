@@ -114,7 +114,7 @@ int norm_backward(const NormArguments& a) {
     const int64_t padded = round_up(a.width, 16);
     float* sums = mamba_ssm_workspace(threads * 4 * padded);
     if (!sums) return 1;
-    memset(sums, 0, threads * 4 * padded * sizeof(float));
+    memset(sums, 0, threads * 2 * padded * sizeof(float));
     const int64_t blocks = (a.rows + SUMMED_ROWS - 1) / SUMMED_ROWS;
 #pragma omp parallel for num_threads((int)threads) schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {

@@ -142,7 +142,7 @@ def test_the_gradient_of_a_sum(operation):
 @pytest.mark.parametrize("default", [torch.float64, BF16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("operation", ["scan", "mixer", "block", "layer norm", "rms norm"])
-def test_torchs_default_dtype_changes_nothing(operation, dtype, default):
+def test_torchs_default_dtype_changes_nothing(operation, dtype, default, default_dtype):
     """Kernels write into buffers of their own dtype, not of the one that tensors are made in by default."""
     scanned, (_, *sides) = scan_inputs(D=32, dtype=torch.float32), mixer_inputs(D=32, dtype=torch.float32)
     draws = {shape: torch.randn(shape) for shape in ((2, 5, 64), (2, 5, 32), (64, 32), (32, 32), (64,))}
@@ -160,11 +160,8 @@ def test_torchs_default_dtype_changes_nothing(operation, dtype, default):
         return *out, *torch.autograd.grad([one.float().square().sum() for one in out], inputs)
 
     right = run()
-    torch.set_default_dtype(default)
-    try:
-        found = run()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    default_dtype(default)
+    found = run()
     for one, expected in zip(found, right):
         assert one.dtype == expected.dtype and torch.equal(one, expected)
 

@@ -370,8 +370,7 @@ def bimamba_block(
             inputs = (hidden.to(half), *inputs[1:])
             return _bimamba_half_block(*inputs, *forward, *backward, scale, decay == "log")
     if decay == "log":
-        A, A_b = negative_exps([forward.A, backward.A])
-        forward, backward = forward._replace(A=A), backward._replace(A=A_b)
+        forward, backward = with_A(forward, backward)
     if transformed:
         return _in_a_row(inputs, forward, backward, scale)
     if not _under_cpu_autocast(inputs, forward, backward):
@@ -400,6 +399,12 @@ def negative_exps(A_logs: list[Tensor]) -> list[Tensor]:
     if A_logs[0].is_cuda and not torch.compiler.is_compiling():
         return _negative_exps_together(A_logs)
     return [negative_exp(A_log) for A_log in A_logs]
+
+
+def with_A(*directions: DirectionParameters) -> list[DirectionParameters]:
+    """Parameters that hold log(-A), with A."""
+    As = negative_exps([direction.A for direction in directions])
+    return [direction._replace(A=A) for direction, A in zip(directions, As)]
 
 
 def _negative_exps_together(A_logs: list[Tensor]) -> list[Tensor]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mamba_ssm.ops.bimamba import with_A
 from mamba_ssm.ops.cuda import runtime
 from mamba_ssm.ops.triton import bimamba as triton_bimamba
 from mamba_ssm.ops.triton.bimamba import product_in_float32
@@ -444,7 +445,7 @@ def _backward(
 def half_block_forward(hidden, in_proj, out_proj, forward_params, backward_params, scale, logarithms):
     """out_proj(mixer(in_proj(hidden))), (B, L, E). With `logarithms` the parameters hold log(-A) for A."""
     if not _serves(hidden, in_proj.shape[0] // 2, forward_params):
-        both = _with_A(forward_params, backward_params) if logarithms else (forward_params, backward_params)
+        both = with_A(forward_params, backward_params) if logarithms else (forward_params, backward_params)
         xz = F.linear(hidden, in_proj.to(hidden.dtype))
         y, _ = triton_bimamba.bimamba_forward(xz, *both, scale, False)
         return F.linear(y, out_proj.to(hidden.dtype))
@@ -472,7 +473,7 @@ def half_block_backward(dout, hidden, in_proj, out_proj, forward_params, backwar
             logarithms,
         )  # fmt: skip
     else:
-        both = _with_A(forward_params, backward_params) if logarithms else (forward_params, backward_params)
+        both = with_A(forward_params, backward_params) if logarithms else (forward_params, backward_params)
         weight_in, weight_out = in_proj.to(hidden.dtype), out_proj.to(hidden.dtype)
         xz = F.linear(hidden, weight_in)
         y, saved = triton_bimamba.bimamba_forward(xz, *both, scale, True)
@@ -482,11 +483,6 @@ def half_block_backward(dout, hidden, in_proj, out_proj, forward_params, backwar
             grads = [_of_log(*three) for three in zip(grads, both, (forward_params, backward_params))]
     din_proj = product_in_float32(dxz.flatten(0, 1).T, hidden.flatten(0, 1)).to(in_proj.dtype)
     return dxz @ weight_in, din_proj, dout_proj, *grads
-
-
-def _with_A(*both):
-    """Parameters of both directions that hold log(-A), with A."""
-    return [direction._replace(A=-torch.exp(direction.A.float())) for direction in both]
 
 
 def _of_log(grads, with_A, given):
