@@ -423,3 +423,55 @@ def test_compiles_into_one_graph():
     model, images = fill(VisionMamba(**NANO)).eval(), torch.randn(2, 3, 32, 32)
     compiled = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+# ---- a block in one pass, as on an NVIDIA GPU; here its kernels are emulated ----
+
+
+@pytest.fixture
+def emulated_gpu(emulated_cuda, monkeypatch):
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "cuda")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        yield
+
+
+def small_block(norm="rms", **mixer):
+    torch.manual_seed(0)
+    mixer = models_mamba.Mamba(64, bimamba_type="v2", if_divide_out=True, **mixer)
+    block = models_mamba.Block(models_mamba.AddNorm(64, norm, 1e-5), mixer, 0.0)
+    torch.nn.init.uniform_(block.norm.weight, 0.5, 1.5)
+    return block
+
+
+def stream():
+    """hidden and residual (B, L, E) between two blocks of a model in bfloat16."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, 5, 64, generator=generator).bfloat16(), torch.randn(2, 5, 64, generator=generator)
+
+
+def test_a_block_in_one_pass_is_norm_and_mixer(emulated_gpu, monkeypatch):
+    block, forward, taken = small_block(), models_mamba.Mamba.forward_with_norm, []
+    monkeypatch.setattr(models_mamba.Mamba, "forward_with_norm", lambda *args: taken.append(1) or forward(*args))
+    out, total = block(*stream())
+    again, _ = torch.compile(block, fullgraph=True, backend="aot_eager")(*stream())
+    assert len(taken) == 2 and torch.equal(again, out)
+    block.norm.use_fast_path = False  # what it would be on a GPU, Triton's norm, does not run here
+    right, right_total = block(*stream())
+    assert len(taken) == 2
+    assert torch.equal(total, right_total) and out.dtype == right.dtype
+    assert (out - right).abs().max() <= 8e-3 * right.abs().max()
+
+
+@pytest.mark.parametrize(
+    "what", ["the norm's hook", "the mixer's hook", "layer norm", "biases", "a layer scale", "gradients", "float32"]
+)
+def test_a_block_whose_parts_are_called(what, emulated_gpu):
+    """Where someone watches them, or there is more to do than the one pass does."""
+    hidden, residual = stream()
+    assert small_block()._is_one_pass(hidden, residual)
+    mixer = {"biases": {"bias": True}, "a layer scale": {"init_layer_scale": 0.1}}.get(what, {})
+    block = small_block("layer" if what == "layer norm" else "rms", **mixer)
+    if what.endswith("hook"):
+        {"the norm's hook": block.norm, "the mixer's hook": block.mixer}[what].register_forward_hook(print)
+    with torch.set_grad_enabled(what == "gradients"):
+        assert not block._is_one_pass(hidden.float() if what == "float32" else hidden, residual)

@@ -439,6 +439,7 @@ const char* signature(void (*)(Parameters...)) {
 DEVICE float emulation_flush(float v) { return fabsf(v) < FLT_MIN ? copysignf(0.0f, v) : v; }
 DEVICE float ex2(float v) { return emulation_flush(exp2f(emulation_flush(v))); }
 DEVICE float lg2(float v) { return emulation_flush(log2f(emulation_flush(v))); }
+DEVICE float rsqrt(float v) { return emulation_flush(1.0f / sqrtf(emulation_flush(v))); }
 DEVICE float rcp(float v) { return emulation_flush(1.0f / emulation_flush(v)); }
 
 #if HALF_IS_BF16
@@ -537,6 +538,25 @@ DEVICE void mma_tf32(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[
 DEVICE void mma_tf32(float (&c)[4], const unsigned (&a)[2], unsigned b) {
     unsigned words[3] = {a[0], a[1], b};
     emulation::multiply<1>(c, words, "mma_tf32 of 4");
+}
+
+// The places among the lanes are the PTX manual's ("Matrix fragments for mma.m16n8k16 with floating point type").
+DEVICE void mma_half(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    unsigned words[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+    emulation::Unseen unseen;
+    const auto& lanes = emulation::exchange("mma_half", words, 6).values;
+    int g = emulation::self->lane() / 4, t = emulation::self->lane() % 4;
+    auto element = [](unsigned word, int k) { return widen((unsigned short)(k % 2 ? word >> 16 : word)); };
+    for (int i = 0; i < 4; i++) {
+        int low_row = i / 2, column = 2 * t + i % 2;  // c[i] is at (g + 8 low_row, column)
+        double sum = c[i];
+        for (int k = 0; k < 16; k++) {
+            float left = element(lanes[g * 4 + k % 8 / 2][low_row + 2 * (k / 8)], k);
+            float right = element(lanes[column * 4 + k % 8 / 2][4 + k / 8], k);
+            sum += double(left) * right;
+        }
+        c[i] = emulation::cut(sum);
+    }
 }
 
 namespace emulation {

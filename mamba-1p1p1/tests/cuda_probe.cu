@@ -17,14 +17,14 @@ extern "C" __global__ void __launch_bounds__(128) conversions(
     }
 }
 
-// out[6, n]: ex2, lg2, rcp, sigmoid, softplus, its slope.
+// out[7, n]: ex2, lg2, rcp, sigmoid, softplus, its slope, rsqrt.
 extern "C" __global__ void functions(const float* __restrict__ v, float* __restrict__ out, long long n) {
     const long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
     if (i >= n) return;
     float value, slope;
     softplus_and_slope(v[i], value, slope);
-    const float results[6] = {ex2(v[i]), lg2(v[i]), rcp(v[i]), sigmoid(v[i]), value, slope};
-    for (int k = 0; k < 6; ++k) out[k * n + i] = results[k];
+    const float results[7] = {ex2(v[i]), lg2(v[i]), rcp(v[i]), sigmoid(v[i]), value, slope, rsqrt(v[i])};
+    for (int k = 0; k < 7; ++k) out[k * n + i] = results[k];
 }
 
 // c[16, 8] = scale a[16, 8] b[8, 8] for every warp of every block.
@@ -48,6 +48,19 @@ extern "C" __global__ void short_product(const float* a, const float* b, float* 
     for (int i = 0; i < 4; ++i) sums[i] = c[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
     const unsigned left[2] = {__float_as_uint(a[g * 4 + t]), __float_as_uint(a[(g + 8) * 4 + t])};
     mma_tf32(sums, left, __float_as_uint(b[t * 8 + g]));
+    for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
+}
+
+// c[16, 8] += a[16, 16] b[8, 16]^T of scalar_t, one warp.
+extern "C" __global__ void half_product(const scalar_t* a, const scalar_t* b, float* c) {
+    const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+    auto pair = [](const scalar_t* at) { return *reinterpret_cast<const unsigned*>(at); };
+    float sums[4];
+    for (int i = 0; i < 4; ++i) sums[i] = c[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
+    const unsigned left[4] = {pair(a + g * 16 + 2 * t), pair(a + (g + 8) * 16 + 2 * t), pair(a + g * 16 + 2 * t + 8),
+                              pair(a + (g + 8) * 16 + 2 * t + 8)};
+    const unsigned right[2] = {pair(b + g * 16 + 2 * t), pair(b + g * 16 + 2 * t + 8)};
+    mma_half(sums, left, right);
     for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
 }
 

@@ -8,12 +8,14 @@ errors of logic; bfloat16 may err by what rounding u, one of the scans, y and th
 states take TF32 factors, of ten bits like float16's.
 """
 
+import re
 
 import pytest
 import torch
 
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops import backend, bimamba, reference
+from mamba_ssm.ops.triton.layer_norm import rms_norm_ref
 
 pytest.importorskip("triton")
 from mamba_ssm.ops.cuda import bimamba as kernels
@@ -310,3 +312,83 @@ def test_the_block_compiles_whole(cuda_backend):
 
     for compiled, eager in zip(run(torch.compile(mixer, fullgraph=True, backend="aot_eager")), run(mixer)):
         assert relative_error(compiled.detach(), eager.detach().double().cpu()) <= 1e-6
+
+
+# ---- and with the norm before it -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("width", "columns", "tokens", "multiprocessors"),
+    [(192, 768, 197, 2), (192, 768, 33, 40), (32, 128, 300, 1), (160, 640, 1, 3), (48, 64, 65, 2), (16, 192, 31, 1)],
+)
+def test_norm_and_projection(width, columns, tokens, multiprocessors, dtype, monkeypatch):
+    """More warps than rows, and more rows than warps; several slices of the weights, a last tile of a few rows."""
+    monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(multiprocessors))
+    generator = torch.Generator().manual_seed(0)
+    x, residual, norm_weight, weight = (
+        torch.randn(shape, generator=generator).to(DEVICE)
+        for shape in ((1, tokens, width), (1, tokens, width), (width,), (columns, width))
+    )
+    x, weight, eps = x.to(dtype), weight.to(dtype), 1e-3
+    xz, total = kernels._norm_in_proj(x, residual, norm_weight, eps, weight)
+    assert torch.equal(total, residual + x)
+    wide = total.double()
+    normed = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * norm_weight.double()
+    assert relative_error(xz, (normed @ weight.double().T).cpu()) <= LIMITS[dtype][0]
+
+
+def test_slices_of_the_projection():
+    """Two of Vim-Ti's 768 columns: what 160 KiB of shared memory hold; all have whole groups of 32."""
+    assert kernels._slices(192, 768).count == 2
+    for width in range(16, 193, 16):
+        for columns in range(64, 16 * width, 64):
+            slices = kernels._slices(width, columns)
+            assert slices.count * slices.columns == columns and slices.columns % 32 == 0
+            assert slices.shared <= kernels.NORM_SHARED
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["many-sequences", "few-sequences"])
+def test_norm_and_block(few, cuda_backend, monkeypatch):
+    """Without gradients in 16 bits; where Triton's kernels walk few sequences, too. The weights stay float32."""
+    torch.manual_seed(0)
+    mixer = Mamba(32, dt_rank=4, bimamba_type="v2", if_divide_out=True).to(DEVICE)
+    x, residual = torch.randn(2, 21, 32, device=DEVICE).bfloat16(), torch.randn(2, 21, 32, device=DEVICE)
+    norm_weight = torch.rand(32, device=DEVICE) + 0.5
+    assert not mixer.takes_norm(x, residual), "gradients are asked for"
+    if EMULATED:
+        monkeypatch.setattr(kernels, "triton_bimamba", reference)
+        monkeypatch.setattr(kernels, "norm_kernels", reference)
+    monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(10**6 if few else 1))
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        assert mixer.takes_norm(x, residual) and not mixer.takes_norm(x.float(), residual)
+        out, total = mixer.forward_with_norm(x, residual, norm_weight, 1e-5)
+    mixer.double().use_fast_path = False
+    hidden, right_total = rms_norm_ref(x.double(), norm_weight.double(), None, residual.double(), 1e-5, prenorm=True)
+    right = mixer(hidden)
+    assert out.dtype == torch.bfloat16 and total.dtype == torch.float32
+    assert relative_error(total, right_total.detach().cpu()) <= 1e-6
+    assert relative_error(out, right.detach().cpu()) <= 2 * LIMITS[torch.bfloat16][0]
+
+
+def test_the_registered_op_with_the_norm(cuda_backend):
+    tensors = block_arguments(torch.float16)
+    residual, norm_weight = torch.randn_like(tensors[0], dtype=torch.float32), torch.ones(32, device=DEVICE)
+    torch.library.opcheck(
+        torch.ops.mamba_ssm.norm_bimamba_half_block,
+        (tensors[0], residual, norm_weight, *tensors[1:], 1e-5, 0.5, False),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "problem"),
+    [("residual", (2, 20, 32), "residual must be (2, 21, 32)"), ("norm_weight", (64,), "norm_weight must be (32,)")],
+)
+def test_a_norm_that_does_not_fit(name, shape, problem, cuda_backend):
+    x, *tensors = block_arguments(torch.float16)
+    given = {"residual": x.float(), "norm_weight": torch.ones(32, device=DEVICE)}
+    given[name] = torch.ones(shape, device=DEVICE)
+    directions = (bimamba.DirectionParameters(*tensors[i : i + len(NAMES)]) for i in (2, 2 + len(NAMES)))
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        bimamba.norm_bimamba_block(x, *given.values(), *tensors[:2], *directions)

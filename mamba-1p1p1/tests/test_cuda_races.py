@@ -28,7 +28,7 @@ RACE, NONE = 66, 0  # how a program under the sanitizer ends
 
 
 def launches_of(few: bool, length: int, channels: int, monkeypatch) -> list[tuple]:
-    """(file, kernel, definitions, grid, threads, shared, arguments) of a mixer's forward and backward."""
+    """(file, kernel, definitions, grid, threads, shared, arguments) of a norm, and a mixer's forward and backward."""
     case = mixer.case(length=length, channels=channels, dtype=torch.bfloat16)
     launched, load = [], runtime.load
 
@@ -49,6 +49,8 @@ def launches_of(few: bool, length: int, channels: int, monkeypatch) -> list[tupl
         patch.setattr(runtime, "load", recorded)
         kernels.bimamba_forward(xz, ahead, behind, 0.5, True)
         kernels.bimamba_backward(dy, xz, ahead, behind, 0.5, None)
+        x, residual = torch.randn(1, 8 * 32 + length, 32), torch.randn(1, 8 * 32 + length, 32)
+        kernels._norm_in_proj(x.bfloat16(), residual, torch.ones(32), 1e-5, torch.randn(64, 32).bfloat16())
     return launched
 
 
@@ -100,7 +102,7 @@ def test_no_kernel_has_a_race(few, programs, tmp_path, monkeypatch):
             status, said = end_of(program, write(tmp_path / "launch", file, name, *launch))
             assert status == NONE, f"{name} {dict(defines)}, {length} tokens:\n{said[:3000]}"
             seen.add(name)
-    assert {"conv_forward", "scan_forward", "scan_backward", "conv_backward", "sum_rows"} <= seen
+    assert {"conv_forward", "scan_forward", "scan_backward", "conv_backward", "sum_rows", "norm_in_proj"} <= seen
 
 
 @pytest.mark.parametrize("missing", ["sync_block", "sync_named", "sync_warp"])

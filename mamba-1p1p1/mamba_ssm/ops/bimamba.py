@@ -4,6 +4,7 @@ Channels-last, (B, L, D): the layout the projections produce and consume. The se
 convolution and a scan from the last token to the first, so that nothing is flipped or transposed.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -262,6 +263,32 @@ register_flop_formula(torch.ops.mamba_ssm.bimamba_half_block)(_block_flops)
 register_flop_formula(torch.ops.mamba_ssm.bimamba_half_block_backward)(_block_backward_flops)
 
 
+# ---- and with the norm before it, where nothing is to be differentiated ----------------------------------------
+
+
+@torch.library.custom_op(
+    "mamba_ssm::norm_bimamba_half_block",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor residual, Tensor norm_weight, Tensor in_proj, Tensor out_proj, {_BOTH}, float eps, "
+    "float scale, bool logarithms) -> (Tensor, Tensor)",
+)
+def _norm_bimamba_half_block(x, residual, norm_weight, in_proj, out_proj, *rest):
+    directions, (eps, *options) = _directions(rest), rest[2 * COUNT :]
+    kernels = _kernels(x, directions[0])
+    return kernels.norm_half_block_forward(x, residual, norm_weight, eps, in_proj, out_proj, *directions, *options)
+
+
+@_norm_bimamba_half_block.register_fake
+def _(x, residual, *rest):
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, residual))
+
+
+@register_flop_formula(torch.ops.mamba_ssm.norm_bimamba_half_block)
+def _norm_block_flops(x_shape, residual_shape, norm_shape, *args, out_shape=None, **kwargs) -> int:
+    """And of add, square, sum, scale, weight."""
+    return 5 * math.prod(x_shape) + _block_flops(x_shape, *args)
+
+
 def _check(xz: Tensor, forward: DirectionParameters, backward: DirectionParameters) -> None:
     _check_parameters("xz", xz, forward, backward)
     channels = forward.A.shape[0]
@@ -380,6 +407,47 @@ def bimamba_block(
         return _block((hidden.float(), *inputs[1:]), forward, backward, scale, bf16_products)
 
 
+def takes_norm(x: Tensor, residual: Tensor, forward: DirectionParameters) -> bool:
+    """Whether `norm_bimamba_block` runs here: without gradients, on an NVIDIA GPU in 16 bits, x being in them, the
+    residual stream in float32, at the widths that the kernel has registers for.
+    """
+    if torch.is_grad_enabled() or backend.differentiated_beyond_autograd():
+        return False
+    half = _half_block_dtype(x, forward)
+    return half == x.dtype and residual.dtype == torch.float32 and _serves_norm(x.device.type, half, x.shape[-1])
+
+
+def norm_bimamba_block(
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    in_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    forward: DirectionParameters,
+    backward: DirectionParameters,
+    eps: float = 1e-5,
+    scale: float = 0.5,
+    decay: str = "A",
+) -> tuple[Tensor, Tensor]:
+    """`bimamba_block` of the RMSNorm (arXiv 1910.07467, eq. 4) of x + residual, where `takes_norm`: norm and in_proj
+    are one pass over the residual stream.
+
+    Args:
+        x, residual: (B, L, E), in 16 bits and in float32. norm_weight: (E,), of the norm, with its `eps`.
+        in_proj_weight, out_proj_weight, forward, backward, scale, decay: as of `bimamba_block`.
+
+    Returns (out, x + residual), in the dtypes of x and residual. Raises ValueError for what does not fit.
+    """
+    for name, tensor, shape in (("residual", residual, x.shape), ("norm_weight", norm_weight, x.shape[-1:])):
+        if tensor.shape != shape or tensor.device != x.device:
+            given = f"{tuple(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"{name} must be {tuple(shape)} on {x.device}, not {given}")
+    _check_block(x, in_proj_weight, out_proj_weight, forward, backward)
+    inputs = (x, residual, norm_weight, in_proj_weight, out_proj_weight, *forward, *backward)
+    with torch.autocast(x.device.type, enabled=False):
+        return _norm_bimamba_half_block(*inputs, eps, scale, decay == "log")
+
+
 def _block(
     inputs: tuple, forward: DirectionParameters, backward: DirectionParameters, scale: float, bf16_products: bool
 ) -> Tensor:
@@ -445,6 +513,12 @@ def _serves_half_block(kind: str, dtype: torch.dtype, channels: int, d_state: in
         return False
     kernels = backend.choose("bimamba", torch.device(kind), dtype, d_state=d_state, d_conv=d_conv)
     return hasattr(kernels, "serves_block") and kernels.serves_block(dtype, channels, d_state, rank, d_conv)
+
+
+@torch.compiler.assume_constant_result
+def _serves_norm(kind: str, dtype: torch.dtype, width: int) -> bool:
+    """Of sizes that `_serves_half_block`."""
+    return backend.choose("bimamba", torch.device(kind), dtype).serves_norm(width)
 
 
 def _under_cpu_autocast(inputs: tuple, forward: DirectionParameters, backward: DirectionParameters) -> bool:

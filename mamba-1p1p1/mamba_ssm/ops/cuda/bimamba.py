@@ -1,7 +1,8 @@
 """The bidirectional mixer in CUDA C++ for NVIDIA GPUs (Vision Mamba, arXiv 2401.09417, algorithm 1).
 
 Forward is four launches: the weights as the others read them (weights.cu), both convolutions (conv.cu), both x
-projections (one batched matrix product), and both scans with gate and sum (scan_forward.cu). Backward keeps nothing of
+projections (one batched matrix product), and both scans with gate and sum (scan_forward.cu). Where nothing is to be
+differentiated, the norm before a block and its in_proj are one launch more (in_proj.cu). Backward keeps nothing of
 forward: it runs it again, this time writing the states at every eighth token and the gradients of the gate, and walks
 back (scan_backward.cu). Activations are 16 bits wide, states, time steps and sums float32. No atomics: the same bits
 on every run.
@@ -17,6 +18,7 @@ from torch import Tensor
 from mamba_ssm.ops.bimamba import with_A
 from mamba_ssm.ops.cuda import runtime
 from mamba_ssm.ops.triton import bimamba as triton_bimamba
+from mamba_ssm.ops.triton import norm_kernels
 from mamba_ssm.ops.triton.bimamba import product_in_float32
 from mamba_ssm.ops.triton.common import ceil_div, on_its_device
 
@@ -32,6 +34,9 @@ FEW_WARPS = 8  # of a multiprocessor
 SUM_COLUMNS = 32
 TOKEN_GROUPS = 32  # parts in which products over all tokens are made
 NARROW_ARRAYS, WEIGHT_THREADS = 8, 256
+NORM_WARPS, NORM_STEP = 8, 16  # of in_proj.cu's blocks, and columns that its product takes at a time
+NORM_WIDTH = 192  # of a residual stream whose rows a warp has registers for, at most
+NORM_SHARED = 160 * 1024  # bytes of a block
 MAX_RANK = 64
 SHARED_MEMORY = 128 * 1024  # bytes of a multiprocessor, at least
 MAX_GRID = 65535  # blocks in a grid's second and third place
@@ -366,9 +371,7 @@ def _sums(shares: Gradients, parameters: Parameters, dtype: torch.dtype, logarit
     shares = [share.flatten(2) for share in shares]
     pairs = [tuple(share.new_empty(size) for _ in range(2)) for share, size in zip(shares, sizes)]
     arguments = [
-        argument
-        for share, pair in zip(shares, pairs)
-        for argument in (share, *pair, share.shape[1], share.shape[2])
+        argument for share, pair in zip(shares, pairs) for argument in (share, *pair, share.shape[1], share.shape[2])
     ]
     widest = max(share.shape[2] for share in shares)
     runtime.load("sums.cu", "sum_rows", (_half(dtype),))(
@@ -439,6 +442,59 @@ def _backward(
 
 
 # ---- with both projections -----------------------------------------------------------------------------------------
+
+
+def serves_norm(width: int) -> bool:
+    """Whether a residual stream of that width is normed and projected by one kernel, where the block is served."""
+    return width % NORM_STEP == 0 and width <= NORM_WIDTH
+
+
+class Slices(NamedTuple):
+    """How in_proj.cu's weights are cut."""
+
+    count: int
+    columns: int  # of each
+    shared: int  # bytes of a block
+
+
+def _slices(width: int, columns: int) -> Slices:
+    """As few as shared memory allows: each of them reads all rows. `columns`: a multiple of 64."""
+    row = 2 * (ceil_div(width, 64) * 64 + 16)  # in_proj.cu's PITCH
+    count = 1
+    while columns % (32 * count) or columns // count * row + 4 * width > NORM_SHARED:
+        count += 1
+    return Slices(count, columns // count, columns // count * row + 4 * width)
+
+
+def _norm_in_proj(x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight_in: Tensor):
+    """(in_proj(rms_norm(x + residual)) (B, L, 2 D), x + residual); x (B, L, E) in 16 bits, residual float32."""
+    columns, width = weight_in.shape
+    x, residual = _contiguous(x), _contiguous(residual)
+    xz = torch.empty((*x.shape[:2], columns), dtype=x.dtype, device=x.device)
+    total = torch.empty_like(residual)
+    slices = _slices(width, columns)
+    sizes = (("WIDTH", width), ("SLICE", slices.columns), ("WARPS", NORM_WARPS))
+    runtime.load("in_proj.cu", "norm_in_proj", (_half(x.dtype), *sizes))(
+        (max(1, _device().multiprocessors // slices.count), slices.count, 1), 32 * NORM_WARPS, slices.shared,
+        x, residual, _contiguous(norm_weight.float()), weight_in, xz, total, x.numel() // width, columns, eps,
+    )  # fmt: skip
+    return xz, total
+
+
+@on_its_device
+def norm_half_block_forward(
+    x, residual, norm_weight, eps, in_proj, out_proj, forward_params, backward_params, scale, logarithms
+):
+    """(half_block_forward(rms_norm(x + residual)), x + residual), of a width that `serves_norm`."""
+    if not _serves(x, in_proj.shape[0] // 2, forward_params):
+        rows = x.reshape(-1, x.shape[-1]), residual.reshape(-1, x.shape[-1])
+        hidden, total, _, _ = norm_kernels.add_norm_forward(*rows, norm_weight, None, eps, "rms", torch.float32)
+        parameters = forward_params, backward_params, scale, logarithms
+        return half_block_forward(hidden.view(x.shape), in_proj, out_proj, *parameters), total.view(x.shape)
+    weights = _prepare(_parameters(forward_params, backward_params), x.dtype, in_proj, out_proj, logarithms=logarithms)
+    weight_in, weight_out = weights.others
+    xz, total = _norm_in_proj(x, residual, norm_weight, eps, weight_in)
+    return F.linear(_forward(xz, weights, scale), weight_out), total
 
 
 @on_its_device
