@@ -152,6 +152,7 @@ def cuda_launches(
             x, residual = empty(BATCH, LENGTH, embed_dim, dtype=dtype), empty(BATCH, LENGTH, embed_dim)
             in_proj = empty(xz.shape[-1], embed_dim, dtype=dtype)
             cuda_mixer._norm_in_proj(x, residual, empty(embed_dim), 1e-5, in_proj)
+            cuda_mixer._norm_in_proj_again(residual, empty(embed_dim), 1e-5, in_proj)
     finally:
         cuda_runtime.load, cuda_mixer._device = kept
     return list(dict.fromkeys(launched))
@@ -262,7 +263,7 @@ def examine_nvidia(name: str, compiled, size: str) -> dict:
 
 
 def examine_cuda(arch: str, size: str) -> dict:
-    """{kernel: row} of the CUDA kernels; a scan's forward that is run again for backward by a name of its own."""
+    """{kernel: row} of the CUDA kernels; forward's that are run again for backward by names of their own."""
     rows = {}
     for file, name, defines in cuda_launches(SIZES[size]):
         cubin, macros = cuda_runtime.compile_cubin(cuda_runtime.read_source(file), defines, arch), dict(defines)
@@ -271,7 +272,7 @@ def examine_cuda(arch: str, size: str) -> dict:
         if file.startswith("scan_"):
             updates = cuda_mixer.TILE * macros["CH"] * 4  # of a thread: tokens, channels, states
             row["per_state_update"] = {"all": round(_size(max(loops(code), key=_size)) / updates, 2)}
-        again = " for backward" if name == "scan_forward" and macros["FOR_BACKWARD"] else ""
+        again = " for backward" if macros.get("FOR_BACKWARD") else ""
         rows[f"cuda.{name}{again}"] = row
     return rows
 

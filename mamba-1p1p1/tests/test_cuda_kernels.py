@@ -335,7 +335,13 @@ def test_norm_and_projection(width, columns, tokens, multiprocessors, dtype, mon
     assert torch.equal(total, residual + x)
     wide = total.double()
     normed = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * norm_weight.double()
-    assert relative_error(xz, (normed @ weight.double().T).cpu()) <= LIMITS[dtype][0]
+    right = (normed @ weight.double().T).cpu()
+    assert relative_error(xz, right) <= LIMITS[dtype][0]
+
+    again, hidden, rstd = kernels._norm_in_proj_again(total, norm_weight, eps, weight)
+    assert torch.equal(again, xz)
+    assert relative_error(hidden, normed.cpu()) <= (5e-4 if dtype == torch.float16 else 4e-3)
+    assert relative_error(rstd, (wide.square().mean(-1) + eps).rsqrt().flatten().cpu()) <= 1e-6
 
 
 def test_slices_of_the_projection():
@@ -350,35 +356,70 @@ def test_slices_of_the_projection():
 
 @pytest.mark.parametrize("few", [False, True], ids=["many-sequences", "few-sequences"])
 def test_norm_and_block(few, cuda_backend, monkeypatch):
-    """Without gradients in 16 bits; where Triton's kernels walk few sequences, too. The weights stay float32."""
+    """Both outputs and every gradient; where Triton's kernels walk few sequences, too. One stream is kept."""
     torch.manual_seed(0)
     mixer = Mamba(32, dt_rank=4, bimamba_type="v2", if_divide_out=True).to(DEVICE)
     x, residual = torch.randn(2, 21, 32, device=DEVICE).bfloat16(), torch.randn(2, 21, 32, device=DEVICE)
     norm_weight = torch.rand(32, device=DEVICE) + 0.5
-    assert not mixer.takes_norm(x, residual), "gradients are asked for"
+    inputs = [tensor.requires_grad_() for tensor in (x, residual, norm_weight)] + list(mixer.parameters())
     if EMULATED:
         monkeypatch.setattr(kernels, "triton_bimamba", reference)
         monkeypatch.setattr(kernels, "norm_kernels", reference)
     monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(10**6 if few else 1))
-    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+    kept = []
+    with (
+        torch.autocast(DEVICE, torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
         assert mixer.takes_norm(x, residual) and not mixer.takes_norm(x.float(), residual)
         out, total = mixer.forward_with_norm(x, residual, norm_weight, 1e-5)
-    mixer.double().use_fast_path = False
-    hidden, right_total = rms_norm_ref(x.double(), norm_weight.double(), None, residual.double(), 1e-5, prenorm=True)
-    right = mixer(hidden)
+    given = {tensor.untyped_storage().data_ptr() for tensor in (x, residual, norm_weight, *mixer.parameters())}
+    assert [t.shape for t in kept if t.untyped_storage().data_ptr() not in given] == [total.shape]
     assert out.dtype == torch.bfloat16 and total.dtype == torch.float32
-    assert relative_error(total, right_total.detach().cpu()) <= 1e-6
-    assert relative_error(out, right.detach().cpu()) <= 2 * LIMITS[torch.bfloat16][0]
+    gradients = [torch.randn(x.shape, device=DEVICE).to(dtype) for dtype in (out.dtype, total.dtype)]
+    grads = torch.autograd.grad((out, total), inputs, gradients)
 
-
-def test_the_registered_op_with_the_norm(cuda_backend):
-    tensors = block_arguments(torch.float16)
-    residual, norm_weight = torch.randn_like(tensors[0], dtype=torch.float32), torch.ones(32, device=DEVICE)
-    torch.library.opcheck(
-        torch.ops.mamba_ssm.norm_bimamba_half_block,
-        (tensors[0], residual, norm_weight, *tensors[1:], 1e-5, 0.5, False),
-        test_utils=("test_schema", "test_faketensor"),
+    names = ["x", "residual", "norm_weight", *(name for name, _ in mixer.named_parameters())]
+    mixer.double().use_fast_path = False
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs[:3]]
+    hidden, right_total = rms_norm_ref(wide[0], wide[2], None, wide[1], 1e-5, prenorm=True)
+    right = mixer(hidden)
+    expected = torch.autograd.grad(
+        (right, right_total), [*wide, *mixer.parameters()], [gradient.double() for gradient in gradients]
     )
+    activations, parameters = LIMITS[torch.bfloat16]
+    assert relative_error(total.detach(), right_total.detach().cpu()) <= 1e-6
+    assert relative_error(out.detach(), right.detach().cpu()) <= 2 * activations
+    assert [grad.dtype for grad in grads] == [torch.bfloat16] + [torch.float32] * (len(inputs) - 1)
+    for name, grad, wanted in zip(names, grads, expected):
+        assert relative_error(grad, wanted.cpu()) <= parameters, name
+
+
+def test_norm_and_block_of_which_one_output_is_used(cuda_backend, monkeypatch):
+    if EMULATED:
+        monkeypatch.setattr(kernels, "norm_kernels", reference)
+    x, *tensors = block_arguments(torch.float16, requires_grad=True)
+    residual, norm_weight = x.detach().float().requires_grad_(), torch.ones(32, device=DEVICE, requires_grad=True)
+    directions = [bimamba.DirectionParameters(*tensors[i : i + len(NAMES)]) for i in (2, 2 + len(NAMES))]
+    out, total = bimamba.norm_bimamba_block(x, residual, norm_weight, *tensors[:2], *directions)
+    inputs = x, residual, norm_weight, tensors[0]
+    of_total = torch.autograd.grad(total.sum(), inputs, retain_graph=True)
+    assert all(torch.equal(grad, torch.ones_like(grad)) for grad in of_total[:2])
+    assert not any(grad.any() for grad in of_total[2:])
+    of_out = torch.autograd.grad(out.sum(), inputs, retain_graph=True)
+    of_both = torch.autograd.grad((out.sum(), total.sum()), inputs)
+    assert torch.allclose(of_both[1], of_out[1] + 1, atol=1e-5) and torch.equal(of_both[3], of_out[3])
+
+
+def test_the_registered_op_with_the_norm(cuda_backend, monkeypatch):
+    if EMULATED:
+        monkeypatch.setattr(kernels, "norm_kernels", reference)
+    x, *tensors = block_arguments(torch.float16, requires_grad=True)
+    residual, norm_weight = (t.to(DEVICE).requires_grad_() for t in (torch.randn(x.shape), torch.ones(32)))
+    torch.library.opcheck(
+        torch.ops.mamba_ssm.norm_bimamba_half_block, (x, residual, norm_weight, *tensors, 1e-5, 0.5, False),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"), atol=1e-2, rtol=1e-2,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,7 @@ class Mamba(nn.Module):
         return self.out_proj(mixer(self.in_proj(hidden_states), *directions, self._scale))
 
     def takes_norm(self, x: Tensor, residual: Tensor) -> bool:
-        """Whether `forward_with_norm` serves such tensors: inference with "v2" on an NVIDIA GPU in 16 bits."""
+        """Whether `forward_with_norm` serves such tensors: those of "v2" on an NVIDIA GPU in 16 bits."""
         if self.bimamba_type != "v2" or self.init_layer_scale is not None or not self._is_one_block():
             return False
         return takes_norm(x, residual, self._parameters_of("", self.A_log))

@@ -263,19 +263,21 @@ register_flop_formula(torch.ops.mamba_ssm.bimamba_half_block)(_block_flops)
 register_flop_formula(torch.ops.mamba_ssm.bimamba_half_block_backward)(_block_backward_flops)
 
 
-# ---- and with the norm before it, where nothing is to be differentiated ----------------------------------------
+# ---- and with the norm before it: the residual stream alone is kept --------------------------------------------
+
+_NORMED = f"Tensor norm_weight, Tensor in_proj, Tensor out_proj, {_BOTH}, float eps, float scale, bool logarithms"
+NORMED = 3 + 2 * COUNT  # tensors of it
 
 
 @torch.library.custom_op(
     "mamba_ssm::norm_bimamba_half_block",
     mutates_args=(),
-    schema=f"(Tensor x, Tensor residual, Tensor norm_weight, Tensor in_proj, Tensor out_proj, {_BOTH}, float eps, "
-    "float scale, bool logarithms) -> (Tensor, Tensor)",
+    schema=f"(Tensor x, Tensor residual, {_NORMED}) -> {_tensors(2)}",
 )
 def _norm_bimamba_half_block(x, residual, norm_weight, in_proj, out_proj, *rest):
-    directions, (eps, *options) = _directions(rest), rest[2 * COUNT :]
+    directions, options = _directions(rest), rest[2 * COUNT :]
     kernels = _kernels(x, directions[0])
-    return kernels.norm_half_block_forward(x, residual, norm_weight, eps, in_proj, out_proj, *directions, *options)
+    return kernels.norm_half_block_forward(x, residual, norm_weight, in_proj, out_proj, *directions, *options)
 
 
 @_norm_bimamba_half_block.register_fake
@@ -283,10 +285,53 @@ def _(x, residual, *rest):
     return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, residual))
 
 
+@torch.library.custom_op(
+    "mamba_ssm::norm_bimamba_half_block_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor? dtotal, Tensor total, {_NORMED}) -> {_tensors(2 + NORMED)}",
+)
+def _norm_bimamba_half_block_backward(dout, dtotal, total, norm_weight, in_proj, out_proj, *rest):
+    directions, options = _directions(rest), rest[2 * COUNT :]
+    kernels = _kernels(dout, directions[0])
+    with torch.autocast(dout.device.type, enabled=False):
+        *others, forward_grads, backward_grads = kernels.norm_half_block_backward(
+            dout, dtotal, total, norm_weight, in_proj, out_proj, *directions, *options
+        )
+    return _op_results(dout, (*others, *forward_grads, *backward_grads))
+
+
+@_norm_bimamba_half_block_backward.register_fake
+def _(dout, dtotal, total, *rest):
+    return _fake_gradients(dout, (dout, total, *rest[:NORMED]))
+
+
+def _setup_norm_block_context(ctx, inputs, output):
+    *tensors, ctx.eps, ctx.scale, ctx.logarithms = inputs
+    ctx.x_dtype = tensors[0].dtype
+    ctx.save_for_backward(output[1], *tensors[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _norm_block_autograd(ctx, dout, dtotal):
+    total, *parameters = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(total, dtype=ctx.x_dtype)
+    grads = _norm_bimamba_half_block_backward(dout, dtotal, total, *parameters, ctx.eps, ctx.scale, ctx.logarithms)
+    return *(None if t is None else grad for t, grad in zip((dout, total, *parameters), grads)), None, None, None
+
+
+_norm_bimamba_half_block.register_autograd(_norm_block_autograd, setup_context=_setup_norm_block_context)
+
+
 @register_flop_formula(torch.ops.mamba_ssm.norm_bimamba_half_block)
 def _norm_block_flops(x_shape, residual_shape, norm_shape, *args, out_shape=None, **kwargs) -> int:
     """And of add, square, sum, scale, weight."""
     return 5 * math.prod(x_shape) + _block_flops(x_shape, *args)
+
+
+@register_flop_formula(torch.ops.mamba_ssm.norm_bimamba_half_block_backward)
+def _norm_block_backward_flops(dout_shape, dtotal_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * _norm_block_flops(dout_shape, *args)
 
 
 def _check(xz: Tensor, forward: DirectionParameters, backward: DirectionParameters) -> None:
@@ -408,10 +453,10 @@ def bimamba_block(
 
 
 def takes_norm(x: Tensor, residual: Tensor, forward: DirectionParameters) -> bool:
-    """Whether `norm_bimamba_block` runs here: without gradients, on an NVIDIA GPU in 16 bits, x being in them, the
-    residual stream in float32, at the widths that the kernel has registers for.
+    """Whether `norm_bimamba_block` runs here: on an NVIDIA GPU in 16 bits, x being in them, the residual stream in
+    float32, at the widths that the kernel has registers for.
     """
-    if torch.is_grad_enabled() or backend.differentiated_beyond_autograd():
+    if backend.differentiated_beyond_autograd():
         return False
     half = _half_block_dtype(x, forward)
     return half == x.dtype and residual.dtype == torch.float32 and _serves_norm(x.device.type, half, x.shape[-1])
@@ -430,7 +475,7 @@ def norm_bimamba_block(
     decay: str = "A",
 ) -> tuple[Tensor, Tensor]:
     """`bimamba_block` of the RMSNorm (arXiv 1910.07467, eq. 4) of x + residual, where `takes_norm`: norm and in_proj
-    are one pass over the residual stream.
+    are one pass over the residual stream. Backward keeps x + residual alone.
 
     Args:
         x, residual: (B, L, E), in 16 bits and in float32. norm_weight: (E,), of the norm, with its `eps`.

@@ -1,8 +1,8 @@
 """The bidirectional mixer in CUDA C++ for NVIDIA GPUs (Vision Mamba, arXiv 2401.09417, algorithm 1).
 
 Forward is four launches: the weights as the others read them (weights.cu), both convolutions (conv.cu), both x
-projections (one batched matrix product), and both scans with gate and sum (scan_forward.cu). Where nothing is to be
-differentiated, the norm before a block and its in_proj are one launch more (in_proj.cu). Backward keeps nothing of
+projections (one batched matrix product), and both scans with gate and sum (scan_forward.cu). The norm before a block
+and its in_proj are one launch more (in_proj.cu). Backward keeps nothing of
 forward: it runs it again, this time writing the states at every eighth token and the gradients of the gate, and walks
 back (scan_backward.cu). Activations are 16 bits wide, states, time steps and sums float32. No atomics: the same bits
 on every run.
@@ -468,33 +468,75 @@ def _slices(width: int, columns: int) -> Slices:
 
 def _norm_in_proj(x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight_in: Tensor):
     """(in_proj(rms_norm(x + residual)) (B, L, 2 D), x + residual); x (B, L, E) in 16 bits, residual float32."""
+    total = torch.empty(residual.shape, device=x.device)
+    return _launch_norm(_contiguous(x), residual, norm_weight, eps, weight_in, total=total), total
+
+
+def _norm_in_proj_again(total: Tensor, norm_weight: Tensor, eps: float, weight_in: Tensor):
+    """(in_proj(normed) (B, L, 2 D), normed = rms_norm(total) in 16 bits, 1 / rms (B L,)); total (B, L, E) float32."""
+    normed = torch.empty(total.shape, dtype=weight_in.dtype, device=total.device)
+    rstd = torch.empty(total.shape[:2].numel(), device=total.device)
+    return _launch_norm(None, total, norm_weight, eps, weight_in, normed=normed, rstd=rstd), normed, rstd
+
+
+def _launch_norm(x, residual, norm_weight, eps: float, weight_in, total=None, normed=None, rstd=None) -> Tensor:
+    """The projection; without x it is backward's."""
     columns, width = weight_in.shape
-    x, residual = _contiguous(x), _contiguous(residual)
-    xz = torch.empty((*x.shape[:2], columns), dtype=x.dtype, device=x.device)
-    total = torch.empty_like(residual)
+    xz = torch.empty((*residual.shape[:2], columns), dtype=weight_in.dtype, device=residual.device)
     slices = _slices(width, columns)
-    sizes = (("WIDTH", width), ("SLICE", slices.columns), ("WARPS", NORM_WARPS))
-    runtime.load("in_proj.cu", "norm_in_proj", (_half(x.dtype), *sizes))(
+    sizes = (("WIDTH", width), ("SLICE", slices.columns), ("WARPS", NORM_WARPS), ("FOR_BACKWARD", int(x is None)))
+    runtime.load("in_proj.cu", "norm_in_proj", (_half(xz.dtype), *sizes))(
         (max(1, _device().multiprocessors // slices.count), slices.count, 1), 32 * NORM_WARPS, slices.shared,
-        x, residual, _contiguous(norm_weight.float()), weight_in, xz, total, x.numel() // width, columns, eps,
+        x, _contiguous(residual), _contiguous(norm_weight.float()), weight_in, xz, total, normed, rstd,
+        residual.numel() // width, columns, eps,
     )  # fmt: skip
-    return xz, total
+    return xz
 
 
 @on_its_device
 def norm_half_block_forward(
-    x, residual, norm_weight, eps, in_proj, out_proj, forward_params, backward_params, scale, logarithms
+    x, residual, norm_weight, in_proj, out_proj, forward_params, backward_params, eps, scale, logarithms
 ):
     """(half_block_forward(rms_norm(x + residual)), x + residual), of a width that `serves_norm`."""
     if not _serves(x, in_proj.shape[0] // 2, forward_params):
-        rows = x.reshape(-1, x.shape[-1]), residual.reshape(-1, x.shape[-1])
+        rows = x.flatten(0, 1), residual.flatten(0, 1)
         hidden, total, _, _ = norm_kernels.add_norm_forward(*rows, norm_weight, None, eps, "rms", torch.float32)
-        parameters = forward_params, backward_params, scale, logarithms
-        return half_block_forward(hidden.view(x.shape), in_proj, out_proj, *parameters), total.view(x.shape)
-    weights = _prepare(_parameters(forward_params, backward_params), x.dtype, in_proj, out_proj, logarithms=logarithms)
+        options = forward_params, backward_params, scale, logarithms
+        return half_block_forward(hidden.view(x.shape), in_proj, out_proj, *options), total.view(x.shape)
+    parameters = _parameters(forward_params, backward_params)
+    weights = _prepare(parameters, x.dtype, in_proj, out_proj, logarithms=logarithms)
     weight_in, weight_out = weights.others
     xz, total = _norm_in_proj(x, residual, norm_weight, eps, weight_in)
     return F.linear(_forward(xz, weights, scale), weight_out), total
+
+
+@on_its_device
+def norm_half_block_backward(
+    dout, dtotal, total, norm_weight, in_proj, out_proj, forward_params, backward_params, eps, scale, logarithms
+):
+    """Gradients of both inputs and of norm_weight, then those of `half_block_backward`'s parameters.
+
+    `total`: the sum that forward gave; `dtotal`: its gradient, or None.
+    """
+    rows = total.flatten(0, 1)
+    if _serves(dout, in_proj.shape[0] // 2, forward_params):
+        parameters = _parameters(forward_params, backward_params)
+        weights = _prepare(parameters, dout.dtype, in_proj, out_proj, logarithms=logarithms, backward=True)
+        xz, hidden, rstd = _norm_in_proj_again(total, norm_weight, eps, weights.others[0])
+        dhidden, *grads = _block_backward(
+            dout, hidden, xz, in_proj, out_proj, forward_params, backward_params, weights, scale, logarithms
+        )
+    else:
+        hidden, _, _, rstd = norm_kernels.add_norm_forward(rows, None, norm_weight, None, eps, "rms", torch.float32)
+        hidden = hidden.view(total.shape).to(dout.dtype)
+        dhidden, *grads = half_block_backward(
+            dout, hidden, in_proj, out_proj, forward_params, backward_params, scale, logarithms
+        )
+    dx, dresidual, dweight, _ = norm_kernels.add_norm_backward(
+        dhidden.flatten(0, 1), None if dtotal is None else dtotal.flatten(0, 1), rows, norm_weight, None, None, rstd,
+        "rms", dout.dtype, torch.float32,
+    )  # fmt: skip
+    return dx.view(total.shape), dresidual.view(total.shape), dweight, *grads
 
 
 @on_its_device
@@ -514,31 +556,44 @@ def half_block_forward(hidden, in_proj, out_proj, forward_params, backward_param
 @on_its_device
 def half_block_backward(dout, hidden, in_proj, out_proj, forward_params, backward_params, scale, logarithms):
     """Gradients: (dhidden, din_proj, dout_proj, those of both directions, of log(-A) with `logarithms`)."""
+    if _serves(hidden, in_proj.shape[0] // 2, forward_params):
+        parameters = _parameters(forward_params, backward_params)
+        weights = _prepare(parameters, hidden.dtype, in_proj, out_proj, logarithms=logarithms, backward=True)
+        return _block_backward(
+            dout, hidden, F.linear(hidden, weights.others[0]), in_proj, out_proj, forward_params, backward_params,
+            weights, scale, logarithms,
+        )  # fmt: skip
+    both = with_A(forward_params, backward_params) if logarithms else (forward_params, backward_params)
+    weight_in, weight_out = in_proj.to(hidden.dtype), out_proj.to(hidden.dtype)
+    xz = F.linear(hidden, weight_in)
+    y, saved = triton_bimamba.bimamba_forward(xz, *both, scale, True)
+    dout_proj = _weight_gradient(dout, y, out_proj)
+    dxz, *grads = triton_bimamba.bimamba_backward(dout @ weight_out, xz, *both, scale, saved)
+    if logarithms:
+        grads = [_of_log(*three) for three in zip(grads, both, (forward_params, backward_params))]
+    return dxz @ weight_in, _weight_gradient(dxz, hidden, in_proj), dout_proj, *grads
+
+
+def _block_backward(
+    dout, hidden, xz, in_proj, out_proj, forward_params, backward_params, weights: Weights, scale, logarithms
+):
+    """half_block_backward by these kernels, of xz = in_proj(hidden)."""
+    weight_in, weight_out = weights.others
     dout_proj = None
 
     def use_y(y: Tensor) -> None:
         nonlocal dout_proj
-        dout_proj = product_in_float32(dout.flatten(0, 1).T, y.flatten(0, 1)).to(out_proj.dtype)
+        dout_proj = _weight_gradient(dout, y, out_proj)
 
-    if _serves(hidden, in_proj.shape[0] // 2, forward_params):
-        parameters = _parameters(forward_params, backward_params)
-        weights = _prepare(parameters, hidden.dtype, in_proj, out_proj, logarithms=logarithms, backward=True)
-        weight_in, weight_out = weights.others
-        dxz, *grads = _backward(  # no name and no tuple holds dy: _backward frees it
-            dout @ weight_out, F.linear(hidden, weight_in), forward_params, backward_params, weights, scale, use_y,
-            logarithms,
-        )  # fmt: skip
-    else:
-        both = with_A(forward_params, backward_params) if logarithms else (forward_params, backward_params)
-        weight_in, weight_out = in_proj.to(hidden.dtype), out_proj.to(hidden.dtype)
-        xz = F.linear(hidden, weight_in)
-        y, saved = triton_bimamba.bimamba_forward(xz, *both, scale, True)
-        use_y(y)
-        dxz, *grads = triton_bimamba.bimamba_backward(dout @ weight_out, xz, *both, scale, saved)
-        if logarithms:
-            grads = [_of_log(*three) for three in zip(grads, both, (forward_params, backward_params))]
-    din_proj = product_in_float32(dxz.flatten(0, 1).T, hidden.flatten(0, 1)).to(in_proj.dtype)
-    return dxz @ weight_in, din_proj, dout_proj, *grads
+    dxz, *grads = _backward(  # no name and no tuple holds dy: _backward frees it
+        dout @ weight_out, xz, forward_params, backward_params, weights, scale, use_y, logarithms
+    )
+    return dxz @ weight_in, _weight_gradient(dxz, hidden, in_proj), dout_proj, *grads
+
+
+def _weight_gradient(dout: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Of a projection x (B, L, E) -> (B, L, F) for dout (B, L, F), in weight's dtype."""
+    return product_in_float32(dout.flatten(0, 1).T, x.flatten(0, 1)).to(weight.dtype)
 
 
 def _of_log(grads, with_A, given):

@@ -1,7 +1,7 @@
 // Add, RMSNorm (arXiv 1910.07467, eq. 4) and the projection that follows it, in one pass over the residual stream.
 //
 // Compiled at run time with these macros: HALF_IS_BF16, WIDTH (of the residual stream, a multiple of 16), SLICE (columns of
-// a block's weights, a multiple of 32) and WARPS (of a block).
+// a block's weights, a multiple of 32), WARPS (of a block) and FOR_BACKWARD (1: backward, which has the sum, runs this again).
 //
 // A block keeps its slice of the weights in shared memory for good. A warp takes 32 rows of the residual stream at a time,
 // holds them in registers from the sum on to the product, and waits for no other. With g = lane / 4 and t = lane % 4, a lane
@@ -15,11 +15,14 @@ constexpr int ROWS = 32, STEPS = WIDTH / 16, THREADS = 32 * WARPS;
 // Elements from one row of weights to the next: what lanes read of four rows lies in all banks.
 constexpr int PITCH = (WIDTH + 63) / 64 * 64 + 16;
 
-// total = x + residual, to residual_out; out = in_proj(total / sqrt(mean(total^2) + eps) norm_weight), (rows, columns), whose
-// factors are 16 bits wide. Grid (blocks that share the rows, slices of the columns); `rows` of at most 2^31.
+// out = in_proj(normed), (rows, columns), of normed = total rstd norm_weight with rstd = 1 / sqrt(mean(total^2) + eps); both
+// factors of the product have 16 bits. Forward reads x and residual and writes total = x + residual to residual_out. With
+// FOR_BACKWARD `residual` is the total, and normed and rstd are written. Grid (blocks that share the rows, slices of the
+// columns).
 extern "C" __global__ void __launch_bounds__(THREADS, 1) norm_in_proj(
-    const scalar_t* __restrict__ x, const float* __restrict__ residual, const float* norm_weight, const scalar_t* weight,
-    scalar_t* __restrict__ out, float* __restrict__ residual_out, int64 rows, int64 columns, float eps) {
+    const scalar_t* x, const float* residual, const float* norm_weight, const scalar_t* weight,
+    scalar_t* out, float* residual_out, scalar_t* normed, float* rstd,
+    int64 rows, int64 columns, float eps) {
     DYNAMIC_SHARED(shared);
     scalar_t* slice = reinterpret_cast<scalar_t*>(shared);           // (SLICE, PITCH)
     float* scales = reinterpret_cast<float*>(slice + SLICE * PITCH);  // (WIDTH,)
@@ -44,21 +47,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) norm_in_proj(
             for (int low = 0; low < 2; ++low) {
                 const int64 row = tile * ROWS + 16 * m + 8 * low + g;
                 const int64 at = min(row, rows - 1) * WIDTH + 4 * t;  // no rows behind the last: it again
+                const bool writes = first_slice && row < rows;
                 float4 total[STEPS];
                 float square = 0.0f;
                 uint2 added[STEPS];
 #pragma unroll
                 for (int s = 0; s < STEPS; ++s) {
                     total[s] = *reinterpret_cast<const float4*>(residual + at + 16 * s);
-                    added[s] = *reinterpret_cast<const uint2*>(x + at + 16 * s);
+                    if (!FOR_BACKWARD) added[s] = *reinterpret_cast<const uint2*>(x + at + 16 * s);
                 }
 #pragma unroll
                 for (int s = 0; s < STEPS; ++s) {
                     float4& v = total[s];
-                    float4 w;
-                    widen2(added[s].x, w.x, w.y), widen2(added[s].y, w.z, w.w);
-                    v = make_float4(v.x + w.x, v.y + w.y, v.z + w.z, v.w + w.w);
-                    if (first_slice && row < rows) *reinterpret_cast<float4*>(residual_out + at + 16 * s) = v;
+                    if (!FOR_BACKWARD) {
+                        float4 w;
+                        widen2(added[s].x, w.x, w.y), widen2(added[s].y, w.z, w.w);
+                        v = make_float4(v.x + w.x, v.y + w.y, v.z + w.z, v.w + w.w);
+                        if (writes) *reinterpret_cast<float4*>(residual_out + at + 16 * s) = v;
+                    }
                     square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
                 }
                 if (waiting) {  // for the norm's and the product's weights, whose copies went beside these loads
@@ -69,11 +75,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) norm_in_proj(
                 square += shfl_xor(square, 1);
                 square += shfl_xor(square, 2);
                 const float factor = rsqrt(square * (1.0f / WIDTH) + eps);
+                if (FOR_BACKWARD && writes && t == 0) rstd[row] = factor;
 #pragma unroll
                 for (int s = 0; s < STEPS; ++s) {
                     const float4 v = total[s], w = *reinterpret_cast<const float4*>(scales + 16 * s + 4 * t);
                     left[m][s][low] = narrow2(v.x * factor * w.x, v.y * factor * w.y);
                     left[m][s][2 + low] = narrow2(v.z * factor * w.z, v.w * factor * w.w);
+                    if (FOR_BACKWARD && writes) {
+                        scalar_t* to = normed + at + 16 * s;
+                        *reinterpret_cast<unsigned*>(to) = left[m][s][low];
+                        *reinterpret_cast<unsigned*>(to + 2) = left[m][s][2 + low];
+                    }
                 }
             }
         }
