@@ -24,9 +24,7 @@ WARMUP_PX = 64
 def peak_memory(subjects: Sequence) -> list[int | None]:
     """Bytes for each subject on a CPU; None where it did not fit. One helper process forks once per subject."""
     request = json.dumps([subject.fields() for subject in subjects])
-    result = subprocess.run(
-        [sys.executable, __file__], input=request, stdout=subprocess.PIPE, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, __file__], input=request, stdout=subprocess.PIPE, text=True, check=True)
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 

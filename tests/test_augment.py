@@ -212,11 +212,8 @@ def test_every_magnitude_of_a_policy_can_be_drawn(policy):
 
 
 def test_three_augment_chooses_one_of_grey_solarise_blur():
-    colour = (
-        250,
-        180,
-        140,
-    )  # above 128 everywhere: solarising turns all of it over, blurring changes nothing
+    # Above 128 everywhere: solarising turns all of it over, blurring changes nothing.
+    colour = (250, 180, 140)
     results = {
         tuple(255 - channel for channel in colour): "solarise",
         colour: "blur",

@@ -444,7 +444,6 @@ def test_cuda_without_a_gpu_says_what_to_use(capsys, monkeypatch):
     assert (type(args.device), args.device, args.if_amp) == (str, "cpu", False)
 
 
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_ranks_of_one_machine_without_a_gpu_run_on_its_cpu_and_those_of_several_do_not(capsys, monkeypatch):
     """Other machines may have GPUs, and this one's ranks would wait for theirs in another way."""

@@ -58,14 +58,10 @@ def test_a_step_is_one_move_of_the_optimiser_along_the_gradient():
     )
     before, (images, labels) = weights(run), a_batch()
     loss = F.cross_entropy(run.model.train()(images), labels)
-    gradients = dict(
-        zip(dict(run.model.named_parameters()), torch.autograd.grad(loss, list(run.model.parameters())))
-    )
+    gradients = dict(zip(dict(run.model.named_parameters()), torch.autograd.grad(loss, list(run.model.parameters()))))
     result = training_step(run, [(images, labels)], 0)
     assert result.loss == pytest.approx(loss.item(), rel=1e-6)
-    assert result.grad_norm == pytest.approx(
-        math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
-    )
+    assert result.grad_norm == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in gradients.values())))
     for name, value in run.model.named_parameters():
         torch.testing.assert_close(value, before[name] - 0.1 * gradients[name])
 

@@ -108,9 +108,7 @@ def test_a_student_with_a_distillation_token_hears_the_teacher_on_it(logits):
     other = logits.detach().flip(1).requires_grad_()
     loss = DistillationLoss(CrossEntropy(), Teacher(torch.eye(C)[LABELS]), "hard", alpha=0.5, tau=1.0)
     found = loss(torch.zeros(B), (logits, other), LABELS)
-    torch.testing.assert_close(
-        found, 0.5 * F.cross_entropy(logits, LABELS) + 0.5 * F.cross_entropy(other, LABELS)
-    )
+    torch.testing.assert_close(found, 0.5 * F.cross_entropy(logits, LABELS) + 0.5 * F.cross_entropy(other, LABELS))
 
 
 def test_an_unknown_distillation_is_refused():

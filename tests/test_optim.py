@@ -180,9 +180,7 @@ def vim():
 def decayed(model, *flags):
     optimizer = build_optimizer(run_args(*flags), model, 1e-3)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = {
-        group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups
-    }
+    groups = {group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups}
     assert set().union(*groups.values()) == set(names.values())
     return groups[0.05], groups[0.0]
 
@@ -202,7 +200,5 @@ def test_no_decay_ssm_exempts_a_log_alone(vim):
 
 
 def test_no_decay_ssm_is_refused_where_there_is_no_a_log():
-    with pytest.raises(
-        ConfigError, match="--no-decay-ssm: deit_base_patch16_224 has no state-space parameters"
-    ):
+    with pytest.raises(ConfigError, match="--no-decay-ssm: deit_base_patch16_224 has no state-space parameters"):
         build_optimizer(run_args("--no-decay-ssm"), torch.nn.Linear(1, 1), 1e-3)

@@ -126,9 +126,7 @@ def check_input_size(args, model: nn.Module) -> None:
     height, width = patch if isinstance(patch, tuple | list) else (patch, patch)
     size = size_of(args.input_size)
     if size[0] < height or size[1] < width:
-        raise ConfigError(
-            f"--input-size {size[0]}x{size[1]} is smaller than a patch of {args.model}, {height}x{width}"
-        )
+        raise ConfigError(f"--input-size {size[0]}x{size[1]} is smaller than a patch of {args.model}, {height}x{width}")
 
 
 def train_attention_only(args, model: nn.Module) -> None:

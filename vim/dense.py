@@ -216,9 +216,7 @@ def load_backbone(args, backbone: Backbone, say=print) -> None:
     grid = known_grid(checkpoint, backbone) if dense else grid_of(checkpoint)
     before = weights.get("pos_embed")
     try:
-        report = load_weights(
-            backbone.model, weights, "finetune", args.pos_embed_resize, grid, source=checkpoint.path
-        )
+        report = load_weights(backbone.model, weights, "finetune", args.pos_embed_resize, grid, source=checkpoint.path)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; is it of --model {args.model}?") from error
     left_out = ", ".join(dict.fromkeys(name.rpartition(".")[0] or name for name in useless))

@@ -45,14 +45,10 @@ class WeightsEma:
         """Take over an average of the same keys and shapes. Raises ValueError for others."""
         if state.keys() != self.shadow.keys():
             differing = sorted(state.keys() ^ self.shadow.keys())
-            raise ValueError(
-                f"the average in it is another model's: {some_of(differing)} differ"
-            )
+            raise ValueError(f"the average in it is another model's: {some_of(differing)} differ")
         for key, value in state.items():
             if value.shape != self.shadow[key].shape:
-                raise ValueError(
-                    f"its average of {key} is {tuple(value.shape)}, not {tuple(self.shadow[key].shape)}"
-                )
+                raise ValueError(f"its average of {key} is {tuple(value.shape)}, not {tuple(self.shadow[key].shape)}")
             self.shadow[key].copy_(value)
 
     @contextmanager

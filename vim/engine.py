@@ -457,8 +457,7 @@ def load_optimizer(run: Run, checkpoint: Checkpoint) -> None:
         check_moments(run.optimizer)
     except ValueError as error:
         raise ConfigError(
-            f"{checkpoint.path}: its optimiser state does not fit ({error}); "
-            "give the flags of that run, or --finetune"
+            f"{checkpoint.path}: its optimiser state does not fit ({error}); give the flags of that run, or --finetune"
         ) from None
     for group, settings, rate in zip(run.optimizer.param_groups, of_flags, rates):
         group.update(settings)

@@ -84,8 +84,7 @@ def summarise(rows: torch.Tensor, indices: list, num_classes: int, world: World,
     pairs = (label * num_classes + predicted).long()
     wrong = (~right).nonzero()[:, 0]
     mistakes = [
-        Mistake(int(indices[i]), int(label[i]), int(predicted[i]), float(confidence[i]))
-        for i in wrong.tolist()
+        Mistake(int(indices[i]), int(label[i]), int(predicted[i]), float(confidence[i])) for i in wrong.tolist()
     ]
     confusion = None
     if num_classes <= LARGEST_CONFUSION:

@@ -104,9 +104,7 @@ class DistillationLoss(nn.Module):
         return divergence * self.tau**2 / student.numel()
 
 
-def build_criterion(
-    args, mixup_active: bool, num_classes: int, teacher: nn.Module | None = None
-) -> DistillationLoss:
+def build_criterion(args, mixup_active: bool, num_classes: int, teacher: nn.Module | None = None) -> DistillationLoss:
     """The training loss `args` asks for: called with images, outputs and targets.
 
     Mixup has smoothed its targets already; labels are smoothed here.
@@ -117,6 +115,4 @@ def build_criterion(
         base = BinaryCrossEntropy(floor=args.smoothing / num_classes if mixup_active else 0.0)
     else:
         base = CrossEntropy(0.0 if mixup_active else args.smoothing)
-    return DistillationLoss(
-        base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau
-    )
+    return DistillationLoss(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)

@@ -72,9 +72,7 @@ def build_optimizer(args, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         if not any(key.endswith("A_log") for key, _ in model.named_parameters()):
             raise ConfigError(f"--no-decay-ssm: {args.model} has no state-space parameters; leave it out")
         exempt = {"*A_log", "*A_b_log", *getattr(model, "no_weight_decay", set)()}
-        groups = partial(
-            param_groups_weight_decay, weight_decay=args.weight_decay, no_weight_decay_list=exempt
-        )
+        groups = partial(param_groups_weight_decay, weight_decay=args.weight_decay, no_weight_decay_list=exempt)
     if args.layer_decay is not None and groups is not None:
         raise ConfigError("--layer-decay and --no-decay-ssm each group the parameters in their own way; take one")
     return create_optimizer_v2(model, **{**optimizer_kwargs(args), "lr": lr}, param_group_fn=groups)

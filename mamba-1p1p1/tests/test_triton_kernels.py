@@ -163,9 +163,7 @@ def test_scan(case):
     assert relative_error(last_state, right_state) <= 2e-5
 
     dout, dlast = torch.randn_like(out), torch.randn_like(last_state) if case["last"] else None
-    grads = kernels.selective_scan_backward(
-        dout, dlast, *arguments, case["softplus"], saved, segments=case["segments"]
-    )
+    grads = kernels.selective_scan_backward(dout, dlast, *arguments, case["softplus"], saved, segments=case["segments"])
     expected = reference.selective_scan_backward(
         *in_float64((dout, dlast)), *in_float64(arguments), case["softplus"], None
     )
