@@ -18,6 +18,17 @@ def unsupported(dtype: torch.dtype, width: int) -> str | None:
     return None
 
 
+def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+
+
+def _after_initial_states(x: Tensor, initial_states: Tensor | None, width: int) -> Tensor:
+    """x behind the W-1 tokens that the first taps see, zeros where none are given: (B, D, W-1+L)."""
+    if initial_states is None:
+        return F.pad(x, (width - 1, 0))
+    return torch.cat([initial_states.to(x.dtype), x], dim=-1)
+
+
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None, silu: bool) -> Tensor:
     """`y[t] = bias + sum_k weight[k] * x[t - (W-1) + k]`, then SiLU if asked, differentiable by autograd.
 
@@ -27,12 +38,8 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, initial_states
 
     Returns (B, D, L) in x's dtype, computed in at least float32.
     """
-    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-    width = weight.shape[1]
-    if initial_states is None:
-        padded = F.pad(x.to(dtype), (width - 1, 0))
-    else:
-        padded = torch.cat([initial_states.to(dtype), x.to(dtype)], dim=-1)  # (B, D, W-1+L)
+    dtype = _compute_dtype(x, weight)
+    padded = _after_initial_states(x.to(dtype), initial_states, weight.shape[1])
     bias = None if bias is None else bias.to(dtype)
     out = F.conv1d(padded, weight.to(dtype).unsqueeze(1), bias, groups=weight.shape[0])
     return (F.silu(out) if silu else out).to(x.dtype)
@@ -44,7 +51,7 @@ def causal_conv1d_packed(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx
     `seq_idx` (B, L) integer: tokens with equal numbers belong together, so give each sequence one of its own. Negative
     numbers are padding, whose output is zero before the activation.
     """
-    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    dtype = _compute_dtype(x, weight)
     width, length = weight.shape[1], x.shape[-1]
     padded = F.pad(x.to(dtype), (width - 1, 0))
     numbers = F.pad(seq_idx, (width - 1, 0), value=-1)
@@ -67,12 +74,9 @@ def conv_forward(x, weight, bias, initial_states, silu):
 
 def conv_backward(dout, x, weight, bias, initial_states, silu):
     """Gradients of `causal_conv1d`: (dx, dweight, dbias or None, dinitial_states or None)."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    dtype = _compute_dtype(x, weight)
     width, length = weight.shape[1], x.shape[-1]
-    if initial_states is None:
-        padded = F.pad(x.to(dtype), (width - 1, 0))
-    else:
-        padded = torch.cat([initial_states.to(dtype), x.to(dtype)], dim=-1)  # (B, D, W-1+L)
+    padded = _after_initial_states(x.to(dtype), initial_states, width)
     dout = dout.to(dtype)
     if silu:
         wide_bias = None if bias is None else bias.to(dtype)

@@ -225,7 +225,7 @@ def test_torchs_default_dtype_changes_nothing(default, default_dtype):
 
 def test_torch_func_differentiates_forwards_and_backwards():
     """Registered operations know autograd alone; jvp would silently take their derivatives for zero."""
-    x, weight, bias, _ = (t if t is None else t.detach() for t in random_inputs())
+    x, weight, bias, _ = (t.detach() for t in random_inputs())
     tangent, g = torch.randn_like(x), torch.randn_like(x)
 
     def loss(x):
@@ -241,7 +241,7 @@ def test_torch_func_differentiates_forwards_and_backwards():
 
 
 def test_torch_func_does_not_leave_a_forced_backend(monkeypatch):
-    x, weight, bias, _ = (t if t is None else t.detach() for t in random_inputs())
+    x, weight, bias, _ = (t.detach() for t in random_inputs())
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "cpu")
     with pytest.raises(NotImplementedError, match=r"=cpu: autograd alone has derivatives of it; unset it, or use ref"):
         torch.func.grad(lambda x: causal_conv1d_fn(x, weight, bias).sum())(x)

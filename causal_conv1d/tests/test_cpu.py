@@ -7,7 +7,10 @@ import torch
 
 from causal_conv1d import cpu, reference
 
-pytestmark = pytest.mark.skipif(bool(cpu.unavailable_reason()), reason=str(cpu.unavailable_reason()))
+pytestmark = [
+    pytest.mark.skipif(bool(cpu.unavailable_reason()), reason=str(cpu.unavailable_reason())),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 ISAS = cpu.available_isas() if not cpu.unavailable_reason() else ()
 
@@ -16,14 +19,6 @@ ISAS = cpu.available_isas() if not cpu.unavailable_reason() else ()
 def isa(request, monkeypatch):
     monkeypatch.setenv(cpu.ISA_VARIABLE, request.param)
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def unwritten_memory_is_nan():
-    """torch.empty is filled with NaN, so that an element never written fails."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def check(name, actual, expected, tolerance):

@@ -18,9 +18,6 @@ from causal_conv1d import triton_kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-on_device = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no GPU here")
-gpu = pytest.mark.gpu
-kernels = [] if INTERPRETED else [gpu]
 
 # The interpreter cuts bfloat16 off instead of rounding it: up to 2^-7 of a value.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2 if INTERPRETED else 6e-3, torch.float16: 6e-3}
@@ -48,6 +45,12 @@ def test_in_the_interpreter():
     assert f"{len(CASES) + 2} passed" in result.stdout
 
 
+def on_the_device(test):
+    """What runs the kernels: on a GPU with `-m gpu`, or in the interpreter."""
+    test = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no GPU here")(test)
+    return test if INTERPRETED else pytest.mark.gpu(test)
+
+
 def relative_error(actual, expected):
     assert actual.shape == expected.shape
     return ((actual.double().cpu() - expected).abs().max() / expected.abs().max()).nan_to_num(float("inf")).item()
@@ -72,9 +75,8 @@ def in_float64(tensors):
     return [None if t is None else t.cpu().double() for t in tensors]
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, id=name, marks=[*kernels, on_device]) for name, case in CASES.items()]
-)
+@on_the_device
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_forward_and_gradients(case, poisoned):
     batch, channels, length, width, silu, bias, states, channels_last, dtype = case
     inputs = arguments(batch, channels, length, width, bias, states, channels_last, dtype)
@@ -94,16 +96,15 @@ def test_forward_and_gradients(case, poisoned):
     assert not any(grad.storage_offset() for grad in given)
 
 
-@pytest.mark.parametrize("_", [pytest.param(0, id="twice", marks=[*kernels, on_device])])
-def test_backward_gives_the_same_bits_twice(_):
+@on_the_device
+def test_backward_gives_the_same_bits_twice():
     inputs = arguments(2, 6, 37, 4, True, True, True, torch.float32)
     dout = torch.randn_like(inputs[0])
     first, second = (triton_kernels.conv_backward(dout, *inputs, True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-@gpu
-@on_device
+@on_the_device
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU's memory")
 def test_more_than_2_to_the_31_elements():
     """The last row of a batch whose tensor passes 2^31 elements equals that row alone."""

@@ -8,7 +8,10 @@ import torch
 from mamba_ssm.ops import cpu, reference
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-pytestmark = pytest.mark.skipif(bool(cpu.unavailable_reason()), reason=str(cpu.unavailable_reason()))
+pytestmark = [
+    pytest.mark.skipif(bool(cpu.unavailable_reason()), reason=str(cpu.unavailable_reason())),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 ISAS = cpu.available_isas() if not cpu.unavailable_reason() else ()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -18,14 +21,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def isa(request, monkeypatch):
     monkeypatch.setenv(cpu.ISA_VARIABLE, request.param)
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def unwritten_memory_is_nan():
-    """torch.empty is filled with NaN, so that an element never written fails."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """The Triton kernels against the float64 reference: outputs, states and every gradient.
 
 Without a GPU `test_triton_interpreter.py` runs this file in a process of its own, where Triton interprets the
-kernels on CPU tensors. On a GPU the same cases run there: `-m gpu`. Tolerances: `docs`' rule for every kernel,
+kernels on CPU tensors. On a GPU the same cases run there: `-m gpu`. Tolerances: CONTRIBUTING.md's for every kernel,
 max|x - r| / max|r| <= 2e-5 with float32 tensors, 6e-3 for 16-bit activations.
 """
 
