@@ -914,7 +914,7 @@ def test_backward_without_saved_tensors():
     out = torch.ops.mamba_ssm.selective_scan(*inputs, True, False)[0]
     kernels = backend.choose("selective_scan", out.device, out.dtype, d_state=4)
     if kernels.selective_scan_saved_bytes(2, 6, 7, 4, torch.float32) == 0:
-        return  # this backend recomputes everything
+        pytest.skip("this backend recomputes everything")
     with pytest.raises(RuntimeError, match="save=True"):
         out.sum().backward()
 

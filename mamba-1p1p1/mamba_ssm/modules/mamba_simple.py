@@ -284,6 +284,9 @@ class Mamba(nn.Module):
             out = self._mix_v2(hidden_states)
         else:
             out = self.out_proj(self._mix_channels_first(self.in_proj(hidden_states)))
+        return self._layer_scaled(out)
+
+    def _layer_scaled(self, out: Tensor) -> Tensor:
         return out if self.init_layer_scale is None else out * self.gamma
 
     def _forward_cached(self, hidden_states: Tensor, inference_params) -> Tensor:
@@ -314,8 +317,7 @@ class Mamba(nn.Module):
         width = conv_state.shape[-1]
         conv_state.copy_(F.pad(xz[:, : self.d_inner], (width, 0))[..., -width:].detach())
         ssm_state.copy_(last_state.detach())
-        out = self.out_proj(y.transpose(1, 2))
-        return out if self.init_layer_scale is None else out * self.gamma
+        return self._layer_scaled(self.out_proj(y.transpose(1, 2)))
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One token (B, 1, E) of a one-directional layer; conv_state (B, D, W) and ssm_state (B, D, N) in place.
@@ -338,10 +340,7 @@ class Mamba(nn.Module):
             ssm_state, x, F.linear(dt, dt_proj.weight), negative_exp(self.A_log), B, C, self.D, z,
             dt_bias=dt_proj.bias, dt_softplus=True,
         )  # fmt: skip
-        out = self.out_proj(y)
-        if self.init_layer_scale is not None:
-            out = out * self.gamma
-        return out.unsqueeze(1), conv_state, ssm_state
+        return self._layer_scaled(self.out_proj(y)).unsqueeze(1), conv_state, ssm_state
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None) -> InferenceCache:
         """Zero states for `step`; their size does not depend on `max_seqlen`.
