@@ -47,7 +47,6 @@ ENTRIES = {"raw": "model", "ema": "model_ema"}
 PLAIN_TYPES = (type(None), bool, int, float, complex, str, torch.Size, torch.device, torch.dtype)
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)\.pth")
 
-
 # System errors after which writing again cannot succeed; others, of a network's storage, may pass.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -379,16 +378,19 @@ def _other_grid(model: nn.Module, old: tuple[int, int]) -> list[str]:
     return [f"{name} (file {old[0]} x {old[1]} patches, model {new[0]} x {new[1]})"]
 
 
-def head_parameter_names(model: nn.Module) -> list[str]:
-    """Names of the classifier's parameters, whichever module `get_classifier` returns; none without one."""
-    heads = model.get_classifier() if hasattr(model, "get_classifier") else []
+def head_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The classifier's modules by name, whichever `get_classifier` returns."""
+    heads = model.get_classifier()
     heads = heads if isinstance(heads, tuple | list) else [heads]
-    return [
-        f"{prefix}.{name}"
-        for prefix, module in model.named_modules()
-        if any(module is head for head in heads)
-        for name, _ in module.named_parameters()
-    ]
+    return {name: module for name, module in model.named_modules() if any(module is head for head in heads)}
+
+
+def head_parameter_names(model: nn.Module) -> list[str]:
+    """Names of the classifier's parameters; none without a classifier."""
+    if not hasattr(model, "get_classifier"):
+        return []
+    heads = head_modules(model).items()
+    return [f"{prefix}.{name}" for prefix, module in heads for name, _ in module.named_parameters()]
 
 
 def _drop_unfit_head(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> tuple[str, int | None]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from arguments import size_of
 from build import check_model_name, checkpoint_gradients, create_model, vim_arguments
-from checkpoint import Checkpoint, LoadReport, grid_of_model, load_weights, read_checkpoint
+from checkpoint import Checkpoint, LoadReport, grid_of_model, head_modules, load_weights, read_checkpoint
 from errors import CheckpointError, ConfigError, as_config_error
 from failures import main_memory_is_full
 from identity import DENSE_BACKBONE, grid_of
@@ -93,11 +93,9 @@ class Backbone(nn.Module):
 def head_names(model: nn.Module) -> tuple[str, ...]:
     """What the names of a classifier's parameters begin with, there or not."""
     try:
-        heads = model.get_classifier()
+        return tuple(f"{name}." for name in head_modules(model))
     except AttributeError:  # some look for it inside the head that a model without classes has not
         raise ValueError("it cannot tell its head from the rest; take another backbone") from None
-    heads = heads if isinstance(heads, tuple | list) else (heads,)
-    return tuple(f"{name}." for name, module in model.named_modules() if any(module is head for head in heads))
 
 
 def _moved(group, prefix: str):
@@ -205,15 +203,14 @@ def load_backbone(args, backbone: Backbone, say=print) -> None:
     checkpoint = read_checkpoint(args.finetune, args.trust_checkpoint)
     weights = checkpoint.some_weights
     averaged = "averaged weights, it has no others" if checkpoint.model is None else ""
-    inner = DENSE_BACKBONE
-    dense = any(name.startswith(inner) for name in weights)
+    dense = backbone_weights(weights)
     if dense:
-        useless = [name for name in weights if not name.startswith(inner)]
-        weights = {name.removeprefix(inner): value for name, value in weights.items() if name.startswith(inner)}
+        useless = [name for name in weights if not name.startswith(DENSE_BACKBONE)]
+        weights, grid = dense, known_grid(checkpoint, backbone)
     else:
-        useless = [name for name in weights if _after_the_maps(backbone, name)]
+        useless = [name for name in weights if name in backbone.pruned or name.startswith(backbone.heads)]
         weights = {name: value for name, value in weights.items() if name not in useless}
-    grid = known_grid(checkpoint, backbone) if dense else grid_of(checkpoint)
+        grid = grid_of(checkpoint)
     before = weights.get("pos_embed")
     try:
         report = load_weights(backbone.model, weights, "finetune", args.pos_embed_resize, grid, source=checkpoint.path)
@@ -225,15 +222,20 @@ def load_backbone(args, backbone: Backbone, say=print) -> None:
     say(f"backbone from {checkpoint.label}: {'; '.join(filter(None, said))}")
 
 
+def backbone_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a dense model's backbone, under the names that it has by itself; none of a classifier's."""
+    inner = DENSE_BACKBONE
+    return {name.removeprefix(inner): value for name, value in weights.items() if name.startswith(inner)}
+
+
 def load_dense(args, model: DenseModel, checkpoint: Checkpoint, weights: dict[str, Tensor]) -> LoadReport:
     """Give `model` all `weights` of a dense model's checkpoint, its position embeddings resampled where need be."""
-    inner = DENSE_BACKBONE
-    own = {name.removeprefix(inner): value for name, value in weights.items() if name.startswith(inner)}
+    own = backbone_weights(weights)
     if not own:
         raise ConfigError(f"--eval --finetune {args.finetune} is of a classifier; give a checkpoint of this program")
     grid, file = known_grid(checkpoint, model.backbone), checkpoint.path
     report = load_weights(model.backbone.model, own, "finetune", args.pos_embed_resize, grid, source=file)
-    loaded = {name: value for name, value in model.state_dict().items() if name.startswith(inner)}
+    loaded = {name: value for name, value in model.state_dict().items() if name.startswith(DENSE_BACKBONE)}
     load_weights(model, weights | loaded, source=file)
     return report
 
@@ -301,10 +303,6 @@ def moved_slots(model: nn.Module, before: Tensor) -> str:
         found = cls_token_positions(model.cls_token_design, patches)
         places.append(f"{' and '.join(map(str, found))} of {length}")
     return f"class token's slot {places[0]} taken out, now {places[1]}" if found else ""
-
-
-def _after_the_maps(backbone: Backbone, name: str) -> bool:
-    return name in backbone.pruned or name.startswith(backbone.heads)
 
 
 def resize_maps(x: Tensor, size: tuple[int, int]) -> Tensor:
