@@ -694,7 +694,8 @@ def check_classifier(args: argparse.Namespace) -> None:
     require_weights(args)
     if args.data_set != "DIGITS" and not args.data_set.startswith(("hfds/", "hfids/")) and not args.data_path:
         raise ConfigError(
-            f"--data-set {args.data_set} needs --data-path DIR; without --data-path only DIGITS can be used"
+            f"--data-set {args.data_set} needs --data-path DIR; without it only DIGITS, hfds/NAME and hfids/NAME "
+            "can be used"
         )
     for flag in PUBLISHED_RANDOM:
         if getattr(args, f"if_{flag}"):

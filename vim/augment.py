@@ -68,7 +68,7 @@ class ResizeToCover:
     """Scale an image (bicubic), keeping its proportions, to the smallest size that covers (height, width).
 
     For squares this is torchvision's Resize(side), which has no rectangular counterpart. Of an image more
-    than LONGEST times as long as that the middle is taken: one of 1 x 20000 pixels would fill gigabytes.
+    than LONGEST times as long as that the middle is taken.
     """
 
     def __init__(self, size: tuple[int, int]):
