@@ -24,11 +24,11 @@ from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn, selective_scan_ref
 
 EMBED, INNER, STATE, RANK, WIDTH = 192, 384, 16, 12, 4  # Vim-Ti
-SHAPES = {"B 8 x L 197": (8, 197), "B 1 x L 6085": (1, 6085)}  # 224 px, 1248 px
+SHORT, LONG = "B 8 x L 197", "B 1 x L 6085"  # 224 px, 1248 px
+SHAPES = {SHORT: (8, 197), LONG: (1, 6085)}
 # Back through a loop over thousands of tokens takes minutes: timed at the short shape alone, and not in a
 # quick run.
 SLOW_BACKWARD = ("prefix", "selective_scan_ref", "mambapy", "transformers, one direction")
-SLOW_BACKWARD_SHAPE = "B 8 x L 197"
 BACKEND_VARIABLES = ("MAMBA_SSM_BACKEND", "CAUSAL_CONV1D_BACKEND")
 
 
@@ -291,7 +291,7 @@ def run(
     for op in OPS:
         for shape in SHAPES:
             print(f"  {op}, {shape}", flush=True)
-            slow_backward = shape == SLOW_BACKWARD_SHAPE and not quick
+            slow_backward = shape == SHORT and not quick
             records += measure_op(op, shape, device, dtype, seconds, slow_backward, launch)
     peers = {"mambapy": mambapy_scan(), "transformers": transformers_mixer()}
     missing = [name for name, peer in peers.items() if peer is None]

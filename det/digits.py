@@ -12,9 +12,9 @@ from scenes import CLASS_NAMES, Scene, Scenes
 
 def scene_source(split: str, size: int, count: int) -> CocoSource:
     """`count` square scenes of `size` pixels, "train" or "val"; the digits 0 to 9 are the categories 1 to 10."""
-    found = [scene for scene in Scenes(split, size, count)]
+    found = list(Scenes(split, size, count))
     pictures = [scene.image for scene in found]
-    categories = {number: name for number, name in enumerate(CLASS_NAMES, start=1)}
+    categories = dict(enumerate(CLASS_NAMES, start=1))
     images = [{"id": i, "file_name": f"{split} #{i}", "width": size, "height": size} for i in range(count)]
     content = {
         "images": images,
