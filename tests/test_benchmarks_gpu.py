@@ -38,9 +38,13 @@ def causal_conv1d_fn(x, weight, bias=None, activation=None):
 """
 
 
-@pytest.fixture
-def published(monkeypatch):
+@pytest.fixture(autouse=True)
+def benchmarks_on_the_path(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture
+def published():
     import published
 
     published.kernels.cache_clear()
@@ -126,7 +130,6 @@ def test_a_build_made_before_is_used_as_it_is(tmp_path):
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     """A device whose graphs are the calls themselves."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import harness
 
     monkeypatch.setattr(harness, "on_side_stream", lambda call: call())
@@ -191,8 +194,7 @@ def test_a_case_on_a_gpu_measures_memory_and_time_of_one_build(pretended_gpu, mo
     assert "224 px, vim_small: launched eager (RuntimeError: no)" in vim_vs_deit.table(records, "infer")
 
 
-def test_torch_compiles_own_graphs_are_not_captured_again(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def test_torch_compiles_own_graphs_are_not_captured_again():
     from subjects import Subject
     from vim_vs_deit import Settings, launch_of
 
@@ -203,7 +205,6 @@ def test_torch_compiles_own_graphs_are_not_captured_again(monkeypatch):
 
 
 def test_the_gpus_tests_run_in_several_processes_where_they_can(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import harness
 
     monkeypatch.setattr(harness.os, "cpu_count", lambda: 6)
@@ -215,7 +216,6 @@ def test_the_gpus_tests_run_in_several_processes_where_they_can(monkeypatch):
 
 
 def test_a_copy_without_its_repository_can_name_its_commit(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import harness
 
     monkeypatch.setenv("BENCHMARK_COMMIT", "0123abc")
@@ -248,8 +248,7 @@ assert torch.allclose(out, sum(x).repeat(2)), out
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-def test_stability_is_judged_by_both_curves(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def test_stability_is_judged_by_both_curves():
     from stability import judge
 
     falling = [2.3 - 0.01 * step + 0.02 * (step % 2) for step in range(200)]
@@ -260,8 +259,7 @@ def test_stability_is_judged_by_both_curves(monkeypatch):
     assert not judge([loss + 5 for loss in falling], falling)["as_float32"]
 
 
-def test_the_learning_rate_warms_up_to_its_full_height(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def test_the_learning_rate_warms_up_to_its_full_height():
     from stability import warmup
 
     assert warmup(0, 1000) == pytest.approx(0.01) and warmup(25, 1000) == pytest.approx(0.505)
@@ -269,8 +267,7 @@ def test_the_learning_rate_warms_up_to_its_full_height(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_small_model_trains_alike_in_both_precisions(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def test_a_small_model_trains_alike_in_both_precisions(tmp_path):
     import stability
 
     result = stability.run("vim_nano_patch4_32", 32, 4, 8, torch.device("cpu"), tmp_path)
