@@ -1,10 +1,21 @@
 """What holds for every test of the program."""
 
 import signal
+from functools import partial
 
 import pytest
+from huggingface_hub import constants
 
 from distributed import StopSignal
+from helpers import write_hub_file
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """No network and an empty Hub cache; returns what puts a file of a repository into it, see `write_hub_file`."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return partial(write_hub_file, tmp_path / "hub")
 
 
 @pytest.fixture(autouse=True)

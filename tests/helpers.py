@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from arguments import build_parser
@@ -35,6 +36,17 @@ def write_image_folder(root: Path, classes=("ant", "bee", "cow"), per_class: int
             seed = int.from_bytes(hashlib.sha256(f"{split}/{name}/{i}".encode()).digest()[:4], "big")
             random_image(seed, **size).save(folder / f"{i}.jpg")
     return root
+
+
+def write_hub_file(cache: Path, repo: str, file: str, state: dict) -> Path:
+    """`state` in the Hub's cache, as a download of `file` from `repo` leaves it there."""
+    folder, commit = cache / f"models--{repo.replace('/', '--')}", "0" * 40
+    snapshot = folder / "snapshots" / commit
+    for place in (folder / "refs", snapshot):
+        place.mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / "main").write_text(commit)
+    torch.save(state, snapshot / file)
+    return snapshot / file
 
 
 def write_cifar(root: Path, kind: type, monkeypatch, size: int = 12) -> Path:

@@ -224,27 +224,12 @@ def test_only_namespace_is_allowed_and_only_while_loading(tmp_path):
         torch.load(tmp_path / "vim.pth", weights_only=True)
 
 
-@pytest.fixture
-def hub_cache(tmp_path, monkeypatch):
-    """A local Hub cache that holds one published repository, and no network."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    repo = tmp_path / "models--hustvl--Vim-tiny-midclstok"
-    (repo / "snapshots/abc").mkdir(parents=True)
-    (repo / "refs").mkdir()
-    (repo / "refs/main").write_text("abc")
-    for name in ("vim_t_midclstok_76p1acc.pth", "vim_t_midclstok_ft_78p3acc.pth"):
-        torch.save({"model": filled(vim(), len(name))}, repo / "snapshots/abc" / name)
-    return repo
-
-
 def test_hub_names(hub_cache):
-    name = "hf-hub:hustvl/Vim-tiny-midclstok"
-    assert read_checkpoint(name).path.name == "vim_t_midclstok_76p1acc.pth"
-    found = read_checkpoint(f"{name}/vim_t_midclstok_ft_78p3acc.pth")
-    assert equal(found.weights(), filled(vim(), len(found.path.name)))
+    repo, fine_tuned = "hustvl/Vim-tiny-midclstok", "vim_t_midclstok_ft_78p3acc.pth"
+    hub_cache(repo, "vim_t_midclstok_76p1acc.pth", {"model": filled(vim(), 1)})
+    hub_cache(repo, fine_tuned, {"model": filled(vim(), 2)})
+    assert equal(read_checkpoint(f"hf-hub:{repo}").weights(), filled(vim(), 1))
+    assert equal(read_checkpoint(f"hf-hub:{repo}/{fine_tuned}").weights(), filled(vim(), 2))
 
 
 def test_hub_without_a_network_says_what_to_do(hub_cache):

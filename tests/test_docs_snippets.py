@@ -21,6 +21,7 @@ import hub
 import models_mamba  # noqa: F401  (registers its models with timm)
 import predict
 import visualize
+from helpers import write_hub_file
 from pretrained import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,20 +40,11 @@ def is_of_big_data(line: str) -> bool:
     return "/data/" in line or "hfds/timm" in line
 
 
-def write_hub_cache(folder: Path) -> None:
-    """The published tiny file's name with fresh weights, as the Hub's cache keeps it."""
-    weights = PUBLISHED["vim_tiny_patch16_224"]
-    place = folder / "hub" / f"models--{weights.repo.replace('/', '--')}"
-    (place / "refs").mkdir(parents=True)
-    (place / "refs" / "main").write_text("0" * 40)
-    (place / "snapshots" / ("0" * 40)).mkdir(parents=True)
-    state = {"model": timm.create_model("vim_tiny_patch16_224").state_dict(), "args": argparse.Namespace()}
-    torch.save(state, place / "snapshots" / ("0" * 40) / weights.file)
-
-
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A folder like a clone in which `make demo` has run, with some photos of digits."""
+    """A folder like a clone in which `make demo` has run, with some photos of digits, and
+    the published tiny file's name, with fresh weights, in the Hub's cache.
+    """
     folder = tmp_path_factory.mktemp("clone")
     (folder / "vim").symlink_to(ROOT / "vim")
     demo = folder / "output" / "demo" / "vim_nano_patch4_32"
@@ -65,7 +57,9 @@ def clone(tmp_path_factory):
     (folder / "photos").mkdir()
     for i, digit in enumerate(load_digits().images[:3]):
         Image.fromarray((digit * 15).astype("uint8")).save(folder / "photos" / f"{i}.png")
-    write_hub_cache(folder)
+    published = PUBLISHED["vim_tiny_patch16_224"]
+    fresh = {"model": timm.create_model("vim_tiny_patch16_224").state_dict(), "args": argparse.Namespace()}
+    write_hub_file(folder / "hub", published.repo, published.file, fresh)
     return folder
 
 

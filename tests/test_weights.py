@@ -27,29 +27,6 @@ from processes import QUICK
 from small_weights import CLASS_NAMES, TWO_BLOCKS, small_model, write_checkpoint
 
 
-@pytest.fixture
-def hub_cache(tmp_path, monkeypatch):
-    """An empty Hub cache and no network; returns a function that puts a file of a repository into it."""
-    import huggingface_hub.constants as constants
-    import timm.models._hub as timm_hub
-
-    cache = tmp_path / "hub"
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    assert timm_hub.hf_hub_download
-
-    def store(repo: str, file: str, state: dict) -> Path:
-        commit = "0" * 40
-        folder = cache / f"models--{repo.replace('/', '--')}"
-        (folder / "refs").mkdir(parents=True, exist_ok=True)
-        (folder / "refs" / "main").write_text(commit)
-        (folder / "snapshots" / commit).mkdir(parents=True, exist_ok=True)
-        torch.save(state, folder / "snapshots" / commit / file)
-        return folder / "snapshots" / commit / file
-
-    return store
-
-
 def published_state(name: str, **arguments) -> dict:
     """A small model's weights in the form of a published file."""
     model = fill(timm.create_model(name, depth=1, embed_dim=32, **arguments))
