@@ -1,7 +1,6 @@
 """The program as users start it: training, stopping, resuming, evaluating, and what a mistake reads like."""
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from checkpoint import read_checkpoint
 from classification import Classification
 from helpers import write_image_folder
 from main import main
+from processes import pieces
 from run_folder import RUN_FILES, matching
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,41 +33,6 @@ TINY = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midcls
 
 def run(flags: str, *more: str) -> int:
     return main([*flags.split(), *map(str, more)])
-
-
-def digest(folder: Path, name: str = "checkpoint.pth") -> str:
-    """Everything of a run that is to be equal bit for bit: all state and all log rows."""
-    sha = hashlib.sha256()
-
-    def add(value):
-        if isinstance(value, torch.Tensor):
-            sha.update(f"{value.dtype}{tuple(value.shape)}".encode() + value.numpy().tobytes())
-        elif isinstance(value, dict):
-            for key in value:
-                sha.update(repr(key).encode())
-                add(value[key])
-        elif isinstance(value, list | tuple):
-            for item in value:
-                add(item)
-        elif not isinstance(value, argparse.Namespace):
-            sha.update(repr(value).encode())
-
-    found = read_checkpoint(folder / name)
-    add([found.model, found.model_ema, found.optimizer, found.lr_scheduler, found.scaler, found.best_metric])
-    add([found.extra["progress"], (folder / "log.txt").read_text(), (folder / "metrics.csv").read_text()])
-    return sha.hexdigest()
-
-
-def stop_at(monkeypatch, step: int) -> None:
-    """Have SIGTERM come while step number `step` computes."""
-    true_step = engine.training_step
-
-    def stepping(run, batches, first_micro):
-        if run.progress.step == step:
-            signal.raise_signal(signal.SIGTERM)
-        return true_step(run, batches, first_micro)
-
-    monkeypatch.setattr(engine, "training_step", stepping)
 
 
 # --- a run and what it leaves behind
@@ -127,66 +92,27 @@ def test_evaluation_repeats_what_training_measured(trained, capsys, tmp_path):
 
 def test_the_file_beside_the_checkpoints_repeats_the_run(trained, tmp_path):
     assert run("--config", trained / "args.yaml", "--output_dir", tmp_path) == 0
-    assert digest(tmp_path) == digest(trained)
+    assert pieces(tmp_path) == pieces(trained)
 
 
-# --- stop anywhere, resume
-
-
-SETTINGS = {
-    "vim, mixup, stochastic depth, average": (f"{VIM} --drop-path 0.2 --model-ema-decay 0.9", 2),
-    "at the end of an epoch": (f"{VIM} --no-model-ema", 10),
-    "accumulation": (f"{DEIT} --accum-steps 2 --no-model-ema", 3),
-    "accumulation at the end of an epoch": (f"{DEIT} --accum-steps 2", 4),
-    "bfloat16": (f"{DEIT} --if_amp", 4),
-    "float16": (f"{DEIT} --if_amp --amp-dtype float16", 13),
-    "per step, dropout, workers": (f"{DEIT} --sched-on-updates --num_workers 2 --drop 0.1", 2),
-    "plateau": (f"{DEIT} --sched plateau", 12),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_a_stopped_and_resumed_run_is_the_run_that_never_was(setting, tmp_path, monkeypatch, capsys):
-    flags, step = SETTINGS[setting]
-    flags = f"{flags} --epochs 2 --seed 3"
-    assert run(flags, "--output_dir", tmp_path / "whole") == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, step)
-        assert run(flags, "--output_dir", tmp_path / "parts", "--resume", "auto") == distributed.EXIT_REQUEUE
-    assert "saved, --resume auto goes on" in capsys.readouterr().out
-    assert read_checkpoint(tmp_path / "parts" / "checkpoint.pth").step == step + 1
-    assert run(flags, "--output_dir", tmp_path / "parts", "--resume", "auto") == 0
-    assert digest(tmp_path / "whole") == digest(tmp_path / "parts")
+# --- stop, resume (every way to stop: test_reliability_resume.py)
 
 
 def test_loader_workers_never_change_a_run(tmp_path):
     for workers in (0, 2):
         assert run(f"{DEIT} --epochs 1 --num_workers {workers}", "--output_dir", tmp_path / str(workers)) == 0
-    assert digest(tmp_path / "0") == digest(tmp_path / "2")
+    assert pieces(tmp_path / "0") == pieces(tmp_path / "2")
 
 
 def test_a_run_resumes_from_a_checkpoint_inside_an_epoch(tmp_path):
     """As after a power cut: the newest file is a mid-epoch one, and a row of the log came after it."""
     flags = f"{DEIT} --epochs 2 --checkpoint-steps 4 --keep-checkpoints 9"
     assert run(flags, "--output_dir", tmp_path) == 0
-    whole = digest(tmp_path)
+    whole = pieces(tmp_path)
     for step in (16, 20, 22):
         (tmp_path / f"checkpoint-{step:08d}.pth").unlink()
     assert run(flags, "--output_dir", tmp_path, "--resume", "auto") == 0
-    assert digest(tmp_path) == whole
-
-
-def test_the_digest_notices_a_lost_piece_of_state(tmp_path, monkeypatch):
-    """The control of the tests above: a resume that forgets the optimiser's moments is another run."""
-    flags = f"{DEIT} --epochs 1 --no-model-ema"
-    assert run(flags, "--output_dir", tmp_path / "whole") == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, 4)
-        assert run(flags, "--output_dir", tmp_path / "parts") == distributed.EXIT_REQUEUE
-    monkeypatch.setattr(engine, "load_optimizer", lambda run, checkpoint: None)
-    assert run(flags, "--output_dir", tmp_path / "parts", "--resume", "auto") == 0
-    assert digest(tmp_path / "whole") != digest(tmp_path / "parts")
+    assert pieces(tmp_path) == whole
 
 
 def test_a_finished_run_is_evaluated_again_and_nothing_else(trained, tmp_path, capsys):

@@ -40,17 +40,21 @@ STOPS = {
     "bfloat16": ("--if_amp", "sigusr1@14"),
     "workers, dropout, no repeated augmentation": ("--num_workers 2 --drop 0.1 --no-repeated-aug", "sigint@3"),
     "lamb, rate by step, clipped": ("--opt lamb --sched-on-updates --clip-grad 1", "sigterm@15"),
+    "plateau": ("--sched plateau", "sigterm@12"),
+    "DeiT, accumulation": ("--model deit_nano_patch4_32 --accum-steps 2", "sigterm@3"),
+    "DeiT, float16": ("--model deit_nano_patch4_32 --if_amp --amp-dtype float16", "sigusr1@13"),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", STOPS)
-def test_a_stopped_run_resumes_bit_for_bit(setting, tmp_path):
+def test_a_stopped_run_resumes_bit_for_bit(setting, tmp_path, capsys):
     flags, stop = STOPS[setting]
     flags = f"{QUICK} --seed 3 {flags}"
     assert run(flags, tmp_path / "whole") == 0
     with fault(stop):
         assert run(flags, tmp_path / "parts") == EXIT_REQUEUE
+    assert "saved, --resume auto goes on" in capsys.readouterr().out
     assert read_checkpoint(tmp_path / "parts" / "checkpoint.pth").step == int(stop.partition("@")[2]) + 1
     assert run(flags, tmp_path / "parts") == 0
     assert differing(tmp_path / "whole", tmp_path / "parts") == []
