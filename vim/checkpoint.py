@@ -32,7 +32,7 @@ from timm.models import adapt_input_conv
 from torch import nn
 
 import faults
-from errors import CheckpointError, ConfigError, StorageError, some_of
+from errors import CheckpointError, ConfigError, StorageError, first_sentence, some_of
 from models_mamba import resample_pos_embed
 from pretrained import PUBLISHED, unwrap_state_dict
 
@@ -173,7 +173,7 @@ def _fetch_from_hub(name: str) -> Path:
             f"where there is a network run `hf download {repo} {file}`, then copy the file and give its path"
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
-        raise CheckpointError(f"hf-hub:{repo}/{file} cannot be had: {_one_line(error)}") from error
+        raise CheckpointError(f"hf-hub:{repo}/{file} cannot be had: {_reason(error)}") from error
 
 
 def _fetch_from_web(url: str) -> Path:
@@ -186,7 +186,7 @@ def _fetch_from_web(url: str) -> Path:
         torch.hub.download_url_to_file(url, str(file), progress=sys.stderr.isatty())
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"{url} cannot be downloaded: {_one_line(error)}; fetch it elsewhere and give its path"
+            f"{url} cannot be downloaded: {_reason(error)}; fetch it elsewhere and give its path"
         ) from error
     return file
 
@@ -195,7 +195,7 @@ def _load_safetensors(path: Path) -> dict:
     try:
         return load_file(path)
     except Exception as error:  # the library's own error class and OSError alike
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {_one_line(error)}") from error
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {_reason(error)}") from error
 
 
 def _load_pickle(path: Path, trust: bool) -> Any:
@@ -209,7 +209,7 @@ def _load_pickle(path: Path, trust: bool) -> Any:
                 f"{path} was not loaded: its pickle asks for {refused}, which may run code; if you made the "
                 "file yourself, --trust-checkpoint loads it"
             ) from error
-        raise CheckpointError(f"{path} is damaged or no checkpoint (cut short?): {_one_line(error)}") from error
+        raise CheckpointError(f"{path} is damaged or no checkpoint (cut short?): {_reason(error)}") from error
 
 
 def _refused_names(path: Path, message: str) -> str:
@@ -517,7 +517,7 @@ def _not_written(path: Path, error: Exception) -> CheckpointError:
     system = error if isinstance(error, OSError) else error.__context__
     passing = isinstance(system, OSError) and system.errno not in FULL
     kind = StorageError if passing else CheckpointError
-    return kind(f"{path} was not written: {_one_line(system or error)}; the last checkpoint is untouched")
+    return kind(f"{path} was not written: {_reason(system or error)}; the last checkpoint is untouched")
 
 
 def _require_space(path: Path, needed: int) -> None:
@@ -758,14 +758,13 @@ def _damage(path: Path) -> str | None:
     try:
         _check_digest(path, file_digest(path))
     except (CheckpointError, OSError) as error:
-        return _one_line(error)
+        return _reason(error)
     return None
 
 
-def _one_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """An error's first sentence; its class where that says nothing, and before a bare word such as a KeyError's."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = lines[0].split(". ")[0][:300] if lines else ""
+    first = first_sentence(error)
     return first if " " in first else ": ".join(filter(None, (type(error).__name__, first)))
 
 

@@ -68,6 +68,11 @@ def one_line(error: Exception, limit: int = 1000) -> str:
     return " ".join(str(error).split())[:limit]
 
 
+def first_sentence(error: Exception | str) -> str:
+    """An error's text up to the end of its first sentence or line, at most 300 characters of it."""
+    return str(error).strip().partition("\n")[0].split(". ")[0].rstrip(".")[:300]
+
+
 def nearby(names: list[str]) -> str:
     """A question to end a line with, which names what the user may have meant; "" without `names`."""
     return f"; did you mean {' or '.join(names)}?" if names else ""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from checkpoint import FULL
 from distributed import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NONFINITE, let_go_of_terminal
-from errors import CheckpointError, ConfigError, DataError, NonFiniteError, PeerError
+from errors import CheckpointError, ConfigError, DataError, NonFiniteError, PeerError, first_sentence
 
 # What torch says on a CPU, in a plain RuntimeError.
 CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
@@ -111,7 +111,3 @@ def lost_rank(error: RuntimeError) -> str:
         f"another rank died or did not answer in time ({first_sentence(error)}); its own log says why; "
         "--resume auto goes on from the last checkpoint"
     )
-
-
-def first_sentence(error: Exception | str) -> str:
-    return str(error).strip().partition("\n")[0].split(". ")[0].rstrip(".")[:300]
