@@ -157,15 +157,15 @@ def test_arguments_that_begin_anywhere(serving):
     assert torch.equal(dxz, expected)
 
 
-@pytest.mark.parametrize("logarithms", [False, True], ids=["A", "A_log"])
+@pytest.mark.parametrize("decay", bimamba.DECAYS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [8, 12])
-def test_weights(rank, dtype, logarithms):
+def test_weights(rank, dtype, decay):
     """All in one launch: in 16 bits as torch rounds them, where of the padding's rows any number will do; and A."""
     _, ahead, behind, _ = arguments(case(rank=rank, channels=64, dtype=dtype))
     others = torch.randn(128, 36, device=DEVICE).T, torch.randn(32, 64, device=DEVICE).double()  # one is strided
     parameters = kernels._parameters(ahead, behind)
-    weights = kernels._prepare(parameters, dtype, *others, logarithms=logarithms, backward=True)
+    weights = kernels._prepare(parameters, dtype, *others, decay=decay, backward=True)
     padded = kernels._padded(rank)
     for both, weight in zip(weights.x_proj, parameters.x_proj_weight):
         assert both.shape[0] == padded + 32
@@ -173,10 +173,10 @@ def test_weights(rank, dtype, logarithms):
     assert all(torch.equal(new, old.to(dtype)) for new, old in zip(weights.others, others))
     for made, given in zip(weights.dt_weight, parameters.dt_weight):
         assert torch.equal(made[:, :rank], given.to(dtype)) and not made[:, rank:].any()
-    assert kernels._prepare(parameters, dtype, *others, logarithms=logarithms).dt_weight is None
+    assert kernels._prepare(parameters, dtype, *others, decay=decay).dt_weight is None
     for made, given in zip(weights.parameters.A, parameters.A):
-        right = -torch.exp(given.double()) if logarithms else given.double()
-        assert relative_error(made, right.cpu()) <= (2e-7 if logarithms else 0)
+        right = -torch.exp(given.double()) if decay == "log" else given.double()
+        assert relative_error(made, right.cpu()) <= (2e-7 if decay == "log" else 0)
 
 
 def test_what_is_served(monkeypatch):
@@ -274,9 +274,9 @@ def test_block_where_triton_walks_few_sequences(decay, cuda_backend, monkeypatch
         assert relative_error(a, b.double().cpu()) <= 1e-2
 
 
-@pytest.mark.parametrize("logarithms", [False, True])
-def test_registered_op(logarithms, cuda_backend):
-    arguments = (*block_arguments(torch.float16, requires_grad=True), 0.5, logarithms)
+@pytest.mark.parametrize("decay", bimamba.DECAYS)
+def test_registered_op(decay, cuda_backend):
+    arguments = (*block_arguments(torch.float16, requires_grad=True), 0.5, decay)
     torch.library.opcheck(
         torch.ops.mamba_ssm.bimamba_half_block, arguments,
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"), atol=1e-2, rtol=1e-2,
@@ -417,7 +417,7 @@ def test_the_registered_op_with_the_norm(cuda_backend, monkeypatch):
     x, *tensors = block_arguments(torch.float16, requires_grad=True)
     residual, norm_weight = (t.to(DEVICE).requires_grad_() for t in (torch.randn(x.shape), torch.ones(32)))
     torch.library.opcheck(
-        torch.ops.mamba_ssm.norm_bimamba_half_block, (x, residual, norm_weight, *tensors, 1e-5, 0.5, False),
+        torch.ops.mamba_ssm.norm_bimamba_half_block, (x, residual, norm_weight, *tensors, 1e-5, 0.5, "A"),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"), atol=1e-2, rtol=1e-2,
     )  # fmt: skip
 

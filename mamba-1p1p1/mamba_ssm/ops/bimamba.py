@@ -119,10 +119,10 @@ _bimamba.register_autograd(_autograd, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.mamba_ssm.bimamba)
-def _forward_flops(xz_shape, conv_shape, bias_shape, x_proj_shape, dt_shape, dt_bias_shape, A_shape, *args, out_shape=None, **kwargs) -> int:  # fmt: skip  # noqa: E501
+def _forward_flops(xz_shape, *args, out_shape=None, **kwargs) -> int:
     """Both directions: convolution, both small projections, scan."""
     batch, length, _ = xz_shape
-    channels, width = conv_shape
+    (channels, width), _, x_proj_shape, dt_shape, _, A_shape, _ = args[:COUNT]
     per_token = 2 * channels * width + 2 * channels * x_proj_shape[0] + 2 * channels * dt_shape[1]
     return 2 * (batch * length * per_token + scan_flops(batch, channels, length, A_shape[1]))
 
@@ -214,12 +214,12 @@ def _block_backward_flops(dout_shape, *args, out_shape=None, **kwargs) -> int:
 @torch.library.custom_op(
     "mamba_ssm::bimamba_half_block",
     mutates_args=(),
-    schema=f"({_PROJECTED}, float scale, bool logarithms) -> Tensor",
+    schema=f"({_PROJECTED}, float scale, str decay) -> Tensor",
 )
 def _bimamba_half_block(hidden, in_proj, out_proj, *rest):
-    (forward, backward), (scale, logarithms) = _directions(rest), rest[2 * COUNT :]
+    (forward, backward), (scale, decay) = _directions(rest), rest[2 * COUNT :]
     kernels = _kernels(hidden, forward)
-    return kernels.half_block_forward(hidden, in_proj, out_proj, forward, backward, scale, logarithms)
+    return kernels.half_block_forward(hidden, in_proj, out_proj, forward, backward, scale, decay)
 
 
 @_bimamba_half_block.register_fake
@@ -230,14 +230,14 @@ def _(hidden, *rest):
 @torch.library.custom_op(
     "mamba_ssm::bimamba_half_block_backward",
     mutates_args=(),
-    schema=f"(Tensor dout, {_PROJECTED}, float scale, bool logarithms) -> {_tensors(3 + 2 * COUNT)}",
+    schema=f"(Tensor dout, {_PROJECTED}, float scale, str decay) -> {_tensors(3 + 2 * COUNT)}",
 )
 def _bimamba_half_block_backward(dout, hidden, in_proj, out_proj, *rest):
-    (forward, backward), (scale, logarithms) = _directions(rest), rest[2 * COUNT :]
+    (forward, backward), (scale, decay) = _directions(rest), rest[2 * COUNT :]
     kernels = _kernels(hidden, forward)
     with torch.autocast(hidden.device.type, enabled=False):
         *projections, forward_grads, backward_grads = kernels.half_block_backward(
-            dout, hidden, in_proj, out_proj, forward, backward, scale, logarithms
+            dout, hidden, in_proj, out_proj, forward, backward, scale, decay
         )
     return _op_results(hidden, (*projections, *forward_grads, *backward_grads))
 
@@ -248,13 +248,13 @@ def _(dout, *inputs):
 
 
 def _setup_half_block_context(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.logarithms = inputs
+    *tensors, ctx.scale, ctx.decay = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _half_block_autograd(ctx, dout):
     inputs = ctx.saved_tensors
-    grads = _bimamba_half_block_backward(dout, *inputs, ctx.scale, ctx.logarithms)
+    grads = _bimamba_half_block_backward(dout, *inputs, ctx.scale, ctx.decay)
     return *(None if t is None else grad for t, grad in zip(inputs, grads)), None, None
 
 
@@ -265,7 +265,7 @@ register_flop_formula(torch.ops.mamba_ssm.bimamba_half_block_backward)(_block_ba
 
 # ---- and with the norm before it: the residual stream alone is kept --------------------------------------------
 
-_NORMED = f"Tensor norm_weight, Tensor in_proj, Tensor out_proj, {_BOTH}, float eps, float scale, bool logarithms"
+_NORMED = f"Tensor norm_weight, Tensor in_proj, Tensor out_proj, {_BOTH}, float eps, float scale, str decay"
 NORMED = 3 + 2 * COUNT  # tensors of it
 
 
@@ -306,7 +306,7 @@ def _(dout, dtotal, total, *rest):
 
 
 def _setup_norm_block_context(ctx, inputs, output):
-    *tensors, ctx.eps, ctx.scale, ctx.logarithms = inputs
+    *tensors, ctx.eps, ctx.scale, ctx.decay = inputs
     ctx.x_dtype = tensors[0].dtype
     ctx.save_for_backward(output[1], *tensors[2:])
     ctx.set_materialize_grads(False)
@@ -316,7 +316,7 @@ def _norm_block_autograd(ctx, dout, dtotal):
     total, *parameters = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(total, dtype=ctx.x_dtype)
-    grads = _norm_bimamba_half_block_backward(dout, dtotal, total, *parameters, ctx.eps, ctx.scale, ctx.logarithms)
+    grads = _norm_bimamba_half_block_backward(dout, dtotal, total, *parameters, ctx.eps, ctx.scale, ctx.decay)
     return *(None if t is None else grad for t, grad in zip((dout, total, *parameters), grads)), None, None, None
 
 
@@ -431,18 +431,15 @@ def bimamba_block(
     Returns (B, L, E) in hidden's dtype; under autocast in float32 on a CPU and in autocast's dtype elsewhere, but
     float64 stays float64. Raises as `bimamba` does.
     """
-    if decay not in DECAYS:
-        raise ValueError(f"decay={decay!r} is unknown: use one of {', '.join(map(repr, DECAYS))}")
     inputs = (hidden, in_proj_weight, out_proj_weight)
-    _check_block(*inputs, forward, backward)
+    _check_block(*inputs, forward, backward, decay)
     transformed = backend.differentiated_beyond_autograd()
     half = None if transformed else _half_block_dtype(hidden, forward)
     if half is not None:
         with torch.autocast(hidden.device.type, enabled=False):
             inputs = (hidden.to(half), *inputs[1:])
-            return _bimamba_half_block(*inputs, *forward, *backward, scale, decay == "log")
-    if decay == "log":
-        forward, backward = with_A(forward, backward)
+            return _bimamba_half_block(*inputs, *forward, *backward, scale, decay)
+    forward, backward = with_A(forward, backward, decay)
     if transformed:
         return _in_a_row(inputs, forward, backward, scale)
     if not _under_cpu_autocast(inputs, forward, backward):
@@ -487,10 +484,10 @@ def norm_bimamba_block(
         if tensor.shape != shape or tensor.device != x.device:
             given = f"{tuple(tensor.shape)} on {tensor.device}"
             raise ValueError(f"{name} must be {tuple(shape)} on {x.device}, not {given}")
-    _check_block(x, in_proj_weight, out_proj_weight, forward, backward)
+    _check_block(x, in_proj_weight, out_proj_weight, forward, backward, decay)
     inputs = (x, residual, norm_weight, in_proj_weight, out_proj_weight, *forward, *backward)
     with torch.autocast(x.device.type, enabled=False):
-        return _norm_bimamba_half_block(*inputs, eps, scale, decay == "log")
+        return _norm_bimamba_half_block(*inputs, eps, scale, decay)
 
 
 def _block(
@@ -510,18 +507,16 @@ def negative_exp(A_log: Tensor) -> Tensor:
 def negative_exps(A_logs: list[Tensor]) -> list[Tensor]:
     """`negative_exp` of several. On a GPU two launches serve all; a compiler fuses them by itself."""
     if A_logs[0].is_cuda and not torch.compiler.is_compiling():
-        return _negative_exps_together(A_logs)
+        return torch._foreach_neg(torch._foreach_exp([_at_least_float32(A_log) for A_log in A_logs]))
     return [negative_exp(A_log) for A_log in A_logs]
 
 
-def with_A(*directions: DirectionParameters) -> list[DirectionParameters]:
-    """Parameters that hold log(-A), with A."""
-    As = negative_exps([direction.A for direction in directions])
-    return [direction._replace(A=A) for direction, A in zip(directions, As)]
-
-
-def _negative_exps_together(A_logs: list[Tensor]) -> list[Tensor]:
-    return torch._foreach_neg(torch._foreach_exp([_at_least_float32(A_log) for A_log in A_logs]))
+def with_A(forward: DirectionParameters, backward: DirectionParameters, decay: str) -> list[DirectionParameters]:
+    """Both with A, where they hold what `decay` says."""
+    if decay == "A":
+        return [forward, backward]
+    As = negative_exps([forward.A, backward.A])
+    return [direction._replace(A=A) for direction, A in zip((forward, backward), As)]
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
@@ -593,8 +588,15 @@ def _serves_block(embedding: int, channels: int, d_state: int, d_conv: int) -> b
 
 
 def _check_block(
-    hidden: Tensor, in_proj: Tensor, out_proj: Tensor, forward: DirectionParameters, backward: DirectionParameters
+    hidden: Tensor,
+    in_proj: Tensor,
+    out_proj: Tensor,
+    forward: DirectionParameters,
+    backward: DirectionParameters,
+    decay: str,
 ) -> None:
+    if decay not in DECAYS:
+        raise ValueError(f"decay={decay!r} is unknown: use one of {', '.join(map(repr, DECAYS))}")
     _check_parameters("hidden", hidden, forward, backward)
     if hidden.dim() != 3 or hidden.shape[1] == 0:
         raise ValueError(f"hidden must be (B, L, E) with L >= 1, not {tuple(hidden.shape)}")

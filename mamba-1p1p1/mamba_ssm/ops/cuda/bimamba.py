@@ -198,47 +198,71 @@ class Weights(NamedTuple):
     dt_weight: Tensor | None  # (2, D, padded rank) in 16 bits, the padding zero
 
 
+class Task(NamedTuple):
+    """An array that weights.cu makes of another."""
+
+    source: Tensor  # contiguous float32
+    target: Tensor
+
+    @property
+    def fours(self) -> int:
+        """Of its elements."""
+        return self.source.numel() // 4
+
+
 def _prepare(
-    parameters: Parameters, dtype: torch.dtype, *others: Tensor, logarithms: bool = False, backward: bool = False
+    parameters: Parameters, dtype: torch.dtype, *others: Tensor, decay: str = "A", backward: bool = False
 ) -> Weights:
     """Weights of matrix products in 16 bits, with up to two `others`, and A where log(-A) is given, by one launch.
 
     The time step's are for `backward` alone. The padding of x_proj's products meets zeros.
     """
-    pair, dt_weight = parameters.x_proj_weight, parameters.dt_weight
-    (rows, channels), rank, device = pair[0].shape, dt_weight[0].shape[1], pair[0].device
-    padding = _padded(rank) - rank
-    x_proj = torch.empty((2, rows + padding, channels), dtype=dtype, device=device)
-    targets, sources = [], []
-    for both, weight in zip(x_proj, pair):
-        targets += both.split([rank, padding, rows - rank]) if padding else [both]
-        sources += [weight[:rank], weight[:padding], weight[rank:]] if padding else [weight]
+    dt_weight = parameters.dt_weight
+    channels, rank = dt_weight[0].shape
+    padded_rank = _padded(rank)
+    x_proj, narrowed = _narrowed_x_proj(parameters.x_proj_weight, rank, dtype)
     converted = []
     for weight in others:
         if weight.dtype == torch.float32:
-            converted.append(torch.empty(weight.shape, dtype=dtype, device=device))
-            targets.append(converted[-1])
-            sources.append(_contiguous(weight))
+            converted.append(torch.empty(weight.shape, dtype=dtype, device=weight.device))
+            narrowed.append(Task(_contiguous(weight), converted[-1]))
         else:
             converted.append(weight.to(dtype))
-    A_logs = parameters.A if logarithms else ()
-    As = tuple(torch.empty_like(A_log) for A_log in A_logs)
-    padded = torch.empty((2, channels, _padded(rank)), dtype=dtype, device=device) if backward else None
+    made_A = [Task(A_log, torch.empty_like(A_log)) for A_log in (parameters.A if decay == "log" else ())]
+    padded = torch.empty((2, channels, padded_rank), dtype=dtype, device=x_proj.device) if backward else None
 
-    def tasks(sources, targets, count: int) -> list:
-        flat = [argument for pair in zip(sources, targets) for argument in (*pair, pair[0].numel() // 4)]
-        return flat + [None, None, 0] * (count - len(sources))
-
-    fours = max(source.numel() // 4 for source in (*sources, *A_logs))
+    fours = max(task.fours for task in (*narrowed, *made_A))
     if backward:
-        fours = max(fours, channels * _padded(rank) // 4)
-    arrays = NARROW_ARRAYS + (4 if backward else len(As))  # those that there are not are empty, or behind the last
+        fours = max(fours, channels * padded_rank // 4)
+    arrays = NARROW_ARRAYS + (4 if backward else len(made_A))  # those that there are not are empty, or behind the last
     runtime.load("weights.cu", "make_weights", (_half(dtype),))(
         (ceil_div(fours, WEIGHT_THREADS), arrays, 1), WEIGHT_THREADS, 0,
-        *tasks(sources, targets, NARROW_ARRAYS), *tasks(A_logs, As, 2),
-        *dt_weight, padded, channels, rank, _padded(rank) // 4,
+        *_task_arguments(narrowed, NARROW_ARRAYS), *_task_arguments(made_A, 2),
+        *dt_weight, padded, channels, rank, padded_rank // 4,
     )  # fmt: skip
-    return Weights(x_proj, tuple(converted), parameters._replace(A=As) if logarithms else parameters, padded)
+    if made_A:
+        parameters = parameters._replace(A=tuple(task.target for task in made_A))
+    return Weights(x_proj, tuple(converted), parameters, padded)
+
+
+def _narrowed_x_proj(pair: tuple[Tensor, Tensor], rank: int, dtype: torch.dtype) -> tuple[Tensor, list[Task]]:
+    """`Weights.x_proj`, and what is to be written there."""
+    rows, channels = pair[0].shape
+    padding = _padded(rank) - rank
+    x_proj = torch.empty((2, rows + padding, channels), dtype=dtype, device=pair[0].device)
+    if not padding:
+        return x_proj, [Task(weight, both) for weight, both in zip(pair, x_proj)]
+    tasks = []
+    for weight, both in zip(pair, x_proj):
+        parts = weight[:rank], weight[:padding], weight[rank:]
+        tasks += map(Task, parts, both.split([rank, padding, rows - rank]))
+    return x_proj, tasks
+
+
+def _task_arguments(tasks: list[Task], count: int) -> list:
+    """A kernel's arguments for `count` tasks: those that there are not are empty."""
+    given = [argument for task in tasks for argument in (*task, task.fours)]
+    return given + [None, None, 0] * (count - len(tasks))
 
 
 def _project(u: Tensor, x_proj: Tensor) -> Tensor:
@@ -363,11 +387,13 @@ def _conv_backward(xz: Tensor, du_scan: Tensor, du_projected: Tensor, parameters
     return dweight, dbias
 
 
-def _sums(shares: Gradients, parameters: Parameters, dtype: torch.dtype, logarithms: bool) -> Gradients:
-    """Sums over rows of shares (2, rows, ...), a pair each: gradients without padding, of log(-A) with `logarithms`."""
+def _sums(shares: Gradients, parameters: Parameters, dtype: torch.dtype, decay: str) -> Gradients:
+    """Sums over rows of shares (2, rows, ...), a pair each: gradients without padding, of A or of log(-A)."""
     channels, rank = parameters.dt_weight[0].shape
-    sizes = [share[0, 0].numel() for share in shares]
-    sizes[5:] = parameters.x_proj_weight[0].numel(), parameters.dt_weight[0].numel()
+    sizes = Gradients(*(share[0, 0].numel() for share in shares))
+    sizes = sizes._replace(  # without their shares' padding
+        x_proj_weight=parameters.x_proj_weight[0].numel(), dt_weight=parameters.dt_weight[0].numel()
+    )
     shares = [share.flatten(2) for share in shares]
     pairs = [tuple(share.new_empty(size) for _ in range(2)) for share, size in zip(shares, sizes)]
     arguments = [
@@ -376,7 +402,7 @@ def _sums(shares: Gradients, parameters: Parameters, dtype: torch.dtype, logarit
     widest = max(share.shape[2] for share in shares)
     runtime.load("sums.cu", "sum_rows", (_half(dtype),))(
         (ceil_div(widest, SUM_COLUMNS), len(shares), 2), 256, 256 * 4,
-        *arguments, *(parameters.A if logarithms else (None, None)), channels, rank,
+        *arguments, *(parameters.A if decay == "log" else (None, None)), channels, rank,
     )  # fmt: skip
     return Gradients(*pairs)
 
@@ -419,7 +445,7 @@ def bimamba_backward(dy, xz, forward_params, backward_params, scale, saved):
 
 def _backward(
     dy, xz, forward_params, backward_params, weights: Weights, scale, use_y: Callable[[Tensor], None],
-    logarithms: bool = False,
+    decay: str = "A",
 ):  # fmt: skip
     """bimamba_backward, which gives y, made again, to `use_y` before the peak of memory."""
     xz, parameters = _aligned(xz), weights.parameters
@@ -432,7 +458,7 @@ def _backward(
     del states
     du_projected, *of_projections = _projections_backward(ddelta, dBC, u, projected, weights)
     shares += _conv_backward(xz, du_scan, du_projected, parameters, dxz)
-    sums = _sums(Gradients(*shares, *of_projections), parameters, xz.dtype, logarithms)
+    sums = _sums(Gradients(*shares, *of_projections), parameters, xz.dtype, decay)
     in_order = zip(*(getattr(sums, name) for name in Parameters._fields))
     grads = [
         tuple(None if p is None else grad.view(p.shape).to(p.dtype) for grad, p in zip(of_direction, params))
@@ -495,16 +521,16 @@ def _launch_norm(x, residual, norm_weight, eps: float, weight_in, total=None, no
 
 @on_its_device
 def norm_half_block_forward(
-    x, residual, norm_weight, in_proj, out_proj, forward_params, backward_params, eps, scale, logarithms
+    x, residual, norm_weight, in_proj, out_proj, forward_params, backward_params, eps, scale, decay
 ):
     """(half_block_forward(rms_norm(x + residual)), x + residual), of a width that `serves_norm`."""
     if not _serves(x, in_proj.shape[0] // 2, forward_params):
         rows = x.flatten(0, 1), residual.flatten(0, 1)
         hidden, total, _, _ = norm_kernels.add_norm_forward(*rows, norm_weight, None, eps, "rms", torch.float32)
-        options = forward_params, backward_params, scale, logarithms
+        options = forward_params, backward_params, scale, decay
         return half_block_forward(hidden.view(x.shape), in_proj, out_proj, *options), total.view(x.shape)
     parameters = _parameters(forward_params, backward_params)
-    weights = _prepare(parameters, x.dtype, in_proj, out_proj, logarithms=logarithms)
+    weights = _prepare(parameters, x.dtype, in_proj, out_proj, decay=decay)
     weight_in, weight_out = weights.others
     xz, total = _norm_in_proj(x, residual, norm_weight, eps, weight_in)
     return F.linear(_forward(xz, weights, scale), weight_out), total
@@ -512,7 +538,7 @@ def norm_half_block_forward(
 
 @on_its_device
 def norm_half_block_backward(
-    dout, dtotal, total, norm_weight, in_proj, out_proj, forward_params, backward_params, eps, scale, logarithms
+    dout, dtotal, total, norm_weight, in_proj, out_proj, forward_params, backward_params, eps, scale, decay
 ):
     """Gradients of both inputs and of norm_weight, then those of `half_block_backward`'s parameters.
 
@@ -521,16 +547,16 @@ def norm_half_block_backward(
     rows = total.flatten(0, 1)
     if _serves(dout, in_proj.shape[0] // 2, forward_params):
         parameters = _parameters(forward_params, backward_params)
-        weights = _prepare(parameters, dout.dtype, in_proj, out_proj, logarithms=logarithms, backward=True)
+        weights = _prepare(parameters, dout.dtype, in_proj, out_proj, decay=decay, backward=True)
         xz, hidden, rstd = _norm_in_proj_again(total, norm_weight, eps, weights.others[0])
         dhidden, *grads = _block_backward(
-            dout, hidden, xz, in_proj, out_proj, forward_params, backward_params, weights, scale, logarithms
+            dout, hidden, xz, in_proj, out_proj, forward_params, backward_params, weights, scale, decay
         )
     else:
         hidden, _, _, rstd = norm_kernels.add_norm_forward(rows, None, norm_weight, None, eps, "rms", torch.float32)
         hidden = hidden.view(total.shape).to(dout.dtype)
         dhidden, *grads = half_block_backward(
-            dout, hidden, in_proj, out_proj, forward_params, backward_params, scale, logarithms
+            dout, hidden, in_proj, out_proj, forward_params, backward_params, scale, decay
         )
     dx, dresidual, dweight, _ = norm_kernels.add_norm_backward(
         dhidden.flatten(0, 1), None if dtotal is None else dtotal.flatten(0, 1), rows, norm_weight, None, None, rstd,
@@ -540,42 +566,42 @@ def norm_half_block_backward(
 
 
 @on_its_device
-def half_block_forward(hidden, in_proj, out_proj, forward_params, backward_params, scale, logarithms):
-    """out_proj(mixer(in_proj(hidden))), (B, L, E). With `logarithms` the parameters hold log(-A) for A."""
+def half_block_forward(hidden, in_proj, out_proj, forward_params, backward_params, scale, decay):
+    """out_proj(mixer(in_proj(hidden))), (B, L, E). The parameters hold what `decay` says, A or log(-A)."""
     if not _serves(hidden, in_proj.shape[0] // 2, forward_params):
-        both = with_A(forward_params, backward_params) if logarithms else (forward_params, backward_params)
+        both = with_A(forward_params, backward_params, decay)
         xz = F.linear(hidden, in_proj.to(hidden.dtype))
         y, _ = triton_bimamba.bimamba_forward(xz, *both, scale, False)
         return F.linear(y, out_proj.to(hidden.dtype))
     parameters = _parameters(forward_params, backward_params)
-    weights = _prepare(parameters, hidden.dtype, in_proj, out_proj, logarithms=logarithms)
+    weights = _prepare(parameters, hidden.dtype, in_proj, out_proj, decay=decay)
     weight_in, weight_out = weights.others
     return F.linear(_forward(F.linear(hidden, weight_in), weights, scale), weight_out)
 
 
 @on_its_device
-def half_block_backward(dout, hidden, in_proj, out_proj, forward_params, backward_params, scale, logarithms):
-    """Gradients: (dhidden, din_proj, dout_proj, those of both directions, of log(-A) with `logarithms`)."""
+def half_block_backward(dout, hidden, in_proj, out_proj, forward_params, backward_params, scale, decay):
+    """Gradients: (dhidden, din_proj, dout_proj, those of both directions, of A or of log(-A))."""
     if _serves(hidden, in_proj.shape[0] // 2, forward_params):
         parameters = _parameters(forward_params, backward_params)
-        weights = _prepare(parameters, hidden.dtype, in_proj, out_proj, logarithms=logarithms, backward=True)
+        weights = _prepare(parameters, hidden.dtype, in_proj, out_proj, decay=decay, backward=True)
         return _block_backward(
             dout, hidden, F.linear(hidden, weights.others[0]), in_proj, out_proj, forward_params, backward_params,
-            weights, scale, logarithms,
+            weights, scale, decay,
         )  # fmt: skip
-    both = with_A(forward_params, backward_params) if logarithms else (forward_params, backward_params)
+    both = with_A(forward_params, backward_params, decay)
     weight_in, weight_out = in_proj.to(hidden.dtype), out_proj.to(hidden.dtype)
     xz = F.linear(hidden, weight_in)
     y, saved = triton_bimamba.bimamba_forward(xz, *both, scale, True)
     dout_proj = _weight_gradient(dout, y, out_proj)
     dxz, *grads = triton_bimamba.bimamba_backward(dout @ weight_out, xz, *both, scale, saved)
-    if logarithms:
+    if decay == "log":
         grads = [_of_log(*three) for three in zip(grads, both, (forward_params, backward_params))]
     return dxz @ weight_in, _weight_gradient(dxz, hidden, in_proj), dout_proj, *grads
 
 
 def _block_backward(
-    dout, hidden, xz, in_proj, out_proj, forward_params, backward_params, weights: Weights, scale, logarithms
+    dout, hidden, xz, in_proj, out_proj, forward_params, backward_params, weights: Weights, scale, decay
 ):
     """half_block_backward by these kernels, of xz = in_proj(hidden)."""
     weight_in, weight_out = weights.others
@@ -586,7 +612,7 @@ def _block_backward(
         dout_proj = _weight_gradient(dout, y, out_proj)
 
     dxz, *grads = _backward(  # no name and no tuple holds dy: _backward frees it
-        dout @ weight_out, xz, forward_params, backward_params, weights, scale, use_y, logarithms
+        dout @ weight_out, xz, forward_params, backward_params, weights, scale, use_y, decay
     )
     return dxz @ weight_in, _weight_gradient(dxz, hidden, in_proj), dout_proj, *grads
 
