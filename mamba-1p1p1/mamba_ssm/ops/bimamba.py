@@ -507,8 +507,12 @@ def negative_exp(A_log: Tensor) -> Tensor:
 def negative_exps(A_logs: list[Tensor]) -> list[Tensor]:
     """`negative_exp` of several. On a GPU two launches serve all; a compiler fuses them by itself."""
     if A_logs[0].is_cuda and not torch.compiler.is_compiling():
-        return torch._foreach_neg(torch._foreach_exp([_at_least_float32(A_log) for A_log in A_logs]))
+        return _negative_exps_together(A_logs)
     return [negative_exp(A_log) for A_log in A_logs]
+
+
+def _negative_exps_together(A_logs: list[Tensor]) -> list[Tensor]:
+    return torch._foreach_neg(torch._foreach_exp([_at_least_float32(A_log) for A_log in A_logs]))
 
 
 def with_A(forward: DirectionParameters, backward: DirectionParameters, decay: str) -> list[DirectionParameters]:

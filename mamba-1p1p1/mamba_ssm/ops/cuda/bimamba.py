@@ -19,7 +19,7 @@ from mamba_ssm.ops.bimamba import with_A
 from mamba_ssm.ops.cuda import runtime
 from mamba_ssm.ops.triton import bimamba as triton_bimamba
 from mamba_ssm.ops.triton import norm_kernels
-from mamba_ssm.ops.triton.bimamba import product_in_float32
+from mamba_ssm.ops.triton.bimamba import Parameters, product_in_float32
 from mamba_ssm.ops.triton.common import ceil_div, on_its_device
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -135,18 +135,6 @@ def _contiguous(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
-class Parameters(NamedTuple):
-    """Of both directions each, as pairs of contiguous float32 tensors; see `mamba_ssm.ops.bimamba`."""
-
-    conv_weight: tuple[Tensor, Tensor]
-    conv_bias: tuple[Tensor | None, Tensor | None]
-    x_proj_weight: tuple[Tensor, Tensor]
-    dt_weight: tuple[Tensor, Tensor]
-    dt_bias: tuple[Tensor, Tensor]
-    A: tuple[Tensor, Tensor]
-    D: tuple[Tensor, Tensor]
-
-
 class Gradients(NamedTuple):
     """Of parameters, in the order in which `sum_rows` takes them: shares (2, rows, ...), or sums, a pair each."""
 
@@ -160,7 +148,7 @@ class Gradients(NamedTuple):
 
 
 def _parameters(forward_params, backward_params) -> Parameters:
-    """No copies where the model keeps float32 weights."""
+    """As pairs of contiguous float32 tensors; no copies where the model keeps them so."""
     pairs = zip(forward_params, backward_params)
     return Parameters(*(tuple(None if p is None else _contiguous(p.float()) for p in pair) for pair in pairs))
 

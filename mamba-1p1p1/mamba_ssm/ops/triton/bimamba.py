@@ -7,6 +7,8 @@ arithmetic. Backward recomputes the first two launches and keeps of forward only
 the sum of both scans.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -203,9 +205,21 @@ def conv_backward_kernel(
 # ---- launchers -----------------------------------------------------------------------------------------------
 
 
-def _parameters(forward_params, backward_params):
-    """Each parameter as a pair of contiguous tensors of any dtype: the kernels widen them as they read."""
-    return [contiguous(*pair) for pair in zip(forward_params, backward_params)]
+class Parameters(NamedTuple):
+    """Of both directions each, as pairs; see `mamba_ssm.ops.bimamba.DirectionParameters`."""
+
+    conv_weight: tuple[Tensor, Tensor]
+    conv_bias: tuple[Tensor | None, Tensor | None]
+    x_proj_weight: tuple[Tensor, Tensor]
+    dt_weight: tuple[Tensor, Tensor]
+    dt_bias: tuple[Tensor, Tensor]
+    A: tuple[Tensor, Tensor]
+    D: tuple[Tensor, Tensor]
+
+
+def _parameters(forward_params, backward_params) -> Parameters:
+    """As pairs of contiguous tensors of any dtype: the kernels widen them as they read."""
+    return Parameters(*(contiguous(*pair) for pair in zip(forward_params, backward_params)))
 
 
 def _adjacent(xz: Tensor) -> Tensor:
@@ -213,26 +227,26 @@ def _adjacent(xz: Tensor) -> Tensor:
     return xz if xz.stride(2) == 1 else xz.contiguous()
 
 
-def conv_both(xz: Tensor, parameters) -> Tensor:
+def conv_both(xz: Tensor, parameters: Parameters) -> Tensor:
     """u (2, B, L, D): the convolution and SiLU of both directions. xz (B, L, 2 D), its last axis contiguous."""
-    conv_weight, conv_bias = parameters[:2]
+    conv_weight = parameters.conv_weight
     batch, length, double = xz.shape
     channels = double // 2
     u = torch.empty((2, batch, length, channels), dtype=xz.dtype, device=xz.device)
     conv_both_kernel[(batch * ceil_div(length, STRIP), ceil_div(channels, STRIP_CHANNELS))](
-        xz, *conv_weight, *conv_bias, u, length, channels, xz.stride(0), xz.stride(1),
+        xz, *conv_weight, *parameters.conv_bias, u, length, channels, xz.stride(0), xz.stride(1),
         W=conv_weight[0].shape[1], STRIP=STRIP, GROUP=STRIP_GROUP, CHANNELS=STRIP_CHANNELS, **options(),
     )  # fmt: skip
     return u
 
 
-def project(u: Tensor, parameters) -> Tensor:
+def project(u: Tensor, parameters: Parameters) -> Tensor:
     """(2, B, L, R + 2 N) float32: the time step, B and C of both directions, u times the x projections' weights.
 
     The weights are rounded to u's dtype as under autocast; sums are float32, and stay so. A float32 u obeys torch's
     setting for TF32, as all matrix products of a network do.
     """
-    weights = _stacked(parameters[2], u.dtype).transpose(1, 2)  # (2, D, R + 2 N)
+    weights = _stacked(parameters.x_proj_weight, u.dtype).transpose(1, 2)  # (2, D, R + 2 N)
     return product_in_float32(u.flatten(1, 2), weights).unflatten(1, u.shape[1:3])
 
 
@@ -251,17 +265,18 @@ def _stacked(pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _scan_inputs(u: Tensor, projected: Tensor, parameters) -> ScanInputs:
-    dt_weight, dt_bias, A, D = parameters[3:]
+def _scan_inputs(u: Tensor, projected: Tensor, parameters: Parameters) -> ScanInputs:
+    _, _, _, dt_weight, dt_bias, A, D = parameters
     states, rank = A[0].shape[1], dt_weight[0].shape[1]
     dt, B, C = projected.split([rank, states, states], dim=-1)
     B, C = (m.unsqueeze(2).transpose(3, 4) for m in (B, C))  # (2, B, 1, N, L)
     return ScanInputs(u.transpose(2, 3), dt.transpose(2, 3), None, B, C, A, D, dt_weight, dt_bias, True)
 
 
-def _rows_grid(rows: int, channels: int) -> dict:
+def _rows_grid(rows: int, channels: int) -> tuple[tuple[int, int], int]:
+    """Of a kernel over ROWS tokens and a block of channels: (the grid, channels of a block)."""
     block = min(triton.next_power_of_2(channels), 512)
-    return {"grid": (ceil_div(rows, ROWS), ceil_div(channels, block)), "block": block}
+    return (ceil_div(rows, ROWS), ceil_div(channels, block)), block
 
 
 @on_its_device
@@ -277,13 +292,13 @@ def bimamba_forward(xz, forward_params, backward_params, scale, save, segments=N
     states = total = None
     saved = xz.new_empty(0, dtype=torch.uint8)
     if save:
-        saved, states, total = _new_saved(xz, parameters[5][0].shape[1])
+        saved, states, total = _new_saved(xz, parameters.A[0].shape[1])
     scan_forward(_scan_inputs(u, projected, parameters), scans.transpose(2, 3), states, None, segments)
     y = torch.empty((batch, length, channels), dtype=xz.dtype, device=xz.device)
-    cut = _rows_grid(batch * length, channels)
-    merge_kernel[cut["grid"]](
+    grid, block = _rows_grid(batch * length, channels)
+    merge_kernel[grid](
         scans, xz, y, total, batch * length, length, channels, xz.stride(0), xz.stride(1), scale,
-        ROWS=ROWS, CHANNELS=cut["block"], **options(num_warps=4),
+        ROWS=ROWS, CHANNELS=block, **options(num_warps=4),
     )  # fmt: skip
     return y, saved
 
@@ -319,13 +334,13 @@ def bimamba_backward(dy, xz, forward_params, backward_params, scale, saved, segm
     batch, length, double = xz.shape
     channels = double // 2
     parameters = _parameters(forward_params, backward_params)
-    states, total = _split_saved(saved, xz, parameters[5][0].shape[1])
+    states, total = _split_saved(saved, xz, parameters.A[0].shape[1])
     dxz = torch.empty((batch, length, double), dtype=xz.dtype, device=xz.device)
     dscan = torch.empty((batch, length, channels), dtype=xz.dtype, device=xz.device)
-    cut = _rows_grid(batch * length, channels)
-    gate_backward_kernel[cut["grid"]](
+    grid, block = _rows_grid(batch * length, channels)
+    gate_backward_kernel[grid](
         dy.contiguous(), xz, total, dscan, dxz, batch * length, length, channels, xz.stride(0), xz.stride(1), scale,
-        ROWS=ROWS, CHANNELS=cut["block"], **options(num_warps=4),
+        ROWS=ROWS, CHANNELS=block, **options(num_warps=4),
     )  # fmt: skip
     u = conv_both(xz, parameters)
     projected = project(u, parameters)
@@ -338,16 +353,16 @@ def bimamba_backward(dy, xz, forward_params, backward_params, scale, saved, segm
     dx_proj, ddt_weight = _projections_backward(du, ddelta, u, inputs, sums, parameters)
     dconv = _conv_backward_launch(xz, du, parameters, dxz)
     grads = [
-        (dconv[i, :, :-1], None if forward_params[1] is None else dconv[i, :, -1], dx_proj[i], ddt_weight[i],
+        (dconv[i, :, :-1], None if parameters.conv_bias[i] is None else dconv[i, :, -1], dx_proj[i], ddt_weight[i],
          sums.bias[i], sums.A[i], sums.D[i])
         for i in range(2)
     ]  # fmt: skip
     return dxz, _as_gradients(grads[0], forward_params), _as_gradients(grads[1], backward_params)
 
 
-def _projections_backward(du, ddelta, u, inputs: ScanInputs, sums, parameters):
+def _projections_backward(du, ddelta, u, inputs: ScanInputs, sums, parameters: Parameters):
     """Add to du (2, B, L, D) what comes back through both projections; the gradients of their weights."""
-    x_proj, dt_weight = parameters[2:4]
+    x_proj, dt_weight = parameters.x_proj_weight, parameters.dt_weight
     dt = inputs.delta.transpose(2, 3).to(u.dtype)  # (2, B, L, R)
     dB, dC = (m.squeeze(2).transpose(2, 3).to(u.dtype) for m in (sums.B, sums.C))  # (2, B, L, N)
     dx_proj, ddt_weight = [], []
@@ -361,15 +376,15 @@ def _projections_backward(du, ddelta, u, inputs: ScanInputs, sums, parameters):
     return dx_proj, ddt_weight
 
 
-def _conv_backward_launch(xz, du, parameters, dxz) -> Tensor:
+def _conv_backward_launch(xz, du, parameters: Parameters, dxz) -> Tensor:
     """Write dx into dxz. Returns (2, D, W + 1): the weights' gradients and, last, the biases'."""
-    conv_weight, conv_bias = parameters[:2]
+    conv_weight = parameters.conv_weight
     batch, length, double = xz.shape
     channels, width = double // 2, conv_weight[0].shape[1]
     programs = batch * ceil_div(length, BACKWARD_TOKENS)
     parts = torch.empty((2, programs, width + 1, channels), dtype=torch.float32, device=xz.device)
     conv_backward_kernel[(programs, ceil_div(channels, CHANNELS))](
-        xz, du, *conv_weight, *conv_bias, dxz, parts, length, channels, xz.stride(0), xz.stride(1),
+        xz, du, *conv_weight, *parameters.conv_bias, dxz, parts, length, channels, xz.stride(0), xz.stride(1),
         W=width, TOKENS=BACKWARD_TOKENS, CHANNELS=CHANNELS, **options(num_warps=4),
     )  # fmt: skip
     return parts.sum(1).transpose(1, 2)
