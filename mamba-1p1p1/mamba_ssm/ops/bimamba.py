@@ -4,334 +4,15 @@ Channels-last, (B, L, D): the layout the projections produce and consume. The se
 convolution and a scan from the last token to the first, so that nothing is flipped or transposed.
 """
 
-import math
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from mamba_ssm.ops import backend, reference
-from mamba_ssm.ops.selective_scan_interface import check_saved, needs_grad, scan_flops
+from mamba_ssm.ops import backend, bimamba_ops, reference
+from mamba_ssm.ops.bimamba_ops import DirectionParameters
+from mamba_ssm.ops.selective_scan_interface import needs_grad
 
-
-class DirectionParameters(NamedTuple):
-    """What one direction owns. D inner channels, W convolution width, R time-step rank, N states."""
-
-    conv_weight: Tensor  # (D, W)
-    conv_bias: Tensor | None  # (D,), for both directions or for neither
-    x_proj_weight: Tensor  # (R + 2 N, D): time step, B, C in that order
-    dt_weight: Tensor  # (D, R)
-    dt_bias: Tensor  # (D,)
-    A: Tensor  # (D, N), negative
-    D: Tensor  # (D,)
-
-
-COUNT = len(DirectionParameters._fields)
 DECAYS = ("A", "log")
-_ONE = (
-    "Tensor conv_weight{0}, Tensor? conv_bias{0}, Tensor x_proj_weight{0}, Tensor dt_weight{0}, Tensor dt_bias{0}, "
-    "Tensor A{0}, Tensor D{0}"
-)
-_BOTH = f"{_ONE.format('')}, {_ONE.format('_b')}"  # the parameters of both directions in the ops' schemas
-
-
-def _directions(parameters) -> tuple[DirectionParameters, DirectionParameters]:
-    """The first 2 COUNT of an op's arguments as the parameters of both directions."""
-    return DirectionParameters(*parameters[:COUNT]), DirectionParameters(*parameters[COUNT : 2 * COUNT])
-
-
-def _tensors(count: int) -> str:
-    return f"({', '.join(['Tensor'] * count)})"
-
-
-def _kernels(x: Tensor, direction: DirectionParameters):
-    d_state, d_conv = direction.A.shape[1], direction.conv_weight.shape[1]
-    return backend.choose("bimamba", x.device, x.dtype, d_state=d_state, d_conv=d_conv)
-
-
-def _saved_bytes(kernels, x: Tensor, direction: DirectionParameters) -> int:
-    """x: (B, L, any width) of the activations' dtype."""
-    rank, d_conv = direction.dt_weight.shape[1], direction.conv_weight.shape[1]
-    return kernels.bimamba_saved_bytes(x.shape[0], x.shape[1], *direction.A.shape, rank, d_conv, x.dtype)
-
-
-@torch.library.custom_op(
-    "mamba_ssm::bimamba",
-    mutates_args=(),
-    schema=f"(Tensor xz, {_BOTH}, float scale, bool save) -> {_tensors(2)}",
-)
-def _bimamba(xz, *rest):
-    (forward, backward), (scale, save) = _directions(rest), rest[2 * COUNT :]
-    with torch.autocast(xz.device.type, enabled=False):
-        return _kernels(xz, forward).bimamba_forward(xz, forward, backward, scale, save)
-
-
-@_bimamba.register_fake
-def _(xz, *rest):
-    forward, save = _directions(rest)[0], rest[-1]
-    batch, length, double = xz.shape
-    size = _saved_bytes(_kernels(xz, forward), xz, forward) if save else 0
-    return xz.new_empty(batch, length, double // 2), xz.new_empty(size, dtype=torch.uint8)
-
-
-@torch.library.custom_op(
-    "mamba_ssm::bimamba_backward",
-    mutates_args=(),
-    schema=f"(Tensor dy, Tensor xz, {_BOTH}, Tensor saved, float scale) -> {_tensors(1 + 2 * COUNT)}",
-)
-def _bimamba_backward(dy, xz, *rest):
-    (forward, backward), (saved, scale) = _directions(rest), rest[2 * COUNT :]
-    kernels = _kernels(xz, forward)
-    check_saved(saved, _saved_bytes(kernels, xz, forward))
-    with torch.autocast(xz.device.type, enabled=False):
-        dxz, *grads = kernels.bimamba_backward(dy, xz, forward, backward, scale, saved)
-    return _op_results(xz, (dxz, *grads[0], *grads[1]))
-
-
-@_bimamba_backward.register_fake
-def _(dy, xz, *rest):
-    return _fake_gradients(xz, (xz, *rest[: 2 * COUNT]))
-
-
-def _op_results(like: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    """An op returns tensors only, of a known layout: an input that was None has an empty gradient."""
-    return tuple(like.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
-
-
-def _fake_gradients(like: Tensor, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.scale, _ = inputs
-    ctx.save_for_backward(*tensors, output[1])
-
-
-def _autograd(ctx, dy, _):
-    *inputs, saved = ctx.saved_tensors
-    grads = _bimamba_backward(dy, *inputs, saved, ctx.scale)
-    return *(None if t is None else grad for t, grad in zip(inputs, grads)), None, None
-
-
-_bimamba.register_autograd(_autograd, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.mamba_ssm.bimamba)
-def _forward_flops(xz_shape, *args, out_shape=None, **kwargs) -> int:
-    """Both directions: convolution, both small projections, scan."""
-    batch, length, _ = xz_shape
-    (channels, width), _, x_proj_shape, dt_shape, _, A_shape, _ = args[:COUNT]
-    per_token = 2 * channels * width + 2 * channels * x_proj_shape[0] + 2 * channels * dt_shape[1]
-    return 2 * (batch * length * per_token + scan_flops(batch, channels, length, A_shape[1]))
-
-
-@register_flop_formula(torch.ops.mamba_ssm.bimamba_backward)
-def _backward_flops(dy_shape, xz_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _forward_flops(xz_shape, *args)
-
-
-# ---- with its projections, on a CPU in float32 -----------------------------------------------------------------
-
-
-_PROJECTED = f"Tensor hidden, Tensor in_proj, Tensor out_proj, {_BOTH}"
-
-
-@torch.library.custom_op(
-    "mamba_ssm::bimamba_block",
-    mutates_args=(),
-    schema=f"({_PROJECTED}, float scale, bool bf16_products, bool save) -> {_tensors(3)}",
-)
-def _bimamba_block(hidden, in_proj, out_proj, *rest):
-    (forward, backward), (scale, bf16_products, save) = _directions(rest), rest[2 * COUNT :]
-    kernels = _kernels(hidden, forward)
-    return kernels.block_forward(hidden, in_proj, out_proj, forward, backward, scale, save, bf16_products)
-
-
-@_bimamba_block.register_fake
-def _(hidden, in_proj, out_proj, *rest):
-    out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    if not rest[-1]:
-        return out, hidden.new_empty(0), hidden.new_empty(0, dtype=torch.uint8)
-    forward = _directions(rest)[0]
-    size = _saved_bytes(_kernels(hidden, forward), hidden, forward)
-    return out, hidden.new_empty(*hidden.shape[:2], in_proj.shape[0]), hidden.new_empty(size, dtype=torch.uint8)
-
-
-@torch.library.custom_op(
-    "mamba_ssm::bimamba_block_backward",
-    mutates_args=(),
-    schema=f"(Tensor dout, {_PROJECTED}, Tensor xz, Tensor saved, float scale, bool bf16_products) -> "
-    f"{_tensors(3 + 2 * COUNT)}",
-)
-def _bimamba_block_backward(dout, hidden, in_proj, out_proj, *rest):
-    (forward, backward), (xz, saved, scale, bf16_products) = _directions(rest), rest[2 * COUNT :]
-    kernels = _kernels(hidden, forward)
-    check_saved(saved, _saved_bytes(kernels, hidden, forward))
-    with torch.autocast(hidden.device.type, enabled=False):
-        *projections, forward_grads, backward_grads = kernels.block_backward(
-            dout, hidden, in_proj, out_proj, forward, backward, scale, xz, saved, bf16_products
-        )
-    return _op_results(hidden, (*projections, *forward_grads, *backward_grads))
-
-
-@_bimamba_block_backward.register_fake
-def _(dout, *inputs):
-    return _fake_gradients(dout, inputs[: 3 + 2 * COUNT])
-
-
-def _setup_block_context(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.bf16_products, _ = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _block_autograd(ctx, dout, *_):
-    *inputs, xz, saved = ctx.saved_tensors
-    grads = _bimamba_block_backward(dout, *inputs, xz, saved, ctx.scale, ctx.bf16_products)
-    return *(None if t is None else grad for t, grad in zip(inputs, grads)), None, None, None
-
-
-_bimamba_block.register_autograd(_block_autograd, setup_context=_setup_block_context)
-
-
-@register_flop_formula(torch.ops.mamba_ssm.bimamba_block)
-def _block_flops(hidden_shape, in_shape, out_proj_shape, *parameters, out_shape=None, **kwargs) -> int:
-    batch, length, embedding = hidden_shape
-    projections = 2 * batch * length * embedding * (in_shape[0] + out_proj_shape[1])
-    return projections + _forward_flops((batch, length, in_shape[0]), *parameters)
-
-
-@register_flop_formula(torch.ops.mamba_ssm.bimamba_block_backward)
-def _block_backward_flops(dout_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _block_flops(*args)
-
-
-# ---- with its projections, on an NVIDIA GPU in 16 bits: hidden alone is kept -----------------------------------
-
-
-@torch.library.custom_op(
-    "mamba_ssm::bimamba_half_block",
-    mutates_args=(),
-    schema=f"({_PROJECTED}, float scale, str decay) -> Tensor",
-)
-def _bimamba_half_block(hidden, in_proj, out_proj, *rest):
-    (forward, backward), (scale, decay) = _directions(rest), rest[2 * COUNT :]
-    kernels = _kernels(hidden, forward)
-    return kernels.half_block_forward(hidden, in_proj, out_proj, forward, backward, scale, decay)
-
-
-@_bimamba_half_block.register_fake
-def _(hidden, *rest):
-    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op(
-    "mamba_ssm::bimamba_half_block_backward",
-    mutates_args=(),
-    schema=f"(Tensor dout, {_PROJECTED}, float scale, str decay) -> {_tensors(3 + 2 * COUNT)}",
-)
-def _bimamba_half_block_backward(dout, hidden, in_proj, out_proj, *rest):
-    (forward, backward), (scale, decay) = _directions(rest), rest[2 * COUNT :]
-    kernels = _kernels(hidden, forward)
-    with torch.autocast(hidden.device.type, enabled=False):
-        *projections, forward_grads, backward_grads = kernels.half_block_backward(
-            dout, hidden, in_proj, out_proj, forward, backward, scale, decay
-        )
-    return _op_results(hidden, (*projections, *forward_grads, *backward_grads))
-
-
-@_bimamba_half_block_backward.register_fake
-def _(dout, *inputs):
-    return _fake_gradients(dout, inputs[: 3 + 2 * COUNT])
-
-
-def _setup_half_block_context(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.decay = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _half_block_autograd(ctx, dout):
-    inputs = ctx.saved_tensors
-    grads = _bimamba_half_block_backward(dout, *inputs, ctx.scale, ctx.decay)
-    return *(None if t is None else grad for t, grad in zip(inputs, grads)), None, None
-
-
-_bimamba_half_block.register_autograd(_half_block_autograd, setup_context=_setup_half_block_context)
-register_flop_formula(torch.ops.mamba_ssm.bimamba_half_block)(_block_flops)
-register_flop_formula(torch.ops.mamba_ssm.bimamba_half_block_backward)(_block_backward_flops)
-
-
-# ---- and with the norm before it: the residual stream alone is kept --------------------------------------------
-
-_NORMED = f"Tensor norm_weight, Tensor in_proj, Tensor out_proj, {_BOTH}, float eps, float scale, str decay"
-NORMED = 3 + 2 * COUNT  # tensors of it
-
-
-@torch.library.custom_op(
-    "mamba_ssm::norm_bimamba_half_block",
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor residual, {_NORMED}) -> {_tensors(2)}",
-)
-def _norm_bimamba_half_block(x, residual, norm_weight, in_proj, out_proj, *rest):
-    directions, options = _directions(rest), rest[2 * COUNT :]
-    kernels = _kernels(x, directions[0])
-    return kernels.norm_half_block_forward(x, residual, norm_weight, in_proj, out_proj, *directions, *options)
-
-
-@_norm_bimamba_half_block.register_fake
-def _(x, residual, *rest):
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, residual))
-
-
-@torch.library.custom_op(
-    "mamba_ssm::norm_bimamba_half_block_backward",
-    mutates_args=(),
-    schema=f"(Tensor dout, Tensor? dtotal, Tensor total, {_NORMED}) -> {_tensors(2 + NORMED)}",
-)
-def _norm_bimamba_half_block_backward(dout, dtotal, total, norm_weight, in_proj, out_proj, *rest):
-    directions, options = _directions(rest), rest[2 * COUNT :]
-    kernels = _kernels(dout, directions[0])
-    with torch.autocast(dout.device.type, enabled=False):
-        *others, forward_grads, backward_grads = kernels.norm_half_block_backward(
-            dout, dtotal, total, norm_weight, in_proj, out_proj, *directions, *options
-        )
-    return _op_results(dout, (*others, *forward_grads, *backward_grads))
-
-
-@_norm_bimamba_half_block_backward.register_fake
-def _(dout, dtotal, total, *rest):
-    return _fake_gradients(dout, (dout, total, *rest[:NORMED]))
-
-
-def _setup_norm_block_context(ctx, inputs, output):
-    *tensors, ctx.eps, ctx.scale, ctx.decay = inputs
-    ctx.x_dtype = tensors[0].dtype
-    ctx.save_for_backward(output[1], *tensors[2:])
-    ctx.set_materialize_grads(False)
-
-
-def _norm_block_autograd(ctx, dout, dtotal):
-    total, *parameters = ctx.saved_tensors
-    if dout is None:
-        dout = torch.zeros_like(total, dtype=ctx.x_dtype)
-    grads = _norm_bimamba_half_block_backward(dout, dtotal, total, *parameters, ctx.eps, ctx.scale, ctx.decay)
-    return *(None if t is None else grad for t, grad in zip((dout, total, *parameters), grads)), None, None, None
-
-
-_norm_bimamba_half_block.register_autograd(_norm_block_autograd, setup_context=_setup_norm_block_context)
-
-
-@register_flop_formula(torch.ops.mamba_ssm.norm_bimamba_half_block)
-def _norm_block_flops(x_shape, residual_shape, norm_shape, *args, out_shape=None, **kwargs) -> int:
-    """And of add, square, sum, scale, weight."""
-    return 5 * math.prod(x_shape) + _block_flops(x_shape, *args)
-
-
-@register_flop_formula(torch.ops.mamba_ssm.norm_bimamba_half_block_backward)
-def _norm_block_backward_flops(dout_shape, dtotal_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _norm_block_flops(dout_shape, *args)
 
 
 def _check(xz: Tensor, forward: DirectionParameters, backward: DirectionParameters) -> None:
@@ -402,7 +83,7 @@ def _mixer(xz: Tensor, forward: DirectionParameters, backward: DirectionParamete
     if backend.differentiated_beyond_autograd():
         return reference.bimamba(xz, forward, backward, scale)
     save = needs_grad(xz, *forward, *backward)
-    return _bimamba(xz, *forward, *backward, scale, save)[0]
+    return bimamba_ops.mixer(xz, *forward, *backward, scale, save)[0]
 
 
 def bimamba_block(
@@ -438,7 +119,7 @@ def bimamba_block(
     if half is not None:
         with torch.autocast(hidden.device.type, enabled=False):
             inputs = (hidden.to(half), *inputs[1:])
-            return _bimamba_half_block(*inputs, *forward, *backward, scale, decay)
+            return bimamba_ops.half_block(*inputs, *forward, *backward, scale, decay)
     forward, backward = with_A(forward, backward, decay)
     if transformed:
         return _in_a_row(inputs, forward, backward, scale)
@@ -487,7 +168,7 @@ def norm_bimamba_block(
     _check_block(x, in_proj_weight, out_proj_weight, forward, backward, decay)
     inputs = (x, residual, norm_weight, in_proj_weight, out_proj_weight, *forward, *backward)
     with torch.autocast(x.device.type, enabled=False):
-        return _norm_bimamba_half_block(*inputs, eps, scale, decay)
+        return bimamba_ops.norm_half_block(*inputs, eps, scale, decay)
 
 
 def _block(
@@ -496,7 +177,7 @@ def _block(
     if not _runs_as_block(inputs, forward, backward):
         return _in_a_row(inputs, forward, backward, scale)
     save = needs_grad(*inputs, *forward, *backward)
-    return _bimamba_block(*inputs, *forward, *backward, scale, bf16_products, save)[0]
+    return bimamba_ops.block(*inputs, *forward, *backward, scale, bf16_products, save)[0]
 
 
 def negative_exp(A_log: Tensor) -> Tensor:
