@@ -34,6 +34,7 @@ from pretrained import TAG, opening_weights, published_weights, read_copy, weigh
 
 try:
     from mamba_ssm.modules.mamba_simple import BIMAMBA_TYPES, Mamba, check_values, is_count, runs_as_is
+    from mamba_ssm.ops.backend import has_autocast
     from mamba_ssm.ops.triton.layer_norm import layer_norm_fn, layer_norm_ref, rms_norm_ref
 except ImportError as error:
     raise ImportError(
@@ -220,7 +221,7 @@ class PatchEmbed(nn.Module):
         # The patches start the float32 residual stream: under bfloat16 autocast this layer alone cost a third of
         # the logits' error, at 2 % of the arithmetic.
         kind = x.device.type
-        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        with torch.autocast(kind, enabled=False) if has_autocast(kind) else nullcontext():
             x = x.to(self.proj.weight.dtype)
             if x.is_cuda and self.stride == self.patch_size:
                 patches = embed_disjoint_patches(x, self.proj.weight, self.proj.bias)

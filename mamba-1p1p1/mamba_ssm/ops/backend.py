@@ -109,6 +109,12 @@ def choose(
     return module
 
 
+@torch.compiler.assume_constant_result  # torch 2.11 does not trace the question
+def has_autocast(device_type: str) -> bool:
+    """Whether autocast is of such devices; "meta" has none."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def argument_of_dtype(op: str, dtype: torch.dtype) -> str:
     """The argument of an op that has the dtype which `choose` was asked about."""
     return "A" if dtype.is_complex else {"selective_scan": "u", "bimamba": "xz", "add_norm": "x"}[op]

@@ -293,7 +293,7 @@ def _check_block(
         if weight.device != hidden.device:
             raise ValueError(f"{name}'s weight is on {weight.device}, hidden on {hidden.device}: move it there")
         kind = hidden.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        autocast = backend.has_autocast(kind) and torch.is_autocast_enabled(kind)
         cast = autocast or hidden.dtype.itemsize == 2
         if weight.dtype != hidden.dtype and not cast:
             raise ValueError(f"{name}'s weight is {weight.dtype}, hidden {hidden.dtype}: cast one of them")
