@@ -248,7 +248,7 @@ class Mamba(nn.Module):
         """Whether `forward_with_norm` serves such tensors: those of "v2" on an NVIDIA GPU in 16 bits."""
         if self.bimamba_type != "v2" or self.init_layer_scale is not None or not self._is_one_block():
             return False
-        return takes_norm(x, residual, self._parameters_of("", self.A_log))
+        return takes_norm(x, residual, self.d_inner, self.d_state, self.dt_rank, self.d_conv)
 
     def forward_with_norm(self, x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """`forward` of the RMSNorm of x + residual, and that sum, (B, L, E) each: norm and in_proj in one pass."""
@@ -375,7 +375,10 @@ def _check_cache(hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -
 
 def _check_holder(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
     """Raise TypeError for a module whose call is more than a `kind` of its parameters; see `Mamba`."""
-    own, mend = vars(module), "adapt in_proj or out_proj, or merge the adapter"
+    own = vars(module)
+    if type(module) is kind and not module._forward_pre_hooks and "forward" not in own:
+        return  # as nearly always, and of every forward pass
+    mend = "adapt in_proj or out_proj, or merge the adapter"
     # Parameters and parametrizations are not among `own`, so a hook that only watches does not count.
     computed = [of for of in ("bias", "weight") if of in own] if module._forward_pre_hooks else []
     if type(module).forward is not kind.forward:
@@ -392,13 +395,13 @@ def _check_holder(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
 
 def _check_convolution(name: str, conv: nn.Conv1d) -> None:
     """Raise TypeError for one that is not causal, depthwise, and of every token."""
-    (width,), channels = conv.kernel_size, conv.in_channels
-    for what, value, right in (
-        ("stride", conv.stride, (1,)), ("dilation", conv.dilation, (1,)), ("padding", conv.padding, (width - 1,)),
-        ("groups", conv.groups, channels), ("padding_mode", conv.padding_mode, "zeros"),
-    ):  # fmt: skip
-        if value != right:
-            raise TypeError(f"{name} has {what}={value!r}, which this mixer would not heed: use {right!r}")
+    names = ("stride", "dilation", "padding", "groups", "padding_mode")
+    given = (conv.stride, conv.dilation, conv.padding, conv.groups, conv.padding_mode)
+    needed = ((1,), (1,), (conv.kernel_size[0] - 1,), conv.in_channels, "zeros")
+    if given == needed:
+        return
+    what, value, right = next(three for three in zip(names, given, needed) if three[1] != three[2])
+    raise TypeError(f"{name} has {what}={value!r}, which this mixer would not heed: use {right!r}")
 
 
 def _is_plain(linear: nn.Module) -> bool:

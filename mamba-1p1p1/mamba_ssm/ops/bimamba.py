@@ -24,40 +24,43 @@ def _check(xz: Tensor, forward: DirectionParameters, backward: DirectionParamete
         )
 
 
+FIELDS = DirectionParameters._fields
+KIND = "the mixer takes floating-point tensors"
 MATRICES = {"conv_weight": "(D, W)", "x_proj_weight": "(R + 2 N, D)", "dt_weight": "(D, R)", "A": "(D, N)"}
 
 
 def _check_parameters(name: str, x: Tensor, forward: DirectionParameters, backward: DirectionParameters) -> None:
-    """The parameters' shapes, and that they and x, the argument of that name, are floating point on one device."""
+    """The parameters' shapes, and that they and x, the argument of that name, are floating point on one device.
+
+    Every forward pass of every block asks: what is right passes without a word being made up.
+    """
     sides = (("forward", forward), ("backward", backward))
     for direction, parameters in sides:
-        for field, tensor in parameters._asdict().items():
+        for field, tensor in zip(FIELDS, parameters):
             if tensor is None and field != "conv_bias":
                 raise ValueError(f"{direction} {field} is None: only conv_bias may be")
     for field, form in MATRICES.items():
-        shape = tuple(getattr(forward, field).shape)
-        if len(shape) != 2:
-            raise ValueError(f"forward {field} must be {form}, not {shape}")
+        if getattr(forward, field).dim() != 2:
+            raise ValueError(f"forward {field} must be {form}, not {tuple(getattr(forward, field).shape)}")
     if (forward.conv_bias is None) != (backward.conv_bias is None):
         raise ValueError("conv_bias is given for one direction only: give it for both, or for neither")
     (channels, d_state), rank, width = forward.A.shape, forward.dt_weight.shape[1], forward.conv_weight.shape[1]
-    shapes = DirectionParameters(
+    shapes = (
         (channels, width), (channels,), (rank + 2 * d_state, channels),
         (channels, rank), (channels,), (channels, d_state), (channels,),
     )  # fmt: skip
-    given = {name: x}
+    if not x.is_floating_point():
+        raise ValueError(f"{name} has dtype {x.dtype}: {KIND}")
     for direction, parameters in sides:
-        for field, tensor, shape in zip(DirectionParameters._fields, parameters, shapes):
+        for field, tensor, shape in zip(FIELDS, parameters, shapes):
             if tensor is None:
                 continue
-            given[f"{direction} {field}"] = tensor
-            if tuple(tensor.shape) != shape:
+            if tensor.shape != shape:
                 raise ValueError(f"{direction} {field} must have shape {shape}, not {tuple(tensor.shape)}")
-    for what, tensor in given.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{what} has dtype {tensor.dtype}: the mixer takes floating-point tensors")
-        if tensor.device != x.device:
-            raise ValueError(f"{what} is on {tensor.device}, {name} on {x.device}: move it there")
+            if not tensor.is_floating_point():
+                raise ValueError(f"{direction} {field} has dtype {tensor.dtype}: {KIND}")
+            if tensor.device != x.device:
+                raise ValueError(f"{direction} {field} is on {tensor.device}, {name} on {x.device}: move it there")
 
 
 def bimamba(xz: Tensor, forward: DirectionParameters, backward: DirectionParameters, scale: float = 0.5) -> Tensor:
@@ -115,7 +118,8 @@ def bimamba_block(
     inputs = (hidden, in_proj_weight, out_proj_weight)
     _check_block(*inputs, forward, backward, decay)
     transformed = backend.differentiated_beyond_autograd()
-    half = None if transformed else _half_block_dtype(hidden, forward)
+    rank, d_conv = forward.dt_weight.shape[1], forward.conv_weight.shape[1]
+    half = None if transformed else _half_block_dtype(hidden, *forward.A.shape, rank, d_conv)
     if half is not None:
         with torch.autocast(hidden.device.type, enabled=False):
             inputs = (hidden.to(half), *inputs[1:])
@@ -130,14 +134,13 @@ def bimamba_block(
         return _block((hidden.float(), *inputs[1:]), forward, backward, scale, bf16_products)
 
 
-def takes_norm(x: Tensor, residual: Tensor, forward: DirectionParameters) -> bool:
+def takes_norm(x: Tensor, residual: Tensor, channels: int, d_state: int, rank: int, d_conv: int) -> bool:
     """Whether `norm_bimamba_block` runs here: on an NVIDIA GPU in 16 bits, x being in them, the residual stream in
-    float32, at the widths that the kernel has registers for.
+    float32, at the widths that the kernel has registers for. `channels` to `d_conv`: D, N, R and W of the mixer.
     """
-    if backend.differentiated_beyond_autograd():
+    if residual.dtype != torch.float32 or x.dtype == torch.float32 or backend.differentiated_beyond_autograd():
         return False
-    half = _half_block_dtype(x, forward)
-    return half == x.dtype and residual.dtype == torch.float32 and _serves_norm(x.device.type, half, x.shape[-1])
+    return _half_block_dtype(x, channels, d_state, rank, d_conv, norm_width=x.shape[-1]) == x.dtype
 
 
 def norm_bimamba_block(
@@ -214,7 +217,9 @@ def _in_a_row(inputs: tuple, forward: DirectionParameters, backward: DirectionPa
     return F.linear(y, out_proj.to(y.dtype))
 
 
-def _half_block_dtype(hidden: Tensor, forward: DirectionParameters) -> torch.dtype | None:
+def _half_block_dtype(
+    hidden: Tensor, channels: int, d_state: int, rank: int, d_conv: int, norm_width: int | None = None
+) -> torch.dtype | None:
     """The 16-bit dtype in which a GPU's block runs, by autocast or by `hidden` itself; None where it does not."""
     kind = hidden.device.type
     if kind != "cuda" and not (kind == "cpu" and _emulates_cuda()):
@@ -222,8 +227,7 @@ def _half_block_dtype(hidden: Tensor, forward: DirectionParameters) -> torch.dty
     if hidden.dtype == torch.float64:  # which autocast leaves alone
         return None
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    rank, d_conv = forward.dt_weight.shape[1], forward.conv_weight.shape[1]
-    return dtype if _serves_half_block(kind, dtype, *forward.A.shape, rank, d_conv) else None
+    return dtype if _serves_half_block(kind, dtype, channels, d_state, rank, d_conv, norm_width) else None
 
 
 @torch.compiler.assume_constant_result
@@ -233,17 +237,16 @@ def _emulates_cuda() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _serves_half_block(kind: str, dtype: torch.dtype, channels: int, d_state: int, rank: int, d_conv: int) -> bool:
+def _serves_half_block(
+    kind: str, dtype: torch.dtype, channels: int, d_state: int, rank: int, d_conv: int, norm_width: int | None
+) -> bool:
+    """Whether the backend has the block in one in 16 bits, with `norm_width` the norm of so many columns before it."""
     if dtype not in (torch.bfloat16, torch.float16):
         return False
     kernels = backend.choose("bimamba", torch.device(kind), dtype, d_state=d_state, d_conv=d_conv)
-    return hasattr(kernels, "serves_block") and kernels.serves_block(dtype, channels, d_state, rank, d_conv)
-
-
-@torch.compiler.assume_constant_result
-def _serves_norm(kind: str, dtype: torch.dtype, width: int) -> bool:
-    """Of sizes that `_serves_half_block`."""
-    return backend.choose("bimamba", torch.device(kind), dtype).serves_norm(width)
+    if not hasattr(kernels, "serves_block") or not kernels.serves_block(dtype, channels, d_state, rank, d_conv):
+        return False
+    return norm_width is None or kernels.serves_norm(norm_width)
 
 
 def _under_cpu_autocast(inputs: tuple, forward: DirectionParameters, backward: DirectionParameters) -> bool:
