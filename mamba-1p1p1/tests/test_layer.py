@@ -1,0 +1,385 @@
+"""The layer `Mamba`: one path and the other, precision, token by token, what users do to its parts."""
+
+import functools
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from inputs import BF16, needs_block
+from torch.autograd import forward_ad
+from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_pre_hook
+from torch.nn.utils import prune
+
+from mamba_ssm import Mamba
+from mamba_ssm.ops.bimamba import _serves_block
+from mamba_ssm.ops.triton.layer_norm import RMSNorm
+
+
+@pytest.mark.parametrize("bimamba_type", ["none", "v1", "v2"])
+@pytest.mark.parametrize(
+    "options", [{}, {"if_divide_out": True}, {"bias": True, "conv_bias": False}, {"init_layer_scale": 0.1}]
+)
+def test_fast_path_is_the_same_function(bimamba_type, options):
+    torch.manual_seed(0)
+    fast = Mamba(24, d_state=8, bimamba_type=bimamba_type, **options)
+    plain = Mamba(24, d_state=8, bimamba_type=bimamba_type, use_fast_path=False, **options)
+    plain.load_state_dict(fast.state_dict())
+    tokens = torch.randn(2, 11, 24)
+    torch.testing.assert_close(fast(tokens), plain(tokens), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"d_model": "16"}, "d_model='16' cannot be: use a whole number of at least 1"),
+        ({"expand": -1}, "expand=-1 cannot be: use a positive number"),
+        ({"expand": float("inf")}, "expand=inf cannot be: use a positive number"),
+        ({"expand": 0.001}, "expand=0.001 cannot be: use a number with expand * d_model >= 1, where d_model=16"),
+        ({"dt_min": 0}, "dt_min=0 cannot be: use a positive number"),
+        ({"dt_min": "a"}, "dt_min='a' cannot be: use a positive number"),
+        ({"dt_max": 1e-4}, "dt_max=0.0001 cannot be: use a number of at least dt_min=0.001"),
+        ({"dt_max": None}, "dt_max=None cannot be: use a number of at least dt_min=0.001"),
+        (
+            {"dt_init_backward": "same", "bimamba_type": "v1"},
+            "dt_init_backward='same' means nothing with bimamba_type='v1': leave it out, or use 'v2'",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_layer_options(options, words):
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+        Mamba(**{"d_model": 16} | options)
+
+
+@pytest.mark.parametrize("use_fast_path", [True, False])
+def test_a_lone_token_gives_every_parameter_a_gradient(use_fast_path):
+    """A's is zero: there is no state to decay. None would stop ranks that wait for it."""
+    module = Mamba(16, bimamba_type="v2", use_fast_path=use_fast_path)
+    module(torch.randn(2, 1, 16)).sum().backward()
+    assert [name for name, p in module.named_parameters() if p.grad is None] == []
+    assert not module.A_log.grad.any()
+
+
+def test_a_layer_is_exported_for_any_batch():
+    """As many sequences as channels among them: 16 here."""
+    layer = Mamba(8, use_fast_path=False)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(layer, (torch.randn(3, 5, 8),), dynamic_shapes=({0: batch},))
+    x = torch.randn(16, 5, 8)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize("bimamba_type, dtype", [("none", BF16), ("v1", BF16), ("v2", torch.float32)], ids=str)
+@pytest.mark.parametrize("autocast_dtype", [BF16, torch.float16], ids=str)
+def test_autocast_keeps_parameter_gradients_float32(bimamba_type, dtype, autocast_dtype):
+    """The bidirectional mixer with its projections gives what a CPU adds products up in."""
+    torch.manual_seed(0)
+    dtype = autocast_dtype if dtype == BF16 else dtype
+    for d_model in (32, 24):  # whole vectors for the block in one, and not
+        module = Mamba(d_model, bimamba_type=bimamba_type)
+        with torch.autocast("cpu", autocast_dtype):
+            out = module(torch.randn(2, 9, d_model))
+        assert out.dtype == dtype
+        out.float().square().sum().backward()
+        assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("d_model", [32, 24])
+def test_autocast_stays_close_to_float32(d_model, hidden_dtype):
+    """Output and every gradient, as far as rounding the operands of four products to bfloat16 leaves them."""
+    torch.manual_seed(0)
+    module = Mamba(d_model, bimamba_type="v2", if_divide_out=True)
+    tokens = torch.randn(2, 40, d_model).to(hidden_dtype).requires_grad_()
+    dout = torch.randn(2, 40, d_model)
+
+    def run(enabled):
+        with torch.autocast("cpu", BF16, enabled=enabled):
+            out = module(tokens if enabled else tokens.float())
+        return out, *torch.autograd.grad(out, [tokens, *module.parameters()], dout)
+
+    for name, low, exact in zip(["out", "tokens", *dict(module.named_parameters())], run(True), run(False)):
+        assert (low - exact).abs().max() <= 1e-2 * exact.abs().max(), name
+
+
+def test_mixer_compiles_into_one_graph_under_autocast():
+    torch.manual_seed(0)
+    module, tokens = Mamba(32, bimamba_type="v2", if_divide_out=True), torch.randn(2, 9, 32)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", BF16):
+        out, expected = compiled(tokens), module(tokens)
+    assert out.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(out, expected)
+    dout = torch.randn_like(out)
+    grads = [torch.autograd.grad(y, list(module.parameters()), dout) for y in (out, expected)]
+    # Where no kernel takes the projections along, torch rounds the compiled gradients of these: it traces backward
+    # under the autocast that is on around the call.
+    rounded = 1e-5 if _serves_block(32, 64, 16, 4) else 1e-2
+    for grad, eager in zip(*grads):
+        assert (grad - eager).abs().max() <= rounded * eager.abs().max()
+
+
+def test_autocast_leaves_a_model_in_bfloat16_alone():
+    module = Mamba(32, bimamba_type="v2").to(BF16)
+    with torch.autocast("cpu", BF16):
+        assert module(torch.randn(2, 9, 32, dtype=BF16)).dtype == BF16
+
+
+# ---- token by token
+
+
+class Memory:
+    """What generation loops hand to each layer."""
+
+    def __init__(self):
+        self.key_value_memory_dict, self.seqlen_offset = {}, 0
+
+
+@pytest.mark.parametrize("cache_dtype", [None, torch.float32, torch.bfloat16])
+def test_a_bfloat16_layer_steps_with_any_cache(cache_dtype):
+    """Its states add up for the whole sequence: by default in float32."""
+    torch.manual_seed(0)
+    layer = Mamba(24, layer_idx=0, dtype=torch.bfloat16)
+    tokens = torch.randn(2, 40, 24, dtype=torch.bfloat16)
+    cache = layer.allocate_inference_cache(2, 40, cache_dtype)
+    assert cache.ssm_state.dtype == (cache_dtype or torch.float32)
+    outs = torch.cat([layer.step(token, *cache)[0] for token in tokens.split(1, dim=1)], 1)
+    assert outs.dtype == torch.bfloat16
+    torch.testing.assert_close(outs, layer(tokens), rtol=0.05, atol=0.02)
+
+
+def test_cached_generation_equals_the_whole_sequence():
+    torch.manual_seed(0)
+    module = Mamba(16, d_state=4, layer_idx=3).double()
+    tokens = torch.randn(2, 9, 16, dtype=torch.float64)
+    memory, outs = Memory(), []
+    outs.append(module(tokens[:, :5], inference_params=memory))
+    for t in range(5, 9):
+        memory.seqlen_offset = t
+        outs.append(module(tokens[:, t : t + 1], inference_params=memory))
+    torch.testing.assert_close(torch.cat(outs, 1), module(tokens))
+
+
+@pytest.mark.parametrize("use_fast_path", [True, False])
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_a_prompt_leaves_the_cache_that_its_tokens_would(length, use_fast_path):
+    """And is differentiated as a sequence without a cache."""
+    torch.manual_seed(0)
+    module, memory = Mamba(16, d_state=4, layer_idx=0, use_fast_path=use_fast_path).double(), Memory()
+    tokens = torch.randn(2, length, 16, dtype=torch.float64, requires_grad=True)
+    cache = module.allocate_inference_cache(2, length)
+    stepped = torch.cat([module.step(token, *cache)[0] for token in tokens.detach().split(1, 1)], 1).detach()
+    out = module(tokens, inference_params=memory)
+    torch.testing.assert_close(out, stepped)
+    torch.testing.assert_close(tuple(memory.key_value_memory_dict[0]), tuple(state.detach() for state in cache))
+    grads = (torch.autograd.grad(run.square().sum(), tokens)[0] for run in (out, module(tokens)))
+    torch.testing.assert_close(*grads)
+
+
+def test_a_cache_is_of_one_batch():
+    module, memory = Mamba(16, layer_idx=0), Memory()
+    module(torch.randn(3, 5, 16), inference_params=memory)
+    memory.seqlen_offset = 5
+    said = "^conv_state of batch 3 beside hidden_states of batch 2: .*allocate_inference_cache\\(2, "
+    with pytest.raises(ValueError, match=said):
+        module(torch.randn(2, 1, 16), inference_params=memory)
+    conv_state, ssm_state = module.allocate_inference_cache(2, 1)
+    with pytest.raises(ValueError, match=r"^ssm_state of batch 1 beside hidden_states of batch 2"):
+        module.step(torch.randn(2, 1, 16), conv_state, ssm_state[:1])
+    assert not conv_state.any()  # nothing has moved yet
+
+
+def test_a_cache_is_of_one_layer():
+    with pytest.raises(ValueError, match="layer_idx=None"):
+        Mamba(16)(torch.randn(2, 5, 16), inference_params=Memory())
+
+
+# ---- hooks, adapters and other changes of its projections
+
+
+@pytest.fixture
+def undone():
+    """Takes handles of hooks, which it removes after the test."""
+    handles = []
+    yield handles.append
+    for handle in handles:
+        handle.remove()
+
+
+class Double(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize("bimamba_type", ["none", "v1", pytest.param("v2", marks=needs_block)])
+@pytest.mark.parametrize("change", ["hook", "hook of all", "forward", "adapter", "bias"])
+def test_a_projection_that_is_more_than_a_product_is_called(change, bimamba_type, undone):
+    """The block in one op takes the projections' weights alone: what else they do must not be lost."""
+    torch.manual_seed(0)
+    module, x = Mamba(16, bimamba_type=bimamba_type), torch.randn(2, 5, 16)
+    expected = 2 * module(x)
+    if change == "hook":
+        module.out_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+    elif change == "hook of all":
+        undone(register_module_forward_hook(lambda it, inputs, output: 2 * output if it is module.out_proj else None))
+    elif change == "forward":
+        module.out_proj.forward = lambda y: 2 * F.linear(y, module.out_proj.weight)
+    elif change == "adapter":
+        module.out_proj = torch.nn.Sequential(module.out_proj, Double())
+    else:
+        module.out_proj.bias = torch.nn.Parameter(torch.ones(16))
+        expected = expected / 2 + 1
+    torch.testing.assert_close(module(x), expected)
+
+
+@needs_block
+@pytest.mark.parametrize("name", ["in_proj", "out_proj"])
+@pytest.mark.parametrize("of_all", [False, True])
+def test_hooks_before_a_projections_backward_are_run(of_all, name, undone):
+    module, seen = Mamba(16, bimamba_type="v2"), []
+    projection = getattr(module, name)
+    register = register_module_full_backward_pre_hook if of_all else projection.register_full_backward_pre_hook
+    undone(register(lambda it, gradients: seen.append(it)))
+    module(torch.randn(2, 5, 16, requires_grad=True)).sum().backward()
+    assert projection in seen
+
+
+@pytest.mark.parametrize("name", ["conv1d", "x_proj_b", "dt_proj"])
+def test_an_adapter_that_no_mixer_would_call_is_refused(name):
+    """By a compiled mixer, too, also one that was compiled before."""
+    torch._dynamo.reset()
+    module = Mamba(16, bimamba_type="v2")
+    compiled = torch.compile(module, backend="eager")
+    compiled(torch.randn(2, 5, 16))
+    setattr(module, name, torch.nn.Sequential(getattr(module, name)))
+    said = rf"^{name} is a torch\.nn\.modules\.container\.Sequential, which this mixer would not call"
+    for run in (module, compiled):
+        with pytest.raises(TypeError, match=said):
+            run(torch.randn(2, 5, 16))
+
+
+@pytest.mark.parametrize("bimamba_type", ["none", "v1", "v2"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"stride": 2}, r"conv1d has stride=\(2,\), which this mixer would not heed: use \(1,\)"),
+        ({"dilation": 2, "padding": 6}, r"conv1d has dilation=\(2,\)"),
+        ({"padding": 0}, r"conv1d has padding=\(0,\), which this mixer would not heed: use \(3,\)"),
+        ({"groups": 1}, "conv1d has groups=1, which this mixer would not heed: use 32"),
+        ({"padding_mode": "circular"}, "conv1d has padding_mode='circular'"),
+    ],
+)
+def test_another_convolution_is_refused(bimamba_type, change, words):
+    module = Mamba(16, bimamba_type=bimamba_type)
+    module.conv1d = torch.nn.Conv1d(32, 32, 4, **{"groups": 32, "padding": 3} | change)
+    with pytest.raises(TypeError, match=words):
+        module(torch.randn(2, 5, 16))
+
+
+@pytest.mark.parametrize("bimamba_type", ["none", "v1", "v2"])
+def test_a_bias_of_the_x_projection_is_refused(bimamba_type):
+    module = Mamba(16, bimamba_type=bimamba_type)
+    module.x_proj = torch.nn.Linear(32, module.x_proj.out_features)
+    with pytest.raises(TypeError, match="x_proj has a bias, which this mixer would not add: use bias=False"):
+        module(torch.randn(2, 5, 16))
+
+
+@pytest.mark.parametrize("name", ["conv1d", "x_proj_b", "dt_proj"])
+def test_a_forward_that_no_mixer_would_call_is_refused(name):
+    """Not the class's own, bound to the module: what takes a forward away again may leave that behind."""
+    module, x = Mamba(16, bimamba_type="v2"), torch.randn(2, 5, 16)
+    holder, expected = getattr(module, name), module(x)
+    holder.forward = holder.forward
+    assert torch.equal(module(x), expected)
+    holder.forward = functools.partial(holder.forward)
+    with pytest.raises(TypeError, match=f"^{name} has a forward of its own, which this mixer would not call"):
+        module(x)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("x_proj", "weight"), ("dt_proj_b", "bias"), ("conv1d", "weight")])
+def test_pruning_that_no_mixer_would_run_is_refused(name, kept):
+    """torch prunes in a hook before forward, which the mixers do not run; removed, the zeros are in the parameter."""
+    module, x = Mamba(16, bimamba_type="v2"), torch.randn(2, 5, 16)
+    prune.l1_unstructured(getattr(module, name), kept, 0.5)
+    with pytest.raises(TypeError, match=rf"^{name} has its {kept} from a forward pre-hook.*prune\.remove"):
+        module(x)
+    prune.remove(getattr(module, name), kept)
+    module(x).sum().backward()
+
+
+def test_a_watched_or_parametrized_holder_of_weights_is_taken():
+    """Hooks that watch, such as torchinfo's, are not run; a parametrization computes its weight where it is read."""
+    torch.manual_seed(0)
+    module, x = Mamba(16, bimamba_type="v2"), torch.randn(2, 5, 16)
+    expected = module(x)
+    torch.nn.utils.parametrizations.weight_norm(module.x_proj)
+    for holder in (module.conv1d, module.x_proj, module.dt_proj_b):
+        holder.register_forward_pre_hook(lambda *_: pytest.fail("run"))
+    torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize("use", ["allocate_inference_cache", "step"])
+def test_a_layer_of_one_token_at_a_time_refuses_the_same(use):
+    module = Mamba(16)
+    cache = module.allocate_inference_cache(2, 1)
+    module.conv1d = torch.nn.Sequential(module.conv1d)
+    with pytest.raises(TypeError, match=r"^conv1d is a "):
+        module.step(torch.randn(2, 1, 16), *cache) if use == "step" else module.allocate_inference_cache(2, 1)
+
+
+# ---- torch.func
+
+
+@pytest.mark.parametrize("bimamba_type", ["none", "v1", "v2"])
+@pytest.mark.parametrize("use_fast_path", [True, False])
+def test_torch_func_differentiates_forwards_and_backwards(bimamba_type, use_fast_path):
+    """Registered operations know autograd alone; jvp would silently take their derivatives for zero."""
+    torch.manual_seed(0)
+    module = Mamba(8, d_state=4, bimamba_type=bimamba_type, use_fast_path=use_fast_path).double()
+    norm = RMSNorm(8).double()
+    x, tangent = torch.randn(2, 2, 5, 8, dtype=torch.float64).unbind()
+
+    def loss(x):
+        out, total = norm(module(x), x, prenorm=True)
+        return (out * total).square().sum()
+
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(leaf), leaf)
+    value, derivative = torch.func.jvp(loss, (x,), (tangent,))
+    torch.testing.assert_close(value, loss(x))
+    torch.testing.assert_close(derivative, (grad * tangent).sum())
+    torch.testing.assert_close(torch.func.grad(loss)(x), grad)
+    torch.testing.assert_close(torch.func.jacfwd(loss)(x), grad)
+    whole = torch.func.vmap(torch.func.grad(lambda row: loss(row[None])))(x)
+    torch.testing.assert_close(whole, grad)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("bimamba_type", ["none", "v1", "v2"])
+def test_forward_mode_beside_torch_func(bimamba_type, frozen):
+    """Dual numbers of torch.autograd.forward_ad, with autograd's eyes shut too; and both of them compiled."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    module = Mamba(16, d_state=4, bimamba_type=bimamba_type).requires_grad_(not frozen)
+    norm = RMSNorm(16).requires_grad_(not frozen)
+    x, tangent = torch.randn(2, 2, 5, 16).unbind()
+
+    def run(x):
+        return norm(module(x), x)
+
+    def dual(function):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent
+
+    right = torch.func.jvp(run, (x,), (tangent,))[1]
+    assert right.abs().max() > 0.1
+    compiled = torch.compile(run, backend="eager")
+    compiled(x)
+    inside = torch.compile(lambda x, tangent: torch.func.jvp(run, (x,), (tangent,))[1], fullgraph=True, backend="eager")
+    with torch.set_grad_enabled(not frozen):
+        for found in (dual(run), dual(compiled), torch.func.jvp(compiled, (x,), (tangent,))[1], inside(x, tangent)):
+            torch.testing.assert_close(found, right)
