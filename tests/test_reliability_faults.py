@@ -344,6 +344,18 @@ def test_a_log_that_cannot_be_written_is_one_line(number, tmp_path, monkeypatch,
     assert read_checkpoint(latest_checkpoint(tmp_path, on_rejected=pytest.fail)).step == 8
 
 
+@pytest.mark.parametrize("name", [os.fsencode, str])
+def test_a_log_on_storage_that_fails_for_now_is_one_line_and_started_again(name, tmp_path, monkeypatch, capsys):
+    """TensorBoard's files have names of bytes."""
+
+    def write(path, text):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), name(path))
+
+    monkeypatch.setattr(report, "replace_text", write)
+    assert run(f"{QUICK} --epochs 1", tmp_path) == distributed.EXIT_FAILED
+    assert f"error: {tmp_path}/log.txt: {os.strerror(errno.ESTALE)}; the last checkpoint is whole" in one_line(capsys)
+
+
 @pytest.mark.slow
 def test_a_full_disk_of_rank_0_ends_all_ranks(tmp_path):
     flags = f"{QUICK} --batch-size 64 --checkpoint-steps 4 --output_dir {tmp_path}"

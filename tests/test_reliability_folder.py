@@ -52,6 +52,53 @@ def test_a_second_run_in_a_folder_is_refused(resume, busy, monkeypatch, capsys):
     assert sorted(folder.iterdir()) == before
 
 
+@pytest.fixture
+def whenever_an_epoch_is_logged(monkeypatch):
+    """Call a function each time, before the log is written."""
+
+    def register(function) -> None:
+        true_epoch = report.RunLog.epoch
+        monkeypatch.setattr(report.RunLog, "epoch", lambda *arguments: (function(), true_epoch(*arguments)))
+
+    return register
+
+
+@pytest.mark.filterwarnings("ignore:Exception in thread")  # TensorBoard's own
+@pytest.mark.parametrize("trackers", ["tensorboard", ""])
+def test_a_folder_that_was_moved_under_its_run_is_not_made_anew(
+    trackers, tmp_path, whenever_an_epoch_is_logged, capsys
+):
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+    whenever_an_epoch_is_logged(lambda: latest_checkpoint(folder) and folder.rename(moved))
+    assert run(f"{QUICK} --report-to={trackers}", folder) == EXIT_CONFIG
+    said = capsys.readouterr().err
+    assert said == f"error: {run_folder.gone(folder)}\n"
+    assert not folder.exists() and read_checkpoint(latest_checkpoint(moved)).epoch == 0
+
+
+def test_a_run_writes_nothing_into_the_folder_that_took_its_own_ones_place(
+    tmp_path, whenever_an_epoch_is_logged, capsys
+):
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+
+    def replace() -> None:
+        if latest_checkpoint(folder):
+            folder.rename(moved)
+            folder.mkdir()
+            (folder / "run.lock").write_text("process 1 on elsewhere\n\n")
+
+    whenever_an_epoch_is_logged(replace)
+    assert run(f"{QUICK} --report-to=", folder) == EXIT_CONFIG
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --output_dir {folder} is another folder by now, of process 1 on elsewhere: ")
+    assert latest_checkpoint(folder) is None and latest_checkpoint(moved)
+
+
+def test_a_run_goes_on_where_its_lock_was_deleted(tmp_path, whenever_an_epoch_is_logged):
+    whenever_an_epoch_is_logged((tmp_path / "run.lock").unlink)
+    assert run(f"{QUICK} --epochs 1", tmp_path) == 0
+
+
 def test_a_folder_is_free_as_soon_as_its_run_was_killed(busy, monkeypatch):
     """Loader processes, which may outlive it for some seconds, do not hold the lock."""
     folder, process = busy

@@ -625,10 +625,11 @@ class CheckpointWriter:
     """Stores checkpoints in a thread, one at a time, so that training goes on meanwhile.
 
     `store` returns as soon as the state is copied. An error of the thread is kept: nothing is written after
-    it, `failed` tells, and `wait` raises it.
+    it, `failed` tells, and `wait` raises it. `check` is called before each, and raises where none is to be written.
     """
 
-    def __init__(self):
+    def __init__(self, check: Callable[[], None] = lambda: None):
+        self.check = check
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -641,6 +642,7 @@ class CheckpointWriter:
 
     def _write(self, output_dir: str | Path, state: dict, keep: int, best: bool) -> None:
         try:
+            self.check()
             store_checkpoint(output_dir, state, keep, best)
         except Exception as error:  # raised by `wait`, in the thread that can do something about it
             self._error = error

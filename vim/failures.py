@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from checkpoint import FULL
 from distributed import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NONFINITE, let_go_of_terminal
 from errors import CheckpointError, ConfigError, DataError, NonFiniteError, PeerError, first_sentence
+from run_folder import gone
 
 # What torch says on a CPU, in a plain RuntimeError.
 CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
@@ -34,12 +37,23 @@ def explain(error: Exception, args=None) -> tuple[int, str] | None:
         return EXIT_CONFIG, out_of_memory(error, args)
     if isinstance(error, PermissionError):
         return EXIT_CONFIG, f"{error.filename}: {error.strerror}"
-    if isinstance(error, OSError) and error.errno in FULL:  # of a log or a picture; checkpoints have their own
-        where = error.filename or getattr(args, "output_dir", "")
-        return EXIT_CONFIG, f"{where}: {error.strerror}; the last checkpoint is whole, --resume auto goes on from it"
+    if isinstance(error, OSError) and (found := unwritable(error, getattr(args, "output_dir", ""))):
+        return found
     if isinstance(error, RuntimeError):
         line = loader_failure(error, args) or lost_rank(error)
         return (EXIT_FAILED, line) if line else None
+    return None
+
+
+def unwritable(error: OSError, output_dir: str) -> tuple[int, str] | None:
+    """(exit code, one line) for a log or picture that cannot be written, else None; checkpoints have their own."""
+    file = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    inside = bool(output_dir and file) and Path(file).absolute().is_relative_to(Path(output_dir).absolute())
+    if inside and isinstance(error, FileNotFoundError):
+        return EXIT_CONFIG, gone(output_dir)
+    if error.errno in FULL or inside:
+        line = f"{file or output_dir}: {error.strerror}; the last checkpoint is whole, --resume auto goes on from it"
+        return EXIT_CONFIG if error.errno in FULL else EXIT_FAILED, line
     return None
 
 

@@ -126,6 +126,7 @@ def train(run: Run, data: DataBundle, log: RunLog, given: Namespace | None = Non
     """
     log.say(describe(run))
     resume(run, log)
+    run.writer.check = log.folder.check_own
     with together():
         if log.dir:
             save_arguments(given or run.args, log.dir / "args.yaml")

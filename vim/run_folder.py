@@ -36,6 +36,13 @@ RUN_FILES = (
 # How long a run waits for the end of the one that has its output folder: of its own earlier process, mostly.
 LOCK_SECONDS = 60
 
+SAVED_THERE = "what this run has saved is where its folder was moved to; give that as --output_dir to go on"
+
+
+def gone(path: str | Path) -> str:
+    """The line of a run whose output folder is not there any more."""
+    return f"--output_dir {path} was moved or removed while its run wrote to it: {SAVED_THERE}"
+
 
 class RunFolder:
     """`--output_dir` in the hands of one run.
@@ -49,6 +56,7 @@ class RunFolder:
         self.say = say
         self.lock: TextIO | None = None  # see `claim`
         self.launch = ""
+        self.note = ""  # see `own`
         if self.path:
             make_folder(self.path)
 
@@ -87,9 +95,28 @@ class RunFolder:
     def own(self) -> None:
         """Note in the folder that what it holds from now on is this run's."""
         if self.lock is not None:
+            self.note = f"process {os.getpid()} on {socket.gethostname()}\n{self.launch}\n"
             self.lock.truncate(0)
-            self.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n{self.launch}\n")
+            self.lock.write(self.note)
             self.lock.flush()
+
+    def check_own(self) -> None:
+        """Raise ConfigError where what `own` noted is not in the folder of this name any more.
+
+        A folder that was moved or removed under its run would be made anew, and what is there by now may be another
+        run's, of which this one's checkpoints would become part. A deleted lock alone is no other folder.
+        """
+        if not self.note:
+            return
+        try:
+            found = (self.path / "run.lock").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            if self.path.is_dir():
+                return
+            raise ConfigError(gone(self.path)) from None
+        if found and found != self.note:
+            by = found.splitlines()[0]
+            raise ConfigError(f"--output_dir {self.path} is another folder by now, of {by}: {SAVED_THERE}")
 
     def _noted(self) -> list[str]:
         """What `own` wrote last: the process, the launch."""
