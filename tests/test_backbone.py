@@ -9,6 +9,7 @@ import itertools
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -186,6 +187,16 @@ def test_feature_maps_are_in_the_models_dtype():
         assert all(one.dtype == torch.float32 for one in model.forward_intermediates(images)[1])
     low, (tokens, features) = images.bfloat16(), model.bfloat16().forward_intermediates(images.bfloat16())
     assert all(one.dtype == low.dtype for one in (tokens, *features, *model.forward_intermediates(low, norm=True)[1]))
+
+
+def test_a_resized_model_is_exported_at_its_size(tmp_path):
+    """timm's `save_for_hf` writes down the size that it was told, and position embeddings fit no other one."""
+    model = timm.create_model("vim_nano_patch4_32", depth=2, num_classes=3).eval()
+    model.set_input_size((48, 64))
+    save_for_hf(model, str(tmp_path), model_args={"depth": 2, "img_size": (48, 64)})  # older ones know no more
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(1, 3, 48, 64)
+    assert torch.equal(again(images), model(images))
 
 
 def test_features_by_hooks_are_refused():

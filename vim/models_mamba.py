@@ -33,6 +33,14 @@ from torch.utils.checkpoint import checkpoint
 from pretrained import TAG, opening_weights, published_weights, read_copy, weights_in
 
 try:
+    from timm.models._input import update_model_input_size  # of what timm writes into an exported folder
+except ImportError:  # an older timm, which has no such record
+
+    def update_model_input_size(model: nn.Module, img_size: tuple[int, int]) -> None:
+        pass
+
+
+try:
     from mamba_ssm.modules.mamba_simple import BIMAMBA_TYPES, Mamba, check_values, is_count, runs_as_is
     from mamba_ssm.ops.backend import has_autocast
     from mamba_ssm.ops.triton.layer_norm import layer_norm_fn, layer_norm_ref, rms_norm_ref
@@ -471,6 +479,7 @@ class VisionMamba(nn.Module):
             resampled = resample_pos_embed(self.pos_embed.detach(), grid, self.cls_token_design, old_grid)
             self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
         self.patch_embed.img_size, self.patch_embed.grid_size = size, grid
+        update_model_input_size(self, size)
 
     def cls_token_position(self, num_patches: int) -> tuple[int, ...]:
         """Indices of this model's class tokens among `num_patches` patches."""
