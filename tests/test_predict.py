@@ -111,8 +111,9 @@ def test_classes_beyond_the_datas_are_numbers():
         inference.readable_names(["cat", "dog", "cow"], 2)
 
 
-def test_class_names_from_a_file(photos, capsys):
-    (photos / "names.txt").write_text("x\ny\nz\n")
+@pytest.mark.parametrize(("ends", "mark"), [("\n", ""), ("\r\n", "\ufeff")], ids=["Unix", "Windows"])
+def test_class_names_from_a_file(ends, mark, photos, capsys):
+    (photos / "names.txt").write_bytes((mark + "".join(f"{name}{ends}" for name in "xyz")).encode())
     (photos / "few.json").write_text('["x"]')
     assert run(photos, "--class-names", str(photos / "names.txt"), "--format", "csv", "--topk", "3") == 0
     assert {row["name"] for row in csv.DictReader(io.StringIO(capsys.readouterr().out))} == set("xyz")

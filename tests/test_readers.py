@@ -302,6 +302,11 @@ def test_named_subsets_are_imagenets():
     assert subsets.valid_labels("imagenet-v2")[:4] == [0, 1, 10, 100], "folders sort as text"
 
 
+def test_class_numbers_from_a_file_of_windows(tmp_path):
+    (tmp_path / "numbers").write_bytes("\ufeff0\r\n2\r\n".encode())
+    assert subsets.valid_labels(str(tmp_path / "numbers")) == [0, 2]
+
+
 def test_a_subset_answers_with_its_classes_alone():
     class Fixed(torch.nn.Module):
         def forward(self, images):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import identity
 import main
 import models_mamba
 import predict
-from checkpoint import load_weights, read_checkpoint
+from checkpoint import compare_classes, load_weights, read_checkpoint
 from errors import CheckpointError, ConfigError
 from helpers import random_image
 from inference import load_classifier
@@ -212,6 +213,33 @@ def test_an_exported_folder_loads_in_timm(tmp_path, capsys):
     assert read_checkpoint(path).sha256 in card and "local-dir:" in card
     adapted = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=5, img_size=(16, 32))
     assert adapted(torch.randn(1, 3, 16, 32)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("of_folder", [lambda folder: folder, lambda folder: folder / "model.safetensors"])
+def test_an_exported_folder_is_a_checkpoint_that_knows_its_size_and_classes(of_folder, tmp_path):
+    """Position embeddings of a rectangle cannot be resampled without its size, labels not compared without names."""
+    model = small_model(img_size=(16, 32))
+    args = argparse.Namespace(model="vim_nano_patch4_32", data_set="IMNET", input_size=(16, 32), eval_crop_ratio=0.9)
+    path = write_checkpoint(tmp_path, model=model.state_dict(), args=args)
+    assert hub.main(["export", str(path), "--raw", str(tmp_path / "folder")]) == 0
+    exported = read_checkpoint(of_folder(tmp_path / "folder"))
+    assert exported.class_names == CLASS_NAMES and exported.args.input_size == (16, 32)
+    assert identity.grid_of(exported) == identity.grid_of(read_checkpoint(path)) == model.patch_embed.grid_size
+    assert identity.identify(exported) == identity.identify(read_checkpoint(path))
+    with pytest.raises(ConfigError, match="was trained with other numbers of classes"):
+        compare_classes(exported, CLASS_NAMES[::-1], "")
+    larger = small_model(img_size=(32, 64))
+    report = load_weights(larger, exported.some_weights, "finetune", old_grid=identity.grid_of(exported))
+    assert report.pos_embed.startswith("pos_embed resampled from 4 x 8 to 8 x 16")
+
+
+@pytest.mark.parametrize("config, said", [("{}", None), ("[1]", None), ("{", "config.json is damaged")])
+def test_another_config_beside_weights_is_left_alone(config, said, tmp_path):
+    save_file(small_model().state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=said) if said else nullcontext():
+        checkpoint = read_checkpoint(tmp_path)
+        assert checkpoint.args is None and checkpoint.class_names == []
 
 
 @pytest.mark.parametrize("evaluated, kind", [("both", "raw"), ("ema", "averaged")])

@@ -10,6 +10,7 @@ import copy
 import errno
 import hashlib
 import itertools
+import json
 import math
 import os
 import pickletools
@@ -38,7 +39,7 @@ from pretrained import PUBLISHED, unwrap_state_dict
 
 # The published weights that `hf-hub:REPO` alone stands for (`hf-hub:REPO/FILE` names any file).
 HUB_FILES = {weights.repo: weights.file for name, weights in PUBLISHED.items() if "stride8" not in name}
-HUB_DEFAULT_FILE = "model.safetensors"
+HUB_DEFAULT_FILE = EXPORTED_WEIGHTS = "model.safetensors"
 
 # A file's two sets of weights, as flags and logs call them: the name of their entry.
 ENTRIES = {"raw": "model", "ema": "model_ema"}
@@ -131,7 +132,7 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> Checkpoint:
     """Read a published or own training checkpoint, a bare state dict or a safetensors file, onto the CPU.
 
     Args:
-        path: a file, https://..., hf-hub:OWNER/REPO or hf-hub:OWNER/REPO/FILE.
+        path: a file, an exported folder, https://..., hf-hub:OWNER/REPO or hf-hub:OWNER/REPO/FILE.
         trust: unpickle without the safe loader. A pickle can run any code: only for files of your own making.
 
     Raises CheckpointError when the file is missing, damaged, would run code, or holds no weights.
@@ -140,19 +141,25 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> Checkpoint:
     digest = file_digest(file)
     _check_digest(file, digest)
     content = _load_safetensors(file) if file.suffix == ".safetensors" else _load_pickle(file, trust)
-    return _as_checkpoint(content, file, digest)
+    checkpoint = _as_checkpoint(content, file, digest)
+    if file.name == EXPORTED_WEIGHTS and file.with_name("config.json").is_file():
+        _take_description(checkpoint, file.with_name("config.json"))
+    return checkpoint
 
 
 def fetch(address: str) -> Path:
-    """The local file of a path, an https:// address or an hf-hub: name, downloaded unless already there."""
+    """The local file of a path, an exported folder, an https:// address or an hf-hub: name, downloaded unless there."""
     if address.startswith("hf-hub:"):
         return _fetch_from_hub(address.removeprefix("hf-hub:"))
     if address.startswith("https://"):
         return _fetch_from_web(address)
     path = Path(address).expanduser()
+    if (path / EXPORTED_WEIGHTS).is_file():
+        return path / EXPORTED_WEIGHTS
     if not path.is_file():
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"{path} {what}; give a checkpoint file, an https:// address or hf-hub:OWNER/REPO")
+        ways = "a checkpoint file, an exported folder, an https:// address or hf-hub:OWNER/REPO"
+        raise CheckpointError(f"{path} {what}; give {ways}")
     return path
 
 
@@ -262,6 +269,26 @@ def _as_checkpoint(content: Any, path: Path, digest: str) -> Checkpoint:
     if checkpoint.model is None and checkpoint.model_ema is None:
         raise CheckpointError(f"{path} holds no weights under 'model' or 'model_ema', only: {some_of(checkpoint.keys)}")
     return checkpoint
+
+
+def _take_description(checkpoint: Checkpoint, path: Path) -> None:
+    """Read from an exported folder's config.json what a training checkpoint says itself: model, image size, classes."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {first_sentence(error)}; export the folder again") from error
+    if not isinstance(config, dict) or not {"architecture", "pretrained_cfg"} <= config.keys():
+        return  # of another library
+    settings = config["pretrained_cfg"]
+    size = (config.get("model_args") or {}).get("img_size") or settings.get("input_size", ())[1:]
+    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
+    said = {
+        "model": config["architecture"],
+        "input_size": height if height == width else (height, width),
+        "eval_crop_ratio": settings.get("crop_pct"),
+    }
+    checkpoint.args = argparse.Namespace(**{name: value for name, value in said.items() if value})
+    checkpoint.extra["class_names"] = config.get("label_names") or []
 
 
 def _take_state_dict(entries: dict, names: tuple[str, ...], path: Path) -> dict | None:

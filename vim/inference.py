@@ -125,7 +125,7 @@ def evaluation_transform(model: nn.Module, settings: argparse.Namespace) -> Call
 def read_class_names(path: str) -> list[str]:
     """Names by class number, from a JSON list or from lines. Raises DataError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # Windows' editors begin with a mark
         names = json.loads(text) if path.endswith(".json") else text.splitlines()
     except (OSError, ValueError) as error:
         raise DataError(f"--class-names {path}: {one_line(error)}") from error

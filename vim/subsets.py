@@ -47,7 +47,7 @@ def valid_labels(which: str) -> list[int]:
         text = pkgutil.get_data("timm.data", f"_info/{which.replace('-', '_')}_indices.txt").decode()
     else:
         try:
-            text = Path(which).read_text()
+            text = Path(which).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason, names = getattr(error, "strerror", "is no text"), ", ".join(NAMED_SUBSETS)
             raise DataError(f"--valid-labels {which}: {reason}; give one of {names} or a file of numbers") from error
@@ -77,7 +77,7 @@ def read_real_labels(which: str) -> list[set[int]]:
         if which == BUILT_IN:
             text = pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json").decode()
         else:
-            text = Path(which).read_text()
+            text = Path(which).read_text(encoding="utf-8-sig")
         return [set(labels) for labels in json.loads(text)]
     except (OSError, ValueError, TypeError) as error:
         reason = one_line(error)
