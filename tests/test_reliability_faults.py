@@ -356,6 +356,13 @@ def test_a_log_on_storage_that_fails_for_now_is_one_line_and_started_again(name,
     assert f"error: {tmp_path}/log.txt: {os.strerror(errno.ESTALE)}; the last checkpoint is whole" in one_line(capsys)
 
 
+def test_a_folder_in_the_place_of_a_log_is_one_line(tmp_path, capsys):
+    (tmp_path / "args.yaml").mkdir()
+    assert run(f"{QUICK} --epochs 1", tmp_path) == distributed.EXIT_CONFIG
+    line = f"error: {tmp_path}/args.yaml: Is a directory; move it away, or take another --output_dir\n"
+    assert one_line(capsys) == line
+
+
 @pytest.mark.slow
 def test_a_full_disk_of_rank_0_ends_all_ranks(tmp_path):
     flags = f"{QUICK} --batch-size 64 --checkpoint-steps 4 --output_dir {tmp_path}"

@@ -83,17 +83,20 @@ def test_a_new_run_in_an_old_folder_starts_its_own_log(tmp_path):
     assert (tmp_path / "log.txt").read_text().count("\n") == 1
 
 
-def test_lines_of_somebody_else_in_a_log_are_passed_over(tmp_path, capsys):
+@pytest.mark.parametrize("line", [b"a note", b"\xff\xfe\x00", b"3", b'{"epoch": "x", "kind": 4}', b"{}"])
+def test_lines_of_somebody_else_in_a_log_are_passed_over(line, tmp_path, capsys):
     log = a_log(tmp_path)
     write_epochs(log, 0, 2)
     log.incident("stopped", 3, "stopped")
     for name in ("log.txt", "incidents.txt"):
-        with open(tmp_path / name, "a") as file:
-            file.write("\na note\n")
+        with open(tmp_path / name, "ab") as file:
+            file.write(b"\n" + line + b"\n")
     again = a_log(tmp_path)
     write_epochs(again, 2, 3)
     assert [row["epoch"] for row in again.rows] == [0, 1, 2] and again.incidents() == {"stopped": 1}
     assert f"{tmp_path / 'log.txt'}, line 4 is not of a run: passed over" in capsys.readouterr().out
+    again.incident("resumed", 4, "resumed")
+    assert again.incidents() == {"stopped": 1, "resumed": 1}
 
 
 def test_columns_may_appear_late(tmp_path):

@@ -51,6 +51,8 @@ def unwritable(error: OSError, output_dir: str) -> tuple[int, str] | None:
     inside = bool(output_dir and file) and Path(file).absolute().is_relative_to(Path(output_dir).absolute())
     if inside and isinstance(error, FileNotFoundError):
         return EXIT_CONFIG, gone(output_dir)
+    if inside and isinstance(error, IsADirectoryError | NotADirectoryError):
+        return EXIT_CONFIG, f"{file}: {error.strerror}; move it away, or take another --output_dir"
     if error.errno in FULL or inside:
         line = f"{file or output_dir}: {error.strerror}; the last checkpoint is whole, --resume auto goes on from it"
         return EXIT_CONFIG if error.errno in FULL else EXIT_FAILED, line

@@ -160,7 +160,7 @@ class RunLog:
         self.say(text)
         if self.dir:
             path = self.dir / "incidents.txt"
-            before = path.read_text(encoding="utf-8") if path.exists() else ""
+            before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
             replace_text(path, before + json.dumps({"kind": kind, "step": step, "text": text}) + "\n")
 
     def forget_incidents(self) -> None:
@@ -173,7 +173,7 @@ class RunLog:
         path = self.dir / "incidents.txt" if self.dir else None
         if path is None or not path.exists():
             return Counter()
-        return Counter(incident["kind"] for incident in self._records(path))
+        return Counter(incident["kind"] for incident in self._records(path, "kind", str))
 
     def incidents_in_words(self) -> str:
         counts = self.incidents()
@@ -185,14 +185,18 @@ class RunLog:
         counts = self.incidents()
         self.trackers.log({f"incidents/{kind}": counts[kind] for kind in INCIDENTS}, step)
         if self.dir and epoch and (self.dir / "log.txt").exists():
-            self.rows = [row for row in self._records(self.dir / "log.txt") if row["epoch"] < epoch]
+            self.rows = [row for row in self._records(self.dir / "log.txt", "epoch", int) if row["epoch"] < epoch]
 
-    def _records(self, path: Path) -> Iterator[dict]:
-        """The lines of a log file; what somebody else has written there is passed over, and told."""
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    def _records(self, path: Path, key: str, kind: type) -> Iterator[dict]:
+        """The lines of a log file, of which each has a `key` of that `kind`; others are passed over, and told."""
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
-                yield json.loads(line)
+                record = json.loads(line)
             except json.JSONDecodeError:
+                record = None
+            if isinstance(record, dict) and isinstance(record.get(key), kind):
+                yield record
+            else:
                 self.say(f"{path}, line {number} is not of a run: passed over")
 
     def step(self, step: int, result, images_per_second: float) -> None:
