@@ -240,6 +240,15 @@ def test_other_channels_from_rgb_weights(name, channels):
     torch.testing.assert_close(model.norm_f.weight, source.norm_f.weight)
 
 
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+def test_a_copied_file_that_is_damaged_is_named(name, tmp_path):
+    (tmp_path / name).write_bytes(b"hello")
+    with pytest.raises(ValueError, match=f"{tmp_path / name} is damaged or no weight file"):
+        timm.create_model(
+            "vim_nano_patch4_32", pretrained=True, depth=1, pretrained_cfg_overlay={"file": str(tmp_path / name)}
+        )
+
+
 @pytest.mark.parametrize("entries", [("model", "model_ema"), ("model_ema",), ()], ids=str)
 def test_a_copied_file_gives_its_head(entries, tmp_path):
     """timm makes a new one where the classes are not the registered ones, if it is not told the file's."""

@@ -68,10 +68,16 @@ def read_copy(overlay: dict | None) -> dict:
     path = (overlay or {}).get("file")
     if not path:
         return {}
-    if str(path).endswith(".safetensors"):
-        content = load_file(path)
-    else:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if str(path).endswith(".safetensors"):
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file raises nearly anything
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is damaged or no weight file ({type(error).__name__}: {why})") from error
     head = weights_in(content).get("head.weight")
     # timm makes a new head where this number is not the model's.
     return {"state_dict": content} | ({} if head is None else {"num_classes": len(head)})
