@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 import types
@@ -81,6 +82,13 @@ def test_a_new_run_in_an_old_folder_starts_its_own_log(tmp_path):
     write_epochs(a_log(tmp_path), 0, 3)
     write_epochs(a_log(tmp_path), 0, 1)
     assert (tmp_path / "log.txt").read_text().count("\n") == 1
+
+
+def test_a_folder_that_tensorboard_cannot_name_is_one_line(tmp_path):
+    """Its name is no UTF-8, as names on old storage."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xf6"))
+    with pytest.raises(ConfigError, match="cannot be TensorBoard's, rename it or add --report-to ''"):
+        write_epochs(a_log(folder), 0, 1)
 
 
 @pytest.mark.parametrize("line", [b"a note", b"\xff\xfe\x00", b"3", b'{"epoch": "x", "kind": 4}', b"{}"])

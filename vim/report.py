@@ -25,7 +25,7 @@ from tqdm import tqdm
 from datasets import DataBundle
 from distributed import let_go_of_terminal
 from drawing import draw_confusion, draw_curves, draw_mistakes
-from errors import import_optional
+from errors import as_config_error, import_optional
 from evaluation import Evaluation
 from run_folder import RunFolder, num_earlier
 
@@ -54,7 +54,8 @@ class TensorBoardTracker(Tracker):
     def __init__(self, output_dir: Path, done: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(output_dir, purge_step=done + 1 if done else 0)
+        with as_config_error(f"--output_dir {output_dir} cannot be TensorBoard's, rename it or add --report-to '': "):
+            self.writer = SummaryWriter(output_dir, purge_step=done + 1 if done else 0)
 
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
