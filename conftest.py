@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,18 @@ def default_dtype():
     before = torch.get_default_dtype()
     yield torch.set_default_dtype
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def triton_interpreter():
+    """For tests that run Triton's interpreter in a process of their own."""
+    triton = pytest.importorskip("triton")
+
+    def older(module, *version: int) -> bool:
+        return tuple(map(int, module.__version__.split(".")[:2])) < version
+
+    if older(triton, 3, 7) and not older(np, 2, 4):
+        pytest.skip(f"the interpreter of Triton {triton.__version__} cannot count with NumPy {np.__version__}")
 
 
 @pytest.fixture

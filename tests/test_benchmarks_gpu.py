@@ -222,7 +222,8 @@ def test_a_copy_without_its_repository_can_name_its_commit(monkeypatch):
     assert harness.commit() == "0123abc"
 
 
-def test_the_microbenchmarks_kernels_compute_what_they_count(tmp_path):
+@pytest.mark.usefixtures("triton_interpreter")
+def test_the_microbenchmarks_kernels_compute_what_they_count():
     """Under the interpreter, in a process of its own; 3 rounds."""
     program = """
 import sys, torch
@@ -241,7 +242,6 @@ for _ in range(3):
     x = [-torch.exp2(v) for v in x]
 assert torch.allclose(out, sum(x).repeat(2)), out
 """
-    pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", program, str(ROOT / "benchmarks")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)

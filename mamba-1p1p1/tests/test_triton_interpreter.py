@@ -27,11 +27,13 @@ def run_interpreted(*arguments):
     assert " passed" in result.stdout
 
 
+@pytest.mark.usefixtures("triton_interpreter")
 def test_kernels_in_the_interpreter():
     run_interpreted("-m", "not slow")
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("triton_interpreter")
 def test_long_sequences_in_the_interpreter():
     run_interpreted("-m", "slow")
 

@@ -322,7 +322,7 @@ class Mamba(nn.Module):
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One token (B, 1, E) of a one-directional layer; conv_state (B, D, W) and ssm_state (B, D, N) in place.
 
-        Returns (out (B, 1, E), conv_state, ssm_state).
+        Returns (out (B, 1, E), conv_state, ssm_state). Gradients of out do not reach earlier tokens.
         """
         self._require_causal()
         if hidden_states.shape[1] != 1:
@@ -330,14 +330,15 @@ class Mamba(nn.Module):
         _check_cache(hidden_states, conv_state, ssm_state)
         conv, x_proj, dt_proj = self._weight_holders("")
         x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)  # (B, D) each
-        conv_state.copy_(torch.cat([conv_state[..., 1:], x.unsqueeze(-1).to(conv_state.dtype)], dim=-1))
-        x = (conv_state * conv.weight.squeeze(1)).sum(-1)
+        latest = torch.cat([conv_state[..., 1:], x.unsqueeze(-1).to(conv_state.dtype)], dim=-1)  # (B, D, W)
+        conv_state.copy_(latest.detach())
+        x = (latest * conv.weight.squeeze(1)).sum(-1)
         if conv.bias is not None:
             x = x + conv.bias
         x = F.silu(x).to(z.dtype)  # the cache's may be another
         dt, B, C = F.linear(x, x_proj.weight).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y = selective_state_update(
-            ssm_state, x, F.linear(dt, dt_proj.weight), negative_exp(self.A_log), B, C, self.D, z,
+            ssm_state.detach(), x, F.linear(dt, dt_proj.weight), negative_exp(self.A_log), B, C, self.D, z,
             dt_bias=dt_proj.bias, dt_softplus=True,
         )  # fmt: skip
         return self._layer_scaled(self.out_proj(y)).unsqueeze(1), conv_state, ssm_state

@@ -50,7 +50,8 @@ def recurrence_prefix(a: Tensor, b: Tensor) -> Tensor:
     h_even = torch.cat([b[:1], torch.addcmul(b[2::2], a[2::2], h_odd[: (length - 1) // 2])])  # 0, 2, 4, ...
     if length % 2:
         h_odd = torch.cat([h_odd, h_odd[-1:]])  # to pair up; cut off again below
-    return torch.stack([h_even, h_odd], dim=1).flatten(0, 1)[:length]
+    pairs = torch.cat([h_even.flatten(1), h_odd.flatten(1)], dim=1)  # torch 2.11 exports no stack of them for any batch
+    return pairs.reshape(2 * len(pairs), *b.shape[1:])[:length]
 
 
 RECURRENCES = {"loop": recurrence_loop, "prefix": recurrence_prefix}

@@ -56,8 +56,8 @@ def selective_state_update(
         B, C: (B, N), or (B, groups, N) with groups dividing heads.
         dt_softplus: softplus of dt + dt_bias.
 
-    Returns (B, D), or (B, heads, D), in x's dtype; computed in x's and state's, in float32 at least. Raises ValueError
-    for shapes, dtypes or devices that do not fit.
+    Returns (B, D), or (B, heads, D), in x's dtype; computed in x's and state's, in float32 at least. Gradients of it
+    do not reach earlier tokens by way of the state. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     _check(state, {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias})
     dtype = torch.promote_types(torch.promote_types(x.dtype, state.dtype), torch.float32)
@@ -72,8 +72,9 @@ def selective_state_update(
     if dt_softplus:
         delta = F.softplus(delta)
     delta = delta.unsqueeze(-1)  # (..., D, 1)
-    new = state.to(dtype) * torch.exp(delta * A.to(dtype)) + delta * B.to(dtype) * x.to(dtype).unsqueeze(-1)
-    state.copy_(new)
+    before = state.to(dtype, copy=torch.is_grad_enabled())  # autograd keeps it, and state is changed
+    new = before * torch.exp(delta * A.to(dtype)) + delta * B.to(dtype) * x.to(dtype).unsqueeze(-1)
+    state.copy_(new.detach())
     out = (new * C.to(dtype)).sum(-1)
     if D is not None:
         out = out + x.to(dtype) * D.to(dtype)
