@@ -43,6 +43,15 @@ def _(dout, x, weight, bias, initial_states, silu):
     return torch.empty_like(x), *others
 
 
+def _refuse(ctx, *gradients):
+    raise NotImplementedError(
+        "causal_conv1d_fn has first derivatives alone; for second ones use causal_conv1d_ref, in plain torch"
+    )
+
+
+_backward.register_autograd(_refuse)
+
+
 def _setup_context(ctx, inputs, output):
     x, weight, bias, initial_states, ctx.silu = inputs
     ctx.save_for_backward(x, weight, bias, initial_states)

@@ -380,3 +380,10 @@ def test_without_a_compiler_the_install_works_and_says_so_once(tmp_path):
     used = run([sys.executable, "-c", script], cwd=tmp_path)
     assert used.stdout == f"{tmp_path / 'lib'} True\n"
     assert used.stderr.count("reference backend, slow") == used.stderr.count("install g++ with OpenMP") == 1
+
+
+def test_second_derivatives_are_refused_in_words():
+    x, weight = torch.randn(1, 4, 9, requires_grad=True), torch.randn(4, 3)
+    first = torch.autograd.grad(causal_conv1d_fn(x, weight).square().sum(), x, create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="first derivatives alone; for second ones use causal_conv1d_ref"):
+        torch.autograd.grad(first.square().sum(), x)

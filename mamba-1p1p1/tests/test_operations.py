@@ -175,6 +175,25 @@ def test_norm_gradients(is_rms_norm, prenorm, with_residual):
     assert torch.autograd.gradcheck(function, inputs)
 
 
+@pytest.mark.parametrize("operation", ["scan", "mixer", "norm", "block"])
+def test_second_derivatives_are_refused_in_words(operation):
+    """When they are asked for: a graph of the first ones alone is no harm."""
+    xz, *sides = mixer_inputs(dtype=torch.float32)
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+    if operation == "scan":
+        out, given = selective_scan_fn(*(inputs := scan_inputs(dtype=torch.float32))), inputs[0]
+    elif operation == "norm":
+        out, given = rms_norm_fn(x, weight, None), x
+    elif operation == "mixer":
+        out, given = bimamba(xz, *sides), xz
+    else:
+        layer, given = Mamba(16, d_state=4, bimamba_type="v2"), torch.randn(1, 5, 16, requires_grad=True)
+        out = layer(given)
+    first = torch.autograd.grad(out.square().sum(), given, create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match=r"first derivatives alone.* Mamba\(use_fast_path=False\)"):
+        torch.autograd.grad(first.square().sum(), given)
+
+
 # ---- registration
 
 

@@ -115,6 +115,18 @@ def has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
+def differentiable_once(backward_operation) -> None:
+    """Let second derivatives end with what to do: torch's own error names an operation of ours alone."""
+
+    def refuse(ctx, *gradients):
+        raise NotImplementedError(
+            "fused operations have first derivatives alone; for second ones use plain torch: "
+            "Mamba(use_fast_path=False), a VisionMamba's set_fast_path(False), or the functions that end in _ref"
+        )
+
+    backward_operation.register_autograd(refuse)
+
+
 def argument_of_dtype(op: str, dtype: torch.dtype) -> str:
     """The argument of an op that has the dtype which `choose` was asked about."""
     return "A" if dtype.is_complex else {"selective_scan": "u", "bimamba": "xz", "add_norm": "x"}[op]

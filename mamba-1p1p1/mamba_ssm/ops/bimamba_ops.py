@@ -329,3 +329,7 @@ def _norm_block_flops(x_shape, residual_shape, norm_shape, *args, out_shape=None
 @register_flop_formula(torch.ops.mamba_ssm.norm_bimamba_half_block_backward)
 def _norm_block_backward_flops(dout_shape, dtotal_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * _norm_block_flops(dout_shape, *args)
+
+
+for _operation in (mixer_backward, block_backward, half_block_backward, norm_half_block_backward):
+    backend.differentiable_once(_operation)

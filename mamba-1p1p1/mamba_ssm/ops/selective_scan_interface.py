@@ -91,6 +91,9 @@ def _(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, saved, delta_softp
     return tuple(u.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
 
 
+backend.differentiable_once(_selective_scan_backward)
+
+
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.delta_softplus, _ = inputs
     ctx.save_for_backward(*tensors, output[2])

@@ -69,6 +69,9 @@ def _(dout, dresidual_out, residual_out, weight, bias, mean, rstd, kind, x_dtype
     )
 
 
+backend.differentiable_once(_add_norm_backward)
+
+
 def _setup_context(ctx, inputs, output):
     x, residual, weight, bias, _, ctx.kind, _ = inputs
     ctx.x_dtype, ctx.residual_dtype = x.dtype, None if residual is None else residual.dtype
