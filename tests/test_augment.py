@@ -93,6 +93,12 @@ def test_evaluation_is_resize_by_the_crop_ratio_and_centre_crop(size, side):
     assert torch.equal(build_transform(arguments(input_size=side), train=False)(image), expected)
 
 
+@pytest.mark.parametrize("side", [32, 224])
+def test_a_crop_ratio_that_cannot_be_is_refused_where_all_is_kept_too(side):
+    with pytest.raises(ConfigError, match=r"--eval-crop-ratio -1\.0: expected a share above 0"):
+        build_transform(arguments("--eval-crop-ratio", "-1", input_size=side), train=False)
+
+
 @pytest.mark.parametrize("size", [(1, 20_000), (20_001, 1)], ids=str)
 @pytest.mark.parametrize("flags", [(), ("--ThreeAugment", "--src")], ids=["evaluation", "training's simple crop"])
 def test_an_image_of_one_row_or_column_costs_no_more_than_others(size, flags, monkeypatch):

@@ -148,7 +148,7 @@ def test_weights_that_are_not_there(tmp_path):
     ("content", "said"),
     [
         ({"epoch": 3, "args": None}, "holds no weights under 'model' or 'model_ema', only: epoch, args"),
-        ({}, "holds no weights"),
+        ({}, "holds no weights under 'model' or 'model_ema', only: nothing"),
         ([torch.zeros(1)], "holds a list, expected a dict"),
         ({"model": {"weight": 3.0}}, "'model' is a dict, expected a dict of tensors"),
     ],

@@ -367,6 +367,15 @@ class Table(torch.nn.Module):
         return self.logits[images.flatten().long()]
 
 
+def test_images_whose_logits_are_no_numbers_are_wrong_and_told():
+    logits = torch.eye(4)
+    logits[0, 2] = logits[3, 3] = float("nan")
+    loader = DataLoader(TensorDataset(torch.arange(4.0).view(4, 1, 1, 1), torch.arange(4)), batch_size=4)
+    found = evaluate(Table(logits), loader, parse_args(["--device", "cpu"]), WORLD, 4)
+    assert (found.top1, found.top5, found.not_finite) == (50, 50, 2)
+    assert found.words.endswith("loss nan; logits of 2 images are not finite (damaged weights?)")
+
+
 @pytest.mark.parametrize("num_classes", [3, 7])
 def test_evaluation_counts_exactly(num_classes):
     logits = torch.randn(53, num_classes, generator=torch.Generator().manual_seed(0))

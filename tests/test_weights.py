@@ -385,7 +385,8 @@ def test_a_file_of_another_model_than_told_is_one_line(tmp_path, capsys, name, e
 @pytest.mark.parametrize(
     "content, expected",
     [
-        ({"head.weight": torch.zeros(2, 3)}, "holds no Vim"),
+        ({"head.weight": torch.zeros(2, 3)}, r"holds no Vim \(1 tensors\); give --model NAME"),
+        ({"model.patch_embed.proj.weight": torch.zeros(2, 3)}, "names begin with 'model.': save it again without"),
         ({"model": {"a": torch.zeros(1)}, "args": argparse.Namespace(model="vit_of_mine")}, "'vit_of_mine' is not r"),
     ],
 )

@@ -121,7 +121,9 @@ class GaussianBlur:
 
 
 def crop_ratio(args) -> float:
-    """The share of a resized image that evaluation keeps: all of small ones and of digits."""
+    """The share of a resized image that evaluation keeps: all of small ones and of digits. Raises ConfigError."""
+    if not 0 < args.eval_crop_ratio <= 1:
+        raise ConfigError(f"--eval-crop-ratio {args.eval_crop_ratio}: expected a share above 0 and up to 1")
     whole = max(size_of(args.input_size)) <= SMALL_SIDE or args.data_set == "DIGITS"
     return 1.0 if whole else args.eval_crop_ratio
 
@@ -156,8 +158,6 @@ def _normalize(num_channels: int) -> transforms.Normalize:
 
 def _centre(size: tuple[int, int], crop_ratio: float) -> list:
     """Resize to int(size / crop_ratio) and crop the centre."""
-    if not 0 < crop_ratio <= 1:
-        raise ConfigError(f"--eval-crop-ratio {crop_ratio}: expected a share above 0 and up to 1")
     height, width = size
     return [ResizeToCover((int(height / crop_ratio), int(width / crop_ratio))), transforms.CenterCrop(size)]
 

@@ -267,7 +267,8 @@ def _as_checkpoint(content: Any, path: Path, digest: str) -> Checkpoint:
         setattr(checkpoint, name, found if isinstance(found, Mapping) else None)
     checkpoint.extra = entries
     if checkpoint.model is None and checkpoint.model_ema is None:
-        raise CheckpointError(f"{path} holds no weights under 'model' or 'model_ema', only: {some_of(checkpoint.keys)}")
+        only = some_of(checkpoint.keys) or "nothing"
+        raise CheckpointError(f"{path} holds no weights under 'model' or 'model_ema', only: {only}")
     return checkpoint
 
 

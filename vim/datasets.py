@@ -465,7 +465,7 @@ def _describe(args, sources: Sources) -> str:
     counts = f"{len(sources.val.labels):,} val images in {len(sources.class_names):,} classes"
     if sources.train is not None:
         per_class = Counter(sources.train.labels.tolist()).values()
-        spread = f"{min(per_class):,} to {max(per_class):,} a class"
+        spread = f"{' to '.join(f'{count:,}' for count in sorted({min(per_class), max(per_class)}))} a class"
         if len(sources.class_names) == 1:
             spread = f"all of class {sources.class_names[0]!r}: nothing to tell apart"
         counts = f"{len(sources.train.labels):,} train images ({spread}) and {counts}"

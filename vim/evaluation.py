@@ -31,6 +31,7 @@ class Evaluation:
     """Exact results over all images: percentages, mean loss, table of (label, predicted) counts, mistakes.
 
     real: top-1 by ReaL's labels and the number of images that have any, where it was asked for.
+    not_finite: images with a logit that is no number, which count as wrong.
     """
 
     images: int
@@ -40,6 +41,7 @@ class Evaluation:
     confusion: torch.Tensor | None
     mistakes: list[Mistake]
     real: tuple[float, int] | None = None
+    not_finite: int = 0
 
     @property
     def score(self) -> float:
@@ -48,7 +50,8 @@ class Evaluation:
     @property
     def words(self) -> str:
         real = f", ReaL top-1 {self.real[0]:.2f} % of {self.real[1]:,} images" if self.real else ""
-        return f"top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} %, loss {self.loss:.4f}{real}"
+        lost = f"; logits of {self.not_finite:,} images are not finite (damaged weights?)" if self.not_finite else ""
+        return f"top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} %, loss {self.loss:.4f}{real}{lost}"
 
     def row(self, prefix: str) -> dict[str, float]:
         return {f"{prefix}loss": self.loss, f"{prefix}acc1": self.top1, f"{prefix}acc5": self.top5}
@@ -79,8 +82,9 @@ def evaluate(model: nn.Module, loader, args, world: World, num_classes: int) -> 
 def summarise(rows: torch.Tensor, indices: list, num_classes: int, world: World, shared: bool) -> Evaluation:
     """Count what `evaluate` saw: rows (images, 5) of label, prediction, top-5 hit, confidence, loss."""
     label, predicted, hit, confidence, loss = rows.double().unbind(dim=1)
-    right = label == predicted
-    sums = torch.stack([torch.tensor(len(rows)).double(), right.sum(), hit.sum(), loss.sum()])
+    finite = loss.isfinite()  # as logits are
+    right, hit = (label == predicted) & finite, hit * finite
+    sums = torch.stack([torch.tensor(len(rows)).double(), right.sum(), hit.sum(), loss.sum(), (~finite).sum()])
     pairs = (label * num_classes + predicted).long()
     wrong = (~right).nonzero()[:, 0]
     mistakes = [
@@ -93,9 +97,10 @@ def summarise(rows: torch.Tensor, indices: list, num_classes: int, world: World,
         sums = sum_over_ranks(sums.to(world.device)).cpu()
         confusion = None if confusion is None else sum_over_ranks(confusion.to(world.device)).cpu()
         mistakes = list(itertools.chain(*gather_objects(most_confident(mistakes))))
-    images, right, hits, loss = sums.tolist()
+    images, right, hits, loss, not_finite = sums.tolist()
     top1, top5 = 100 * right / images, 100 * hits / images
-    return Evaluation(int(images), top1, top5, loss / images, confusion, most_confident(mistakes))
+    mistakes = most_confident(mistakes)
+    return Evaluation(int(images), top1, top5, loss / images, confusion, mistakes, not_finite=int(not_finite))
 
 
 def most_confident(mistakes: list[Mistake], limit: int = 24) -> list[Mistake]:

@@ -54,7 +54,7 @@ def identify(checkpoint: Checkpoint, name: str | None = None) -> Identity:
     if name is not None and name not in VARIANTS:
         return Identity(name, _arguments_of_any(name, checkpoint, state_dict))
     if "patch_embed.proj.weight" not in state_dict or "layers.0.mixer.in_proj.weight" not in state_dict:
-        raise CheckpointError(f"{checkpoint.path} holds no Vim ({len(state_dict)} tensors); give --model NAME")
+        raise CheckpointError(f"{checkpoint.path} holds no Vim ({len(state_dict)} tensors); {_way_out(state_dict)}")
     facts = _shape_facts(state_dict)
     name = name or _nearest_name(facts, _tokens(state_dict))
     defaults, side = VARIANTS[name]
@@ -68,6 +68,15 @@ def identify(checkpoint: Checkpoint, name: str | None = None) -> Identity:
     size = getattr(checkpoint.args, "input_size", None) or _image_size(state_dict, defaults, side, checkpoint)
     facts |= {"img_size": size, "stride": _stride(state_dict, defaults, size, facts)}
     return Identity(name, _differing(facts, defaults, side))
+
+
+def _way_out(state_dict: dict[str, Tensor]) -> str:
+    """What to do with weights that are no Vim's by their names."""
+    inner = "patch_embed.proj.weight"
+    found = [name.removesuffix(inner) for name in state_dict if name.endswith("." + inner)]
+    if found:
+        return f"its names begin with {found[0]!r}: save it again without that, or give --model NAME"
+    return "give --model NAME"
 
 
 def name_problem(name: str) -> str:
