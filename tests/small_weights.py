@@ -1,4 +1,4 @@
-"""Weight files of a Vim of two blocks, for tests of what reads them."""
+"""Small models, their weights and files of them, for tests of what reads them."""
 
 import argparse
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import timm
 import torch
 
-import models_mamba  # noqa: F401  (registers its models with timm)
+from models_mamba import VisionMamba
 from oracle_cases import fill
 
 TWO_BLOCKS = {"img_size": 16, "embed_dim": 16, "depth": 2, "num_classes": 3}
@@ -26,3 +26,17 @@ def write_checkpoint(folder: Path, name: str = "checkpoint.pth", **entries) -> P
     state = {"model": model, "model_ema": ema, "epoch": 4, "args": args, "class_names": CLASS_NAMES}
     torch.save(state | entries, folder / name)
     return folder / name
+
+
+def vim(**options) -> VisionMamba:
+    """One block of width 8 on 64 x 64 pixels: a grid of 4 x 4."""
+    return VisionMamba(**{"img_size": 64, "num_classes": 10, "embed_dim": 8, "depth": 1, "d_state": 2} | options)
+
+
+def filled(model: torch.nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(value.shape, generator=generator) for name, value in model.state_dict().items()}
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -11,7 +11,7 @@ from torch import nn
 
 import tiny  # noqa: F401  (registers the tests' model)
 from arguments import COMMON_FLAGS, Program, parse_args
-from checkpoint import load_weights, read_checkpoint
+from checkpoint import read_checkpoint
 from dense import (
     Backbone,
     DenseModel,
@@ -23,6 +23,7 @@ from dense import (
     moved_slots,
 )
 from errors import CheckpointError, ConfigError
+from fitting import load_weights
 from models_mamba import VisionMamba, resample_pos_embed, split_cls_tokens
 from optim import build_optimizer
 

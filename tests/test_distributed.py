@@ -17,11 +17,12 @@ from torch.utils.data import Subset
 import distributed
 from arguments import parse_args
 from build import build_model, build_run
-from checkpoint import load_weights, read_checkpoint
+from checkpoint import read_checkpoint
 from datasets import build_datasets, build_loader
 from engine import build_val_loader, training_step
 from errors import ConfigError, NonFiniteError
 from evaluation import evaluate
+from fitting import load_weights
 from helpers import run_args
 from main import main
 from processes import end, start, start_ranks

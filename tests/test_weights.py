@@ -18,8 +18,9 @@ import identity
 import main
 import models_mamba
 import predict
-from checkpoint import compare_classes, load_weights, read_checkpoint
+from checkpoint import compare_classes, read_checkpoint
 from errors import CheckpointError, ConfigError
+from fitting import load_weights
 from helpers import random_image
 from inference import load_classifier
 from oracle_cases import fill

@@ -17,13 +17,14 @@ import models_baseline  # noqa: F401  (registers its models with timm)
 import models_mamba  # noqa: F401  (registers its models with timm)
 from arguments import size_of
 from augment import build_mixup
-from checkpoint import compare_classes, head_parameter_names, load_weights, read_checkpoint
+from checkpoint import compare_classes, read_checkpoint
 from classification import Classification
 from datasets import DataBundle
 from distributed import World, together
 from ema import WeightsEma
 from engine import Run
 from errors import ConfigError, as_config_error, one_line
+from fitting import head_parameter_names, load_weights
 from identity import grid_of, name_problem
 from losses import build_criterion
 from mamba_ssm.ops import backend

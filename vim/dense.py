@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from arguments import size_of
 from build import check_model_name, checkpoint_gradients, create_model, vim_arguments
-from checkpoint import Checkpoint, LoadReport, grid_of_model, head_modules, load_weights, read_checkpoint
+from checkpoint import Checkpoint, read_checkpoint
 from errors import CheckpointError, ConfigError, as_config_error
 from failures import main_memory_is_full
+from fitting import LoadReport, grid_of_model, head_modules, load_weights
 from identity import DENSE_BACKBONE, grid_of
 from models_mamba import cls_token_positions
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import faults
 from arguments import CHANGES_NOTHING
-from checkpoint import Checkpoint, CheckpointWriter, compare_classes, load_weights
+from checkpoint import Checkpoint, CheckpointWriter, compare_classes
 from datasets import DataBundle, ImageDataset, build_loader
 from distributed import (
     EXIT_DONE,
@@ -35,6 +35,7 @@ from distributed import (
 )
 from ema import WeightsEma
 from errors import ConfigError, NonFiniteError, as_config_error, some_of
+from fitting import load_weights
 from identity import DENSE_BACKBONE
 from optim import Schedule, whole_batch
 from precision import autocast

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import models_baseline  # noqa: F401  (registers its models with timm)
 from arguments import size_of
 from augment import channel_statistics, crop_ratio
-from checkpoint import ENTRIES, Checkpoint, grid_of_model, load_weights
+from checkpoint import ENTRIES, Checkpoint
 from errors import CheckpointError, nearby, one_line
+from fitting import grid_of_model, load_weights
 from models_mamba import CLS_TOKENS, VARIANTS
 from pretrained import published_weights
 

@@ -17,23 +17,14 @@ import distributed
 import failures
 from arguments import parse_args, save_arguments, size_of
 from build import build_model, build_run, describe
-from checkpoint import (
-    ENTRIES,
-    Checkpoint,
-    LoadReport,
-    compare_classes,
-    fetch,
-    latest_checkpoint,
-    load_weights,
-    own_checkpoint,
-    read_checkpoint,
-)
+from checkpoint import ENTRIES, Checkpoint, compare_classes, fetch, latest_checkpoint, own_checkpoint, read_checkpoint
 from classification import Classification
 from datasets import IMAGENET_CLASSES, DataBundle, build_datasets
 from dense import grid_in_file
 from distributed import EXIT_DONE, EXIT_FAILED, StopAtOnce, StopSignal, World, together
 from engine import Run, build_val_loader, fit, restore, share_replaced
 from errors import ConfigError, some_of
+from fitting import LoadReport, load_weights
 from identity import DENSE_BACKBONE, grid_of
 from report import RunLog
 from subsets import check_valid_labels, read_real_labels, real_labels_of, valid_labels
