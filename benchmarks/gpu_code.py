@@ -158,7 +158,7 @@ def cuda_launches(
     return list(dict.fromkeys(launched))
 
 
-# ---- reading the code ----------------------------------------------------------------------------------------
+# --- reading the code
 
 
 def cuobjdump(cubin: bytes, *options: str) -> str:

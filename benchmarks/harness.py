@@ -41,7 +41,7 @@ LAUNCHES = ("graph", "eager")
 MAX_TEST_WORKERS = 16  # compiling kernels keeps a core busy each
 
 
-# ---- timing
+# --- timing
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def interleave(
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
-# ---- CUDA graphs
+# --- CUDA graphs
 
 
 def on_side_stream(call: Callable[[], object]) -> None:
@@ -152,7 +152,7 @@ def launched(
         return call, f"eager ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
 
 
-# ---- the machine
+# --- the machine
 
 
 def _output_of(*command: str) -> str:
@@ -223,7 +223,7 @@ def environment(device: torch.device, precision: str) -> dict[str, object]:
     }
 
 
-# ---- the gate
+# --- the gate
 
 
 def kernel_digest(device: torch.device) -> str:
@@ -272,7 +272,7 @@ def remember_green(device: torch.device, digest: str) -> None:
     VERDICTS.write_text(json.dumps(verdicts | {device.type: digest}) + "\n")
 
 
-# ---- results
+# --- results
 
 
 def number(value: float) -> str:

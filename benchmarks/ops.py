@@ -32,7 +32,7 @@ SLOW_BACKWARD = ("prefix", "selective_scan_ref", "mambapy", "transformers, one d
 BACKEND_VARIABLES = ("MAMBA_SSM_BACKEND", "CAUSAL_CONV1D_BACKEND")
 
 
-# ---- peers
+# --- peers
 
 
 @contextlib.contextmanager
@@ -86,7 +86,7 @@ def reference_backends() -> Iterator[None]:
                 os.environ[name] = value
 
 
-# ---- rivals of one op at one shape
+# --- rivals of one op at one shape
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def mixer_rivals(batch: int, length: int, device, dtype) -> dict[str, Rival]:
     return rivals
 
 
-# ---- measuring
+# --- measuring
 
 OPS = {"scan": scan_rivals, "conv": conv_rivals, "mixer": mixer_rivals}
 

@@ -45,7 +45,7 @@ class Goal:
         return f"{sign} {harness.number(self.bound)}{self.unit}"
 
 
-# ---- finding figures
+# --- finding figures
 
 
 def find(results: Results, part: str, **wanted: object) -> Mapping | None:
@@ -141,7 +141,7 @@ def growth(results: Results) -> float | None:
     return measured["median"] if measured else None
 
 
-# ---- the goals
+# --- the goals
 
 TI, S = VIM["tiny"], VIM["small"]
 DEIT_TI = DEIT["tiny"]
@@ -193,7 +193,7 @@ GPU_GOALS = (
 GOALS = {"cpu": CPU_GOALS, "cuda": GPU_GOALS}
 
 
-# ---- the table
+# --- the table
 
 
 def table(goals: tuple[Goal, ...], results: Results) -> str:

@@ -51,7 +51,7 @@ class Ready(NamedTuple):
     launch: str | None
 
 
-# ---- cases
+# --- cases
 
 
 def rivals(size: str, px: int, batch: int, mode: str, settings: Settings) -> list[Subject]:
@@ -140,7 +140,7 @@ def growth(size: str, settings: Settings, low: int = 512, high: int = 1248) -> d
     return {"model": vim, "px": [low, high], "batch": batch} | {key: scale * v for key, v in per_turn.items()}
 
 
-# ---- tables and figure
+# --- tables and figure
 
 
 def _megabytes(peak: int | None) -> str:
@@ -216,7 +216,7 @@ def figure(records: list[dict], path: Path, size: str, title: str) -> None:
     plt.close(chart)
 
 
-# ---- a whole run
+# --- a whole run
 
 
 @dataclass(frozen=True)

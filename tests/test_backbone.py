@@ -39,7 +39,7 @@ def images_for(model, batch=2):
     return torch.randn(batch, model.in_chans, *size, generator=torch.Generator().manual_seed(0))
 
 
-# ---- timm's model tests
+# --- timm's model tests
 
 
 @pytest.mark.parametrize("registered", VARIANTS)
@@ -345,7 +345,7 @@ def test_timms_name_of_the_mean_is_known():
     assert model.global_pool == "mean" and model(images_for(model, 2)).shape == (2, 3)
 
 
-# ---- the block alone
+# --- the block alone
 
 
 def test_the_block_in_a_vision_transformer_instead_of_attention():

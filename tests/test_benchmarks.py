@@ -20,7 +20,7 @@ def benchmarks_on_the_path(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
-# ---- timing
+# --- timing
 
 
 def test_rivals_take_turns(monkeypatch):
@@ -78,7 +78,7 @@ def test_the_backend_named_is_the_one_of_the_measured_precision(monkeypatch):
     assert asked == 2 * [torch.bfloat16] + 2 * [torch.bfloat16] + 2 * [torch.float32]
 
 
-# ---- the gate
+# --- the gate
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def test_a_command_over_two_lines_can_be_pasted_from_the_help(name):
     assert " \\\n        --attention " in text and max(map(len, text.splitlines())) <= 120
 
 
-# ---- subjects
+# --- subjects
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flash", "math"])
@@ -253,7 +253,7 @@ def test_peak_memory_sees_the_attention_matrix():
     assert eager > fused + 40e6
 
 
-# ---- goals
+# --- goals
 
 
 def model_results(**fields):
@@ -332,7 +332,7 @@ def test_stability_counts_for_a_run_long_enough_of_that_model():
     assert goal.measure({}) is None
 
 
-# ---- a whole run, small
+# --- a whole run, small
 
 
 @pytest.mark.slow
@@ -380,7 +380,7 @@ def test_a_misspelt_batch_is_one_readable_line(text):
         parse_batch([text])
 
 
-# ---- where time goes
+# --- where time goes
 
 
 def test_kernel_times_are_of_one_pass():

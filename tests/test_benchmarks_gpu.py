@@ -124,7 +124,7 @@ def test_a_build_made_before_is_used_as_it_is(tmp_path):
     assert result.stdout.strip() == str(tmp_path.resolve()), result.stderr
 
 
-# ---- graphs, and the part of a run that only a GPU takes
+# --- graphs, and the part of a run that only a GPU takes
 
 
 @pytest.fixture

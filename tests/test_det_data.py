@@ -36,7 +36,7 @@ def changed(tmp_path, change, split="train"):
     return coco_source(tmp_path, split)
 
 
-# ---- reading
+# --- reading
 
 
 def test_category_numbers_with_gaps_become_labels_from_one(tmp_path):
@@ -307,7 +307,7 @@ def test_packed_items_come_back():
     assert len(packed) == 4 and [packed[i] for i in range(4)] == items
 
 
-# ---- views
+# --- views
 
 
 def test_a_scaled_image_keeps_its_proportions_inside_the_size():

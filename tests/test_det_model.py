@@ -56,7 +56,7 @@ def two_scenes():
     return [list(items) for items in zip(*scenes)]
 
 
-# ---- pyramid
+# --- pyramid
 
 
 def test_the_pyramid_has_vitdets_levels():
@@ -91,7 +91,7 @@ def test_an_impossible_pyramid_is_refused(stride, scales, said):
         SimpleFeaturePyramid(16, 8, stride, scales)
 
 
-# ---- pooling
+# --- pooling
 
 
 def test_pooling_equals_torchvisions_where_torchvision_guesses_right():
@@ -111,7 +111,7 @@ def test_pooling_knows_the_strides_of_a_small_image_in_a_large_square():
     assert torch.equal(ours(features, boxes, [(32, 32)]), ours(features, boxes, [(128, 128)]))
 
 
-# ---- cascade
+# --- cascade
 
 
 def torchvision_heads(num_classes=4, weights=(10.0, 10.0, 5.0, 5.0)):
@@ -223,7 +223,7 @@ def test_scores_are_averaged_over_stages():
     torch.testing.assert_close(both[0]["scores"][:5], alone[0]["scores"][:5] / 2)
 
 
-# ---- the whole
+# --- the whole
 
 
 @pytest.mark.parametrize("detector", ["cascade", "mask"])

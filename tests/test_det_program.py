@@ -50,7 +50,7 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
-# ---- train and evaluate
+# --- train and evaluate
 
 
 def test_a_coco_folder_is_trained_on_evaluated_and_pictured(coco, tmp_path, capsys):
@@ -166,7 +166,7 @@ def test_two_ranks_share_training_and_evaluation(coco, tmp_path, capsys):
     assert f"box AP {row['test_box_AP']:.2f} " in capsys.readouterr().out
 
 
-# ---- model from flags
+# --- model from flags
 
 
 def test_every_block_of_the_backbone_has_its_own_rate_and_the_rest_the_whole():
@@ -225,7 +225,7 @@ def test_the_defaults_are_the_published_recipe():
     assert settings_of(args).pad == (1024, 1024) and settings_of(args).detector == "cascade"
 
 
-# ---- refusals
+# --- refusals
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_the_file_runs_from_any_folder(tmp_path):
     assert "Cascade Mask R-CNN" in done.stdout and "--layer-decay" in done.stdout
 
 
-# ---- generated scenes
+# --- generated scenes
 
 
 def test_scenes_are_annotated_exactly():
@@ -333,7 +333,7 @@ def test_scenes_are_annotated_exactly():
     assert source.class_names == [str(digit) for digit in range(10)]
 
 
-# ---- scripts and demonstration
+# --- scripts and demonstration
 
 
 SCRIPTS = sorted((ROOT / "det" / "scripts").glob("*.sh"))

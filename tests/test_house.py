@@ -40,7 +40,7 @@ def python_in(folder, code):
     return result.stdout.strip()
 
 
-# ---- packaging
+# --- packaging
 
 
 @pytest.mark.parametrize("place", [".", "vim", "causal_conv1d", "mamba-1p1p1", "tests", "elsewhere"])
@@ -105,7 +105,7 @@ def test_a_wheel_holds_the_package_and_needs_only_torch(folder, tmp_path):
     assert "torch" in required and required <= {"torch", "triton", "causal-conv1d", "causal_conv1d"}
 
 
-# ---- files
+# --- files
 
 
 def test_no_file_names_a_place_of_one_machine():
@@ -142,7 +142,7 @@ def test_yaml_and_shell_files_parse():
             subprocess.run(["bash", "-n", str(path)], check=True, timeout=60)
 
 
-# ---- commands
+# --- commands
 
 
 def make(*words):

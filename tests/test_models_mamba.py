@@ -425,7 +425,7 @@ def test_compiles_into_one_graph():
     torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
 
 
-# ---- a block in one pass, as on an NVIDIA GPU; here its kernels are emulated ----
+# --- a block in one pass, as on an NVIDIA GPU; here its kernels are emulated
 
 
 @pytest.fixture

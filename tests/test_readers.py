@@ -133,7 +133,7 @@ def test_the_program_trains_on_them(flags, tmp_path, capsys):
     assert "9 train images" in capsys.readouterr().out
 
 
-# ---- classes without images
+# --- classes without images
 
 
 def test_classes_that_nothing_names_and_no_image_has_are_refused(write):
@@ -292,7 +292,7 @@ def test_a_hugging_face_name_that_is_not_there(tmp_path, capsys):
     assert "digits" not in out, "those are for runs that name no data"
 
 
-# ---- ImageNet's relatives
+# --- ImageNet's relatives
 
 
 def test_named_subsets_are_imagenets():

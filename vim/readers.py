@@ -175,7 +175,7 @@ def _reader(args, split: str, root: str | None, **options):
         raise DataError(f"--data-set {args.data_set}{where}, split {split!r}: {reason}") from error
 
 
-# ---- webdataset --------------------------------------------------------------------------------------------
+# --- webdataset
 
 
 def _open_wds(args, split: str) -> tuple[TarSource, list[str]]:
@@ -244,7 +244,7 @@ def _wds_label(file: tarfile.TarFile, tar: Path, key: str, parts: dict, label_ke
         raise DataError(f"{tar}: sample {key} has no label: expected {wanted}") from error
 
 
-# ---- Hugging Face datasets ---------------------------------------------------------------------------------
+# --- Hugging Face datasets
 
 
 def _check_column(args, split: str, flag: str, key: str, columns) -> None:

@@ -35,7 +35,7 @@ DIRECTIONS = {"forward": "", "backward": "_b"}
 SPANS = {"forward": "tokens up to its own", "backward": "tokens from its own on"}
 
 
-# ---- hidden attention --------------------------------------------------------------------------------------
+# --- hidden attention
 
 
 class ScanTerms(NamedTuple):
@@ -83,7 +83,7 @@ def attention_map(terms: ScanTerms, rows: list[int], direction: str) -> Tensor:
     return torch.stack([row.flip(0) if backward else row for row in found])
 
 
-# ---- gradients ---------------------------------------------------------------------------------------------
+# --- gradients
 
 
 class LayerRecord:
@@ -175,7 +175,7 @@ def receptive_field(model: VisionMamba, images: Tensor, read: Callable[[Tensor],
     return total / total.max().clamp_min(1e-30)
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------
+# --- pictures
 
 
 def displayable(image: Tensor) -> np.ndarray:
@@ -295,7 +295,7 @@ def receptive_field_figure(fields: dict[str, Tensor], images: int) -> Figure:
     return figure
 
 
-# ---- command -----------------------------------------------------------------------------------------------
+# --- command
 
 
 def build_parser() -> argparse.ArgumentParser:

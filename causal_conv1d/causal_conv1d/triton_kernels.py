@@ -157,7 +157,7 @@ def conv_backward_kernel(
         tl.store(dinitial_states + at, total.to(dinitial_states.dtype.element_ty), mask=early)
 
 
-# ---- launchers -----------------------------------------------------------------------------------------------
+# --- launchers
 
 _OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 

@@ -54,7 +54,7 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 #define DEVICE static inline __attribute__((unused))
 #define DYNAMIC_SHARED(name) char* const name = emulation::shared_memory
 
-// ---- CUDA's own types and functions --------------------------------------------------------------------------------
+// --- CUDA's own types and functions
 
 struct uint3 { unsigned x, y, z; };
 struct alignas(8) float2 { float x, y; };
@@ -80,7 +80,7 @@ static inline std::common_type_t<A, B> min(A a, B b) { return b < a ? b : a; }
 template <typename A, typename B>
 static inline std::common_type_t<A, B> max(A a, B b) { return a < b ? b : a; }
 
-// ---- fibers and barriers -------------------------------------------------------------------------------------------
+// --- fibers and barriers
 
 namespace emulation {
 
@@ -430,7 +430,7 @@ const char* signature(void (*)(Parameters...)) {
 #define gridDim (emulation::grid_size)
 #define blockDim (emulation::block_size)
 
-// ---- device.cuh's functions ----------------------------------------------------------------------------------------
+// --- device.cuh's functions
 
 #ifndef HALF_IS_BF16
 #define HALF_IS_BF16 1

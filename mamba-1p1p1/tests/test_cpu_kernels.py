@@ -49,7 +49,7 @@ def widened(tensors):
     return [None if t is None else t.double() for t in tensors]
 
 
-# ---- bidirectional mixer -----------------------------------------------------------------------------------
+# --- bidirectional mixer
 
 
 def direction(D, N, R, W, seed, conv_bias):
@@ -136,7 +136,7 @@ def test_workspace_left_by_another_call_does_not_matter():
     check_mixer(B=2, L=100, D=24, N=16, R=4, W=4, dtype=torch.float32)
 
 
-# ---- the mixer with its projections ------------------------------------------------------------------------
+# --- the mixer with its projections
 
 
 def block_inputs(B, L, E, D):
@@ -323,7 +323,7 @@ def test_widths_that_the_block_does_not_serve_are_named(monkeypatch):
         assert "multiples of 8" in cpu.block_unsupported(190, 380)
 
 
-# ---- selective scan ----------------------------------------------------------------------------------------
+# --- selective scan
 
 
 def sequence(B, D, L, dtype, layout):
@@ -447,7 +447,7 @@ def test_subnormal_numbers_are_flushed_inside_and_left_alone_outside(isa):
     assert (torch.tensor([1e-38]) / 8).item() > 0.0
 
 
-# ---- numbers of any size -----------------------------------------------------------------------------------
+# --- numbers of any size
 
 
 @pytest.mark.parametrize("delta, A", [(0.7, -3.6e9), (0.7, -4.3e15), (1e8, -1.0), (1e4, -1e6), (0.7, -float("inf"))])
@@ -501,7 +501,7 @@ def test_sums_over_many_tokens_do_not_drift(isa):
         check(name, found, right, 1e-4)
 
 
-# ---- add and norm ------------------------------------------------------------------------------------------
+# --- add and norm
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
@@ -531,7 +531,7 @@ def test_add_norm(isa, rows, width, dtype, residual_dtype, kind):
             check(name, got, want, tolerance)
 
 
-# ---- choice of code ----------------------------------------------------------------------------------------
+# --- choice of code
 
 
 def test_unknown_instruction_set_raises(monkeypatch):

@@ -203,7 +203,7 @@ def test_segments_of_the_convolution(batch, length, segment, monkeypatch):
     assert kernels._conv_segment(batch, length, 384) == segment
 
 
-# ---- with its projections ----------------------------------------------------------------------------------------
+# --- with its projections
 
 
 @pytest.fixture
@@ -314,7 +314,7 @@ def test_the_block_compiles_whole(cuda_backend):
         assert relative_error(compiled.detach(), eager.detach().double().cpu()) <= 1e-6
 
 
-# ---- and with the norm before it -----------------------------------------------------------------------------------
+# --- and with the norm before it
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

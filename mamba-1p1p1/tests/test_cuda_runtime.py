@@ -59,7 +59,7 @@ def on_cpu_only(test):
     return emulates(pytest.mark.parametrize("device", ["cpu"])(test))
 
 
-# ---- device functions ----------------------------------------------------------------------------------------
+# --- device functions
 
 
 def interesting_floats() -> torch.Tensor:
@@ -250,7 +250,7 @@ def test_barriers(probe, device):
     assert torch.equal(out, barriers_expected(x))
 
 
-# ---- what the emulation finds ----------------------------------------------------------------------------------
+# --- what the emulation finds
 
 
 @on_cpu_only
@@ -362,7 +362,7 @@ def test_short_sequences_stay_in_bounds(cache):
     assert run.stdout.split() == ["1", "5", "9", "17"], run.stderr[:3000]
 
 
-# ---- arguments -----------------------------------------------------------------------------------------------
+# --- arguments
 
 
 def test_parameters_are_read_from_the_source():
@@ -398,7 +398,7 @@ def test_arguments_that_do_not_fit(probe):
             kernel((1, 1, 1), 128, 1024, *arguments)
 
 
-# ---- compiling -----------------------------------------------------------------------------------------------
+# --- compiling
 
 
 @emulates
@@ -459,7 +459,7 @@ def test_where_machine_code_is_kept(monkeypatch, tmp_path):
     assert runtime.cache_folder() == Path("/here")
 
 
-# ---- availability ----------------------------------------------------------------------------------------------
+# --- availability
 
 
 def test_reasons_why_kernels_cannot_run(monkeypatch, tmp_path):
@@ -489,7 +489,7 @@ def test_reasons_why_kernels_cannot_run(monkeypatch, tmp_path):
     runtime.nvrtc_version.cache_clear()
 
 
-# ---- launching: a driver that writes down what it is told ------------------------------------------------------
+# --- launching: a driver that writes down what it is told
 
 DRIVER = r"""
 #include <string.h>
@@ -614,7 +614,7 @@ def test_launch_from_a_new_thread_with_much_shared_memory():
     assert torch.equal(out, expected)
 
 
-# ---- machine code ----------------------------------------------------------------------------------------------
+# --- machine code
 
 
 @pytest.fixture(scope="module")

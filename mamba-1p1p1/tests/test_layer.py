@@ -70,7 +70,7 @@ def test_a_layer_is_exported_for_any_batch():
     torch.testing.assert_close(program.module()(x), layer(x))
 
 
-# ---- precision
+# --- precision
 
 
 @pytest.mark.parametrize("bimamba_type, dtype", [("none", BF16), ("v1", BF16), ("v2", torch.float32)], ids=str)
@@ -129,7 +129,7 @@ def test_autocast_leaves_a_model_in_bfloat16_alone():
         assert module(torch.randn(2, 9, 32, dtype=BF16)).dtype == BF16
 
 
-# ---- token by token
+# --- token by token
 
 
 class Memory:
@@ -222,7 +222,7 @@ def test_a_cache_is_of_one_layer():
         Mamba(16)(torch.randn(2, 5, 16), inference_params=Memory())
 
 
-# ---- hooks, adapters and other changes of its projections
+# --- hooks, adapters and other changes of its projections
 
 
 @pytest.fixture
@@ -355,7 +355,7 @@ def test_a_layer_of_one_token_at_a_time_refuses_the_same(use):
         module.step(torch.randn(2, 1, 16), *cache) if use == "step" else module.allocate_inference_cache(2, 1)
 
 
-# ---- torch.func
+# --- torch.func
 
 
 @pytest.mark.parametrize("bimamba_type", ["none", "v1", "v2"])

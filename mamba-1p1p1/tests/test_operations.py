@@ -17,7 +17,7 @@ from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn_no_out_proj, s
 from mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, layer_norm_ref, rms_norm_fn, rms_norm_ref
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
-# ---- references against each other
+# --- references against each other
 
 
 @given(length=st.integers(1, 70), seed=st.integers(0, 10**6))
@@ -38,7 +38,7 @@ def test_function_equals_time_loop(form):
     torch.testing.assert_close(state, state_ref)
 
 
-# ---- gradients
+# --- gradients
 
 
 @pytest.mark.parametrize("softplus", [True, False])
@@ -194,7 +194,7 @@ def test_second_derivatives_are_refused_in_words(operation):
         torch.autograd.grad(first.square().sum(), given)
 
 
-# ---- registration
+# --- registration
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -289,7 +289,7 @@ def test_flops_count_both_directions():
     assert counter.get_total_flops() == 4 * one_direction
 
 
-# ---- symmetries
+# --- symmetries
 
 
 @given(length=st.integers(1, 40), prefix=st.integers(1, 40), seed=st.integers(0, 10**6))
@@ -348,7 +348,7 @@ def test_results_may_be_changed_in_place():
     assert torch.isfinite(inputs[0].grad).all() and torch.isfinite(xz.grad).all()
 
 
-# ---- precision
+# --- precision
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -379,7 +379,7 @@ def test_the_residual_stream_is_float32():
     assert out.dtype == torch.bfloat16 and residual.dtype == torch.float32
 
 
-# ---- errors
+# --- errors
 
 
 @pytest.mark.parametrize(

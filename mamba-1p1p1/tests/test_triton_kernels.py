@@ -79,7 +79,7 @@ def language_patched_once(monkeypatch):
         monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
 
 
-# ---- selective scan ------------------------------------------------------------------------------------------
+# --- selective scan
 
 ARGUMENTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
@@ -225,7 +225,7 @@ def test_segments_are_chosen_by_size():
     assert choose(programs=1000, chunks=191, wanted=1056) == 1  # a split that would not pay
 
 
-# ---- bidirectional mixer -------------------------------------------------------------------------------------
+# --- bidirectional mixer
 
 NAMES = ("conv_weight", "conv_bias", "x_proj_weight", "dt_weight", "dt_bias", "A", "D")
 
@@ -478,7 +478,7 @@ def test_the_norms_gradients_share_no_memory(monkeypatch, kind):
     )
 
 
-# ---- norms ---------------------------------------------------------------------------------------------------
+# --- norms
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
@@ -513,7 +513,7 @@ def test_add_norm(kind, rows, width, dtype, full):
             assert relative_error(grad, right_grad) <= tolerance(grad.dtype), name
 
 
-# ---- sizes only a GPU holds ------------------------------------------------------------------------------------
+# --- sizes only a GPU holds
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU's memory")

@@ -129,7 +129,7 @@ def _backward_flops(dy_shape, xz_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * _forward_flops(xz_shape, *args)
 
 
-# ---- with its projections, on a CPU in float32 -----------------------------------------------------------------
+# --- with its projections, on a CPU in float32
 
 
 _PROJECTED = f"Tensor hidden, Tensor in_proj, Tensor out_proj, {_BOTH}"
@@ -205,7 +205,7 @@ def _block_backward_flops(dout_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * _block_flops(*args)
 
 
-# ---- with its projections, on an NVIDIA GPU in 16 bits: hidden alone is kept -----------------------------------
+# --- with its projections, on an NVIDIA GPU in 16 bits: hidden alone is kept
 
 
 @torch.library.custom_op(
@@ -260,7 +260,7 @@ register_flop_formula(torch.ops.mamba_ssm.bimamba_half_block)(_block_flops)
 register_flop_formula(torch.ops.mamba_ssm.bimamba_half_block_backward)(_block_backward_flops)
 
 
-# ---- and with the norm before it: the residual stream alone is kept --------------------------------------------
+# --- and with the norm before it: the residual stream alone is kept
 
 _NORMED = f"Tensor norm_weight, Tensor in_proj, Tensor out_proj, {_BOTH}, float eps, float scale, str decay"
 NORMED = 3 + 2 * COUNT  # tensors of it

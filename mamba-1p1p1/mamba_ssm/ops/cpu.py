@@ -89,7 +89,7 @@ class _NormArguments(ctypes.Structure):
     ]
 
 
-# ---- the library -------------------------------------------------------------------------------------------
+# --- the library
 
 
 def _library_path() -> Path | None:
@@ -180,7 +180,7 @@ def _round_up(value: int, step: int) -> int:
 TILE = 32  # tokens between two states saved for backward, as in csrc/state.h
 
 
-# ---- selective scan ----------------------------------------------------------------------------------------
+# --- selective scan
 
 
 def selective_scan_saved_bytes(batch: int, channels: int, length: int, d_state: int, dtype: torch.dtype) -> int:
@@ -267,7 +267,7 @@ def selective_scan_backward(dout, dlast_state, u, delta, A, B, C, D, z, delta_bi
     )
 
 
-# ---- bidirectional mixer -----------------------------------------------------------------------------------
+# --- bidirectional mixer
 
 
 def bimamba_saved_bytes(
@@ -341,7 +341,7 @@ def _cast_gradients(grads, originals) -> list[tuple]:
     return [tuple(None if g is None else g.to(p.dtype) for g, p in zip(*pair)) for pair in zip(grads, originals)]
 
 
-# ---- the mixer with its projections ------------------------------------------------------------------------
+# --- the mixer with its projections
 
 
 def block_unsupported(embedding: int, channels: int) -> str | None:
@@ -418,7 +418,7 @@ def _over_tokens(dout: Tensor, x: Tensor) -> Tensor:
     return (dout.t() @ x).float()
 
 
-# ---- add and norm ------------------------------------------------------------------------------------------
+# --- add and norm
 
 
 def _norm_call(name: str, width: int, rows: int, kind: str, eps: float, tensors: dict, dtypes: dict) -> None:

@@ -24,7 +24,7 @@ def unsupported(
     return None
 
 
-# ---- the linear recurrence h[t] = a[t] * h[t-1] + b[t] along the first axis ------------------------------
+# --- the linear recurrence h[t] = a[t] * h[t-1] + b[t] along the first axis
 
 
 def recurrence_loop(a: Tensor, b: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def recurrence_prefix(a: Tensor, b: Tensor) -> Tensor:
 RECURRENCES = {"loop": recurrence_loop, "prefix": recurrence_prefix}
 
 
-# ---- selective scan ----------------------------------------------------------------------------------------
+# --- selective scan
 
 
 def matrix_groups(matrix: Tensor) -> int:
@@ -231,7 +231,7 @@ def selective_scan_saved_bytes(batch: int, channels: int, length: int, d_state: 
     return 0
 
 
-# ---- the mixer of a bidirectional block --------------------------------------------------------------------
+# --- the mixer of a bidirectional block
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -333,7 +333,7 @@ def bimamba_saved_bytes(
     return 0
 
 
-# ---- add and norm ------------------------------------------------------------------------------------------
+# --- add and norm
 
 
 def add_norm(

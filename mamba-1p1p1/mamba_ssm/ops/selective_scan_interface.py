@@ -229,7 +229,7 @@ def selective_scan_ref(
     return (out, last_state) if return_last_state else out
 
 
-# ---- the mixer of one direction, from the input projection's output -----------------------------------------
+# --- the mixer of one direction, from the input projection's output
 
 
 def _projected_matrix(projected: Tensor, bias: Tensor | None, is_complex: bool) -> Tensor:

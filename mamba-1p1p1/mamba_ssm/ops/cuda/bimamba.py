@@ -169,7 +169,7 @@ def _scan_kernel(name: str, dtype: torch.dtype, rank: int, shape: Shape, *more: 
     return runtime.load(f"{name}.cu", name, (_half(dtype), *sizes, *more))
 
 
-# ---- projections -------------------------------------------------------------------------------------------------
+# --- projections
 
 
 def _padded(rank: int) -> int:
@@ -284,7 +284,7 @@ def _over_tokens(left: Tensor, right: Tensor, batch: int) -> Tensor:
     return product_in_float32(left.transpose(1, 2), right).unflatten(0, (2, groups))
 
 
-# ---- launches --------------------------------------------------------------------------------------------------
+# --- launches
 
 
 def _conv(name: str, xz: Tensor, parameters, segment: int, before: tuple, after: tuple) -> None:
@@ -395,7 +395,7 @@ def _sums(shares: Gradients, parameters: Parameters, dtype: torch.dtype, decay: 
     return Gradients(*pairs)
 
 
-# ---- backend form ------------------------------------------------------------------------------------------------
+# --- backend form
 
 
 @on_its_device
@@ -455,7 +455,7 @@ def _backward(
     return dxz, *grads
 
 
-# ---- with both projections -----------------------------------------------------------------------------------------
+# --- with both projections
 
 
 def serves_norm(width: int) -> bool:

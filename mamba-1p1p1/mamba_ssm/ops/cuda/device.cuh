@@ -19,7 +19,7 @@ typedef unsigned short scalar_t;
 // A block's dynamic shared memory, as chars.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 
-// ---- conversions -------------------------------------------------------------------------------------------------
+// --- conversions
 
 DEVICE float widen(scalar_t half) {
 #if HALF_IS_BF16
@@ -59,7 +59,7 @@ DEVICE unsigned to_tf32(float value) {
     return word;
 }
 
-// ---- the special function unit: about 2 units in the last place, subnormals are zero -------------------------------
+// --- the special function unit: about 2 units in the last place, subnormals are zero
 
 DEVICE float ex2(float v) {
     float value;
@@ -85,7 +85,7 @@ DEVICE float rsqrt(float v) {
     return value;
 }
 
-// ---- copies from global to shared memory that overlap with other work ----------------------------------------------
+// --- copies from global to shared memory that overlap with other work
 
 // 16 bytes, aligned to 16, past the first-level cache.
 DEVICE void cp_async16(void* shared, const void* global) {
@@ -118,7 +118,7 @@ DEVICE void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// ---- warps and blocks: every lane, or every thread, must take part -------------------------------------------------
+// --- warps and blocks: every lane, or every thread, must take part
 
 // This thread's warp, in a form that the compiler knows to be equal in all lanes: branches on it do not diverge.
 DEVICE int warp_of_block() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0); }
@@ -182,7 +182,7 @@ DEVICE void mma_half(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[
 
 #endif  // VIM_EMULATION
 
-// ---- for both ------------------------------------------------------------------------------------------------------
+// --- for both
 
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 

@@ -41,7 +41,7 @@ class CompileError(RuntimeError):
     """A kernel's source does not compile; the message is the compiler's."""
 
 
-# ---- availability --------------------------------------------------------------------------------------------
+# --- availability
 
 
 def emulation() -> Path | None:
@@ -75,7 +75,7 @@ def _device_problem() -> str | None:
     return None
 
 
-# ---- sources -------------------------------------------------------------------------------------------------
+# --- sources
 
 
 class Source(NamedTuple):
@@ -143,7 +143,7 @@ def _write_atomically(path: Path, content: bytes) -> None:
         os.replace(made, path)
 
 
-# ---- NVRTC ---------------------------------------------------------------------------------------------------
+# --- NVRTC
 
 
 @functools.cache
@@ -222,7 +222,7 @@ def cached_cubin(source: Source, defines: tuple[tuple[str, int | str], ...], arc
     return cubin
 
 
-# ---- launching -----------------------------------------------------------------------------------------------
+# --- launching
 
 
 @functools.cache
@@ -352,7 +352,7 @@ class Kernel:
             return self._of_device[device]
 
 
-# ---- emulation, for tests ------------------------------------------------------------------------------------
+# --- emulation, for tests
 
 
 class EmulatedKernel:

@@ -67,7 +67,7 @@ __device__ __forceinline__ void for_tokens(F f) {
         for (int late = 0; late < 2; ++late) f(j, late);
 }
 
-// ---- tiles in shared memory --------------------------------------------------------------------------------------
+// --- tiles in shared memory
 
 // A tile's rows lie in the order in which its scan walks, so that the loops over tokens know no direction.
 struct Walk {
@@ -233,7 +233,7 @@ struct Exchange {
     }
 };
 
-// ---- the time step ---------------------------------------------------------------------------------------------
+// --- the time step
 
 // What a warp reads once a tile, in shared memory: the time step's weights as left factors of the product, each lane's
 // at its own place, its bias and the skips.
@@ -291,7 +291,7 @@ __device__ __forceinline__ void clear_rows(Tokens& v, int rows, int t) {
     for_tokens([&](int j, int late) { v[j][late] = t + 4 * late < rows ? v[j][late] : 0.0f; });
 }
 
-// ---- states ----------------------------------------------------------------------------------------------------
+// --- states
 
 __device__ __forceinline__ float4 in_order(const float (&v)[4]) { return make_float4(v[0], v[2], v[1], v[3]); }
 

@@ -202,7 +202,7 @@ def conv_backward_kernel(
     tl.store(dxz + at, dx.to(dxz.dtype.element_ty), mask=(token < length)[:, None] & live[None, :])
 
 
-# ---- launchers -----------------------------------------------------------------------------------------------
+# --- launchers
 
 
 class Parameters(NamedTuple):

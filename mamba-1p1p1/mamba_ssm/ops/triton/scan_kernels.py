@@ -33,7 +33,7 @@ from mamba_ssm.ops.triton.common import (
     vectors,
 )
 
-# ---- device functions ----------------------------------------------------------------------------------------
+# --- device functions
 
 
 @triton.jit
@@ -372,7 +372,7 @@ def _follow_and_read(
     return new, y
 
 
-# ---- forward -------------------------------------------------------------------------------------------------
+# --- forward
 
 
 @triton.jit
@@ -467,7 +467,7 @@ def scan_forward_kernel(
             _store_states(last_state + (row * channels + d) * N, 1, h, mask, N)
 
 
-# ---- backward ------------------------------------------------------------------------------------------------
+# --- backward
 
 
 @triton.jit
@@ -833,7 +833,7 @@ def scan_backward_kernel(
     _store_states(dA + sums, channels, _load_states(sums_A, BLOCK, None, N), mask, N)
 
 
-# ---- segments ------------------------------------------------------------------------------------------------
+# --- segments
 
 
 @triton.jit

@@ -298,7 +298,7 @@ def _matrix_gradients(parts: Tensor | None, groups: int) -> tuple[Tensor | None,
     return dB, dC
 
 
-# ---- the public operation --------------------------------------------------------------------------------------
+# --- the public operation
 
 
 def _float32(tensor: Tensor | None) -> Tensor | None:
