@@ -221,7 +221,7 @@ def write(folder: Path) -> str:
     for device, goals in GOALS.items():
         results = load(folder, device)
         machines = [
-            f"The {name} were measured on\n\n{harness.describe(part['environment'])}" for name, part in results.items()
+            f"Of the {name}:\n\n{harness.describe(part['environment'])}" for name, part in results.items()
         ]
         sections.append("\n\n".join([f"## {device.upper()}", table(goals, results), *machines]))
     text = "\n\n".join(sections) + "\n"
