@@ -111,20 +111,25 @@ def test_a_rank_killed_on_one_machine_restarts_those_of_all(undisturbed, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGUSR1, distributed.EXIT_REQUEUE, "SIGUSR1"), (signal.SIGKILL, -signal.SIGKILL, "SIGTERM")],
+)
 def test_a_signal_to_the_launcher_saves_asks_for_a_requeue_and_the_resumed_run_is_the_same(
-    undisturbed_for_longer, tmp_path
+    number, code, said, undisturbed_for_longer, tmp_path
 ):
-    """SIGUSR1, by which torchrun alone would die and leave its ranks behind; loader processes live on."""
+    """SIGUSR1, by which torchrun alone would die and leave its ranks behind; loader processes live on. Of a SIGKILL,
+    which it cannot pass on, the ranks hear by its death."""
     flags = f"{QUICK} --batch-size 64 --num_workers 1 --epochs 6 --resume auto --output_dir {tmp_path / 'run'}"
     process = launch([main_program(tmp_path), *flags.split()])
     try:
         next(line for line in process.stdout if "step 3/11" in line)
-        process.send_signal(signal.SIGUSR1)
-        text, _ = process.communicate(timeout=120)
+        process.send_signal(number)
+        text, _ = process.communicate(timeout=120)  # until the ranks have closed it, too
     finally:
         process.kill()
-    assert process.returncode == distributed.EXIT_REQUEUE, text
-    assert "stopped by SIGUSR1" in text
+    assert process.returncode == code, text
+    assert f"stopped by {said}" in text
     assert 3 <= read_checkpoint(tmp_path / "run" / "checkpoint.pth").step < 6 * STEPS
     assert end(start_ranks(flags, tmp_path / "out")) == [0, 0]
     assert pieces(tmp_path / "run") == pieces(undisturbed_for_longer)

@@ -5,6 +5,7 @@ Every helper here is the identity in a run of one process, so that the loop has 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import signal
@@ -33,6 +34,8 @@ EXIT_REQUEUE = 75
 # Where `launch.py` wants to be told the ranks' exit codes: lines of a group of ranks, and of a code once it is known.
 EXIT_CODE_FILE = "VIM_EXIT_CODE_FILE"
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal at the end of the parent
+
 # See samplers.ORDER_STREAM: one stream of random numbers per purpose.
 MODEL_STREAM = 4
 
@@ -58,6 +61,7 @@ def start(args) -> World:
     `--world_size` without either.
     """
     tell(None)
+    end_with_launcher()
     rank, size, local_rank = read_ranks(args)
     device = torch.device(args.device)
     if device.type == "cuda":
@@ -83,6 +87,15 @@ def start(args) -> World:
             timeout=timedelta(seconds=args.dist_timeout),
         )
     return World(rank, size, device)
+
+
+def end_with_launcher() -> None:
+    """Have Linux send this rank SIGTERM when the torchrun that started it dies, of a SIGKILL that it cannot pass on.
+
+    Its ranks would train on, and keep their output folder from the run that is started in their place.
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def read_ranks(args) -> tuple[int, int, int]:
