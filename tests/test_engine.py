@@ -20,6 +20,7 @@ from ema import WeightsEma
 from engine import build_val_loader, training_step, training_steps
 from errors import ConfigError, NonFiniteError
 from evaluation import evaluate
+from subsets import evaluate_real
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
 PLAIN = "--mixup 0 --cutmix 0 --no-repeated-aug --drop-path 0"
@@ -368,12 +369,16 @@ class Table(torch.nn.Module):
 
 
 def test_images_whose_logits_are_no_numbers_are_wrong_and_told():
+    """In none of the tables, and with ReaL's labels too."""
     logits = torch.eye(4)
-    logits[0, 2] = logits[3, 3] = float("nan")
+    logits[0, 2], logits[2, 1] = float("nan"), -float("inf")
     loader = DataLoader(TensorDataset(torch.arange(4.0).view(4, 1, 1, 1), torch.arange(4)), batch_size=4)
-    found = evaluate(Table(logits), loader, parse_args(["--device", "cpu"]), WORLD, 4)
-    assert (found.top1, found.top5, found.not_finite) == (50, 50, 2)
+    args = parse_args(["--device", "cpu"])
+    found = evaluate(Table(logits), loader, args, WORLD, 4)
+    assert (found.top1, found.top5, found.not_finite, found.mistakes) == (50, 50, 2, [])
+    assert torch.equal(found.confusion, torch.diag(torch.tensor([0, 1, 0, 1])))
     assert found.words.endswith("loss nan; logits of 2 images are not finite (damaged weights?)")
+    assert evaluate_real(Table(logits), loader, args, WORLD, [{0}, {1}, {2}, {3}]) == (50, 4)
 
 
 @pytest.mark.parametrize("num_classes", [3, 7])

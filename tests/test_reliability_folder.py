@@ -3,9 +3,12 @@
 Promises and their numbers: docs/RELIABILITY.md.
 """
 
+import argparse
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,7 +94,30 @@ def test_a_run_writes_nothing_into_the_folder_that_took_its_own_ones_place(
     assert run(f"{QUICK} --report-to=", folder) == EXIT_CONFIG
     said = capsys.readouterr().err
     assert said.startswith(f"error: --output_dir {folder} is another folder by now, of process 1 on elsewhere: ")
-    assert latest_checkpoint(folder) is None and latest_checkpoint(moved)
+    assert [path.name for path in folder.iterdir()] == ["run.lock"] and latest_checkpoint(moved)
+
+
+def test_looking_into_the_lock_does_not_let_it_go(tmp_path):
+    """Closing any descriptor of a file gives up a process's locks on it."""
+    first = run_folder.RunFolder(argparse.Namespace(output_dir=str(tmp_path), dist_timeout=60), True, print)
+    first.claim()
+    first.own()
+    first.check_own()
+    claim = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    second = subprocess.run([sys.executable, "-c", claim, tmp_path / "run.lock"], capture_output=True, text=True)
+    first.release()
+    assert "BlockingIOError" in second.stderr
+
+
+def test_a_new_folder_without_a_lock_in_the_place_of_a_moved_one_is_another(tmp_path):
+    run = run_folder.RunFolder(argparse.Namespace(output_dir=str(tmp_path / "run"), dist_timeout=60), True, print)
+    run.claim()
+    run.own()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ConfigError, match="was moved or removed while its run wrote to it"):
+        run.check_own()
+    run.release()
 
 
 def test_a_run_goes_on_where_its_lock_was_deleted(tmp_path, whenever_an_epoch_is_logged):

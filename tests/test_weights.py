@@ -384,6 +384,24 @@ def test_a_file_of_another_model_than_told_is_one_line(tmp_path, capsys, name, e
 
 
 @pytest.mark.parametrize(
+    "change",
+    [{"pretrained_cfg": None}, {"pretrained_cfg": {"input_size": None}}, {"model_args": [1]}, {"num_classes": "many"},
+     {"model_args": {"img_size": "big"}}],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_description_of_an_exported_folder_is_one_line(change, tmp_path):
+    assert hub.main(["export", str(write_checkpoint(tmp_path)), str(tmp_path / "out")]) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert read_checkpoint(tmp_path / "out").args.num_classes == 3
+    named = config | {"label_names": dict(enumerate(CLASS_NAMES))}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(named), encoding="utf-8-sig")
+    assert read_checkpoint(tmp_path / "out").extra["class_names"] == CLASS_NAMES
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged: .*; export the folder again"):
+        read_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
     "content, expected",
     [
         ({"head.weight": torch.zeros(2, 3)}, r"holds no Vim \(1 tensors\); give --model NAME"),

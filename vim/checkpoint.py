@@ -138,7 +138,8 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> Checkpoint:
     _check_digest(file, digest)
     content = _load_safetensors(file) if file.suffix == ".safetensors" else _load_pickle(file, trust)
     checkpoint = _as_checkpoint(content, file, digest)
-    if file.name == EXPORTED_WEIGHTS and file.with_name("config.json").is_file():
+    described = file.name == EXPORTED_WEIGHTS and not str(path).startswith("hf-hub:")  # whose cache may have it, or not
+    if described and file.with_name("config.json").is_file():
         _take_description(checkpoint, file.with_name("config.json"))
     return checkpoint
 
@@ -269,23 +270,27 @@ def _as_checkpoint(content: Any, path: Path, digest: str) -> Checkpoint:
 
 
 def _take_description(checkpoint: Checkpoint, path: Path) -> None:
-    """Read from an exported folder's config.json what a training checkpoint says itself: model, image size, classes."""
+    """Read from an exported folder's config.json what a training checkpoint says itself: model, images, classes."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {first_sentence(error)}; export the folder again") from error
-    if not isinstance(config, dict) or not {"architecture", "pretrained_cfg"} <= config.keys():
-        return  # of another library
-    settings = config["pretrained_cfg"]
-    size = (config.get("model_args") or {}).get("img_size") or settings.get("input_size", ())[1:]
-    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
-    said = {
-        "model": config["architecture"],
-        "input_size": height if height == width else (height, width),
-        "eval_crop_ratio": settings.get("crop_pct"),
-    }
-    checkpoint.args = argparse.Namespace(**{name: value for name, value in said.items() if value})
-    checkpoint.extra["class_names"] = config.get("label_names") or []
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(config, dict) or not {"architecture", "pretrained_cfg"} <= config.keys():
+            return  # of another library
+        settings, names = config["pretrained_cfg"], config.get("label_names") or []
+        channels, *size = settings["input_size"]
+        size = (config.get("model_args") or {}).get("img_size") or size
+        height, width = size if isinstance(size, list) else (size, size)
+        said = {
+            "model": str(config["architecture"]),
+            "input_size": int(height) if height == width else (int(height), int(width)),
+            "in_chans": int(channels),
+            "num_classes": int(config["num_classes"]),
+            "eval_crop_ratio": float(settings.get("crop_pct") or 0.875),
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {_reason(error)}; export the folder again") from error
+    checkpoint.args = argparse.Namespace(**said)
+    # timm's own are a list, or by the classes' numbers
+    checkpoint.extra["class_names"] = list(names.values()) if isinstance(names, dict) else list(names)
 
 
 def _take_state_dict(entries: dict, names: tuple[str, ...], path: Path) -> dict | None:

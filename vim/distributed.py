@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ EXIT_REQUEUE = 75
 # Where `launch.py` wants to be told the ranks' exit codes: lines of a group of ranks, and of a code once it is known.
 EXIT_CODE_FILE = "VIM_EXIT_CODE_FILE"
 
+# What `launch.py` calls itself: a process number.
+LAUNCHER = "VIM_LAUNCHER"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal at the end of the parent
 
 # See samplers.ORDER_STREAM: one stream of random numbers per purpose.
@@ -90,12 +93,19 @@ def start(args) -> World:
 
 
 def end_with_launcher() -> None:
-    """Have Linux send this rank SIGTERM when the torchrun that started it dies, of a SIGKILL that it cannot pass on.
+    """Have Linux send this rank SIGTERM when the `launch.py` that started it dies, of a SIGKILL that it cannot pass on.
 
     Its ranks would train on, and keep their output folder from the run that is started in their place.
     """
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    launcher = int(os.environ.get(LAUNCHER) or 0)
+    if sys.platform != "linux" or not launcher:
+        return
+    prctl = ctypes.CDLL(None).prctl
+    prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != launcher:
+        if not Path(f"/proc/{launcher}").exists():  # it died before
+            os.kill(os.getpid(), signal.SIGTERM)
+        prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)  # another's end, such as a shell's in between, says nothing
 
 
 def read_ranks(args) -> tuple[int, int, int]:

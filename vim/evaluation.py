@@ -31,7 +31,7 @@ class Evaluation:
     """Exact results over all images: percentages, mean loss, table of (label, predicted) counts, mistakes.
 
     real: top-1 by ReaL's labels and the number of images that have any, where it was asked for.
-    not_finite: images with a logit that is no number, which count as wrong.
+    not_finite: images with a logit that is not finite, which count as wrong and are in none of the tables.
     """
 
     images: int
@@ -65,7 +65,7 @@ def evaluate(model: nn.Module, loader, args, world: World, num_classes: int) -> 
     twice. With fewer than five classes top-5 is top-C, 100 %.
     """
     model.eval()
-    rows = [torch.empty(0, 5, device=world.device)]
+    rows = [torch.empty(0, 6, device=world.device)]
     for images, labels in loader:
         labels = labels.to(world.device, non_blocking=True)
         with autocast(args, world.device):
@@ -75,18 +75,19 @@ def evaluate(model: nn.Module, loader, args, world: World, num_classes: int) -> 
         hit = (best == labels[:, None]).any(dim=1)
         confidence = logits.softmax(dim=1).amax(dim=1)
         loss = F.cross_entropy(logits, labels, reduction="none")
-        rows.append(torch.stack([labels, best[:, 0], hit, confidence, loss], dim=1))  # five of (B,) -> (B, 5)
+        finite = logits.isfinite().all(dim=1)
+        rows.append(torch.stack([labels, best[:, 0], hit, confidence, loss, finite], dim=1))  # six of (B,) -> (B, 6)
     return summarise(torch.cat(rows).cpu(), list(loader.sampler), num_classes, world, args.dist_eval)
 
 
 def summarise(rows: torch.Tensor, indices: list, num_classes: int, world: World, shared: bool) -> Evaluation:
-    """Count what `evaluate` saw: rows (images, 5) of label, prediction, top-5 hit, confidence, loss."""
-    label, predicted, hit, confidence, loss = rows.double().unbind(dim=1)
-    finite = loss.isfinite()  # as logits are
+    """Count what `evaluate` saw: rows (images, 6) of label, prediction, top-5 hit, confidence, loss, finite logits."""
+    label, predicted, hit, confidence, loss, finite = rows.double().unbind(dim=1)
+    finite = finite.bool()
     right, hit = (label == predicted) & finite, hit * finite
     sums = torch.stack([torch.tensor(len(rows)).double(), right.sum(), hit.sum(), loss.sum(), (~finite).sum()])
-    pairs = (label * num_classes + predicted).long()
-    wrong = (~right).nonzero()[:, 0]
+    pairs = (label * num_classes + predicted).long()[finite]
+    wrong = (~right & finite).nonzero()[:, 0]
     mistakes = [
         Mistake(int(indices[i]), int(label[i]), int(predicted[i]), float(confidence[i])) for i in wrong.tolist()
     ]

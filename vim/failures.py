@@ -6,6 +6,7 @@ Anything that is not named here is a fault of the program and keeps its tracebac
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import os
 import signal
@@ -20,6 +21,9 @@ from checkpoint import FULL
 from distributed import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NONFINITE, let_go_of_terminal
 from errors import CheckpointError, ConfigError, DataError, NonFiniteError, PeerError, first_sentence
 from run_folder import gone
+
+# System errors of storage on a network, after which a later attempt may succeed.
+PASSING = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT)
 
 # What torch says on a CPU, in a plain RuntimeError.
 CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
@@ -49,11 +53,11 @@ def unwritable(error: OSError, output_dir: str) -> tuple[int, str] | None:
     """(exit code, one line) for a log or picture that cannot be written, else None; checkpoints have their own."""
     file = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
     inside = bool(output_dir and file) and Path(file).absolute().is_relative_to(Path(output_dir).absolute())
-    if inside and isinstance(error, FileNotFoundError):
+    if inside and isinstance(error, FileNotFoundError) and not Path(output_dir).is_dir():
         return EXIT_CONFIG, gone(output_dir)
     if inside and isinstance(error, IsADirectoryError | NotADirectoryError):
         return EXIT_CONFIG, f"{file}: {error.strerror}; move it away, or take another --output_dir"
-    if error.errno in FULL or inside:
+    if error.errno in FULL or (inside and error.errno in PASSING):
         line = f"{file or output_dir}: {error.strerror}; the last checkpoint is whole, --resume auto goes on from it"
         return EXIT_CONFIG if error.errno in FULL else EXIT_FAILED, line
     return None

@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig
 
-from distributed import EXIT_CODE_FILE, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, StopSignal, told_end
+from distributed import EXIT_CODE_FILE, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, LAUNCHER, StopSignal, told_end
 
 # Ranks that torchrun starts again would find each other through the store of the dead ones, where these have left
 # their addresses: whoever reads one before its owner has renewed it waits for nobody. "1": a new store each time.
@@ -87,6 +87,7 @@ def launch(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.environ[EXIT_CODE_FILE] = path = os.path.join(folder, "exit-codes")
         os.environ.setdefault(OWN_STORE, "1")
+        os.environ[LAUNCHER] = str(os.getpid())
         try:
             with StopRanks():
                 torchrun.run(meeting_anew(torchrun.parse_args([*defaults(), *argv])))

@@ -160,6 +160,7 @@ class RunLog:
         """Say something that a smooth run would not, and add it to incidents.txt, which outlives the process."""
         self.say(text)
         if self.dir:
+            self.folder.check_own()
             path = self.dir / "incidents.txt"
             before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
             replace_text(path, before + json.dumps({"kind": kind, "step": step, "text": text}) + "\n")
@@ -208,6 +209,7 @@ class RunLog:
 
     def epoch(self, row: dict) -> None:
         """Numbers of one epoch: log.txt, metrics.csv, curves.png and the trackers."""
+        self.folder.check_own()
         self.trackers.log({f"epoch/{name}": value for name, value in row.items()}, row["step"])
         # JSON has no NaN: an epoch without one finite step has no loss.
         self.rows.append({name: value if math.isfinite(value) else None for name, value in row.items()})
@@ -220,6 +222,7 @@ class RunLog:
         """The confusion matrix and the most confident mistakes of an evaluation."""
         if not self.dir:
             return
+        self.folder.check_own()
         if evaluation.confusion is not None:
             draw_confusion(evaluation.confusion, data.class_names, self.dir / "confusion.png")
         draw_mistakes(evaluation, data, self.dir / "mistakes.png")

@@ -56,7 +56,7 @@ class RunFolder:
         self.say = say
         self.lock: TextIO | None = None  # see `claim`
         self.launch = ""
-        self.note = ""  # see `own`
+        self.owned: os.stat_result | None = None  # see `own`
         if self.path:
             make_folder(self.path)
 
@@ -95,28 +95,29 @@ class RunFolder:
     def own(self) -> None:
         """Note in the folder that what it holds from now on is this run's."""
         if self.lock is not None:
-            self.note = f"process {os.getpid()} on {socket.gethostname()}\n{self.launch}\n"
             self.lock.truncate(0)
-            self.lock.write(self.note)
+            self.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n{self.launch}\n")
             self.lock.flush()
+            self.owned = os.stat(self.path)
 
     def check_own(self) -> None:
-        """Raise ConfigError where what `own` noted is not in the folder of this name any more.
+        """Raise ConfigError where the folder of this name is not the one that `own` took any more.
 
-        A folder that was moved or removed under its run would be made anew, and what is there by now may be another
-        run's, of which this one's checkpoints would become part. A deleted lock alone is no other folder.
+        One that was moved or removed under its run would be made anew, and what is there by now may be another
+        run's, of which this one's files would become part. A deleted lock alone is no other folder.
         """
-        if not self.note:
+        if self.owned is None:
             return
+        lock = self.path / "run.lock"
         try:
-            found = (self.path / "run.lock").read_text(encoding="utf-8")
-        except FileNotFoundError:
-            if self.path.is_dir():
+            same = os.path.samestat(os.stat(self.path), self.owned)
+            # Never open our own lock again: closing it would let it go. A new folder can have the old one's number.
+            if same and (not lock.exists() or os.path.samestat(os.stat(lock), os.fstat(self.lock.fileno()))):
                 return
+            by = next(iter(lock.read_text(encoding="utf-8").splitlines()), "another run")
+        except FileNotFoundError:
             raise ConfigError(gone(self.path)) from None
-        if found and found != self.note:
-            by = found.splitlines()[0]
-            raise ConfigError(f"--output_dir {self.path} is another folder by now, of {by}: {SAVED_THERE}")
+        raise ConfigError(f"--output_dir {self.path} is another folder by now, of {by}: {SAVED_THERE}")
 
     def _noted(self) -> list[str]:
         """What `own` wrote last: the process, the launch."""

@@ -102,7 +102,9 @@ def evaluate_real(model: nn.Module, loader, args, world: World, real: list[set[i
     answers = []
     for images, _ in loader:
         with autocast(args, world.device):
-            answers.append(model(images.to(world.device, non_blocking=True)).argmax(dim=1).cpu())
+            logits = model(images.to(world.device, non_blocking=True))
+        none = torch.tensor(-1, device=logits.device)  # of images whose logits are no numbers
+        answers.append(logits.argmax(dim=1).where(logits.isfinite().all(dim=1), none).cpu())
     right = counted = 0
     for index, answer in zip(loader.sampler, torch.cat(answers).tolist() if answers else []):
         right += answer in real[index]

@@ -344,6 +344,16 @@ def test_norm_and_projection(width, columns, tokens, multiprocessors, dtype, mon
     assert relative_error(rstd, (wide.square().mean(-1) + eps).rsqrt().flatten().cpu()) <= 1e-6
 
 
+def test_weights_of_the_projection_that_lie_anyhow():
+    """In 16 bits already: strided, or behind another element."""
+    x, residual = torch.randn(1, 33, 32, device=DEVICE).half(), torch.randn(1, 33, 32, device=DEVICE)
+    weight = torch.randn(64, 32, device=DEVICE).half()
+    behind = torch.cat([weight.new_zeros(1), weight.flatten()])[1:].view(weight.shape)
+    right, _ = kernels._norm_in_proj(x, residual, torch.ones(32, device=DEVICE), 1e-5, weight)
+    for lying in (weight.t().contiguous().t(), behind):
+        assert torch.equal(kernels._norm_in_proj(x, residual, torch.ones(32, device=DEVICE), 1e-5, lying)[0], right)
+
+
 def test_slices_of_the_projection():
     """Two of Vim-Ti's 768 columns: what 160 KiB of shared memory hold; all have whole groups of 32."""
     assert kernels._slices(192, 768).count == 2

@@ -248,7 +248,7 @@ class Mamba(nn.Module):
         """Whether `forward_with_norm` serves such tensors: those of "v2" on an NVIDIA GPU in 16 bits."""
         if self.bimamba_type != "v2" or self.init_layer_scale is not None or not self._is_one_block():
             return False
-        return takes_norm(x, residual, self.d_inner, self.d_state, self.dt_rank, self.d_conv)
+        return takes_norm(x, residual, self.d_model, self.d_inner, self.d_state, self.dt_rank, self.d_conv)
 
     def forward_with_norm(self, x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """`forward` of the RMSNorm of x + residual, and that sum, (B, L, E) each: norm and in_proj in one pass."""
@@ -412,7 +412,7 @@ def _is_plain(linear: nn.Module) -> bool:
 
 def runs_as_is(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module is `kind.forward` of its parameters and nothing else: other code may do that."""
-    if type(module) is not kind or "forward" in vars(module):
+    if type(module) is not kind or "forward" in vars(module) or module._compiled_call_impl is not None:
         return False
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not (hooks or _has_any_global_hook())

@@ -501,7 +501,7 @@ def _launch_norm(x, residual, norm_weight, eps: float, weight_in, total=None, no
     sizes = (("WIDTH", width), ("SLICE", slices.columns), ("WARPS", NORM_WARPS), ("FOR_BACKWARD", int(x is None)))
     runtime.load("in_proj.cu", "norm_in_proj", (_half(xz.dtype), *sizes))(
         (max(1, _device().multiprocessors // slices.count), slices.count, 1), 32 * NORM_WARPS, slices.shared,
-        x, _contiguous(residual), _contiguous(norm_weight.float()), weight_in, xz, total, normed, rstd,
+        x, _contiguous(residual), _contiguous(norm_weight.float()), _contiguous(weight_in), xz, total, normed, rstd,
         residual.numel() // width, columns, eps,
     )  # fmt: skip
     return xz
