@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.optim import list_optimizers
 
+import optim
 from errors import ConfigError
 from helpers import run_args
 from optim import COMMON_OPTIMIZERS, SCHEDULES, Schedule, build_optimizer, scaled_lr
@@ -202,3 +203,12 @@ def test_no_decay_ssm_exempts_a_log_alone(vim):
 def test_no_decay_ssm_is_refused_where_there_is_no_a_log():
     with pytest.raises(ConfigError, match="--no-decay-ssm: deit_base_patch16_224 has no state-space parameters"):
         build_optimizer(run_args("--no-decay-ssm"), torch.nn.Linear(1, 1), 1e-3)
+
+
+def test_a_schedule_that_an_older_timm_does_not_have_is_refused(monkeypatch):
+    """It gives none for a name that it does not know, and training would go on without one."""
+    monkeypatch.setattr(optim, "create_scheduler_v2", lambda optimizer, **options: (None, 3))
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    with pytest.raises(ConfigError, match=r"--sched constant is unknown to timm .*: upgrade it, or take cosine"):
+        Schedule(run_args("--sched", "constant"), optimizer, steps_per_epoch=3)
+    Schedule(run_args("--sched", "none"), optimizer, steps_per_epoch=3)

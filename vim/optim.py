@@ -6,6 +6,7 @@ import difflib
 import warnings
 from functools import partial
 
+import timm
 import torch
 from timm.optim import (
     OptimInfo,
@@ -100,6 +101,8 @@ class Schedule:
                 self.timm, _ = create_scheduler_v2(optimizer, **values, updates_per_epoch=steps_per_epoch)
             except ValueError as error:  # timm's way to refuse lengths that do not fit together
                 raise ConfigError(f"--sched {args.sched}: {error}") from error
+        if self.timm is None and args.sched != "none":  # constant, wsd, rsqrt before timm 1.0.31
+            raise ConfigError(f"--sched {args.sched} is unknown to timm {timm.__version__}: upgrade it, or take cosine")
         self.optimizer = optimizer
         self.follows_metric = args.sched == "plateau"
         self.on_updates = args.sched_on_updates
