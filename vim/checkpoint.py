@@ -35,7 +35,7 @@ from pretrained import PUBLISHED, unwrap_state_dict
 
 # The published weights that `hf-hub:REPO` alone stands for (`hf-hub:REPO/FILE` names any file).
 HUB_FILES = {weights.repo: weights.file for name, weights in PUBLISHED.items() if "stride8" not in name}
-HUB_DEFAULT_FILE = EXPORTED_WEIGHTS = "model.safetensors"
+EXPORTED_WEIGHTS = "model.safetensors"  # of an exported folder, and of any other repository of the Hub
 
 # A file's two sets of weights, as flags and logs call them: the name of their entry.
 ENTRIES = {"raw": "model", "ema": "model_ema"}
@@ -168,7 +168,7 @@ def _fetch_from_hub(name: str) -> Path:
     if len(parts) < 2:
         raise CheckpointError(f"hf-hub:{name}: expected hf-hub:OWNER/REPO or hf-hub:OWNER/REPO/FILE")
     repo = "/".join(parts[:2])
-    file = parts[2] if len(parts) == 3 else HUB_FILES.get(repo, HUB_DEFAULT_FILE)
+    file = parts[2] if len(parts) == 3 else HUB_FILES.get(repo, EXPORTED_WEIGHTS)
     try:
         return Path(hf_hub_download(repo, file))
     except LocalEntryNotFoundError as error:

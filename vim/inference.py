@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from arguments import fastest_device
 from augment import build_transform
-from checkpoint import file_digest, read_checkpoint, with_digest
+from checkpoint import EXPORTED_WEIGHTS, file_digest, read_checkpoint, with_digest
 from datasets import IMAGENET_CLASSES, read_image, walk
 from errors import BrokenImage, CheckpointError, ConfigError, DataError, one_line
 from identity import evaluation_settings, open_model
@@ -96,7 +96,7 @@ def _load_folder(folder: Path) -> tuple[nn.Module, str]:
         raise CheckpointError(
             f"{folder} is not a complete folder written by `checkpoint.py export`: {one_line(error, 200)}"
         ) from error
-    weights = folder / "model.safetensors"
+    weights = folder / EXPORTED_WEIGHTS
     label = with_digest(folder, file_digest(weights)) if weights.is_file() else folder
     return model, f"{label}: {model.pretrained_cfg['architecture']}"
 

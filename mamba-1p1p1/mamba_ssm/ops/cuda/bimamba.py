@@ -458,6 +458,14 @@ def _backward(
 # --- with both projections
 
 
+def _block_weights(
+    dtype: torch.dtype, in_proj, out_proj, forward_params, backward_params, decay: str, backward: bool = False
+) -> Weights:
+    """What a block makes of its parameters; `others`: in_proj's and out_proj's."""
+    parameters = _parameters(forward_params, backward_params)
+    return _prepare(parameters, dtype, in_proj, out_proj, decay=decay, backward=backward)
+
+
 def serves_norm(width: int) -> bool:
     """Whether a residual stream of that width is normed and projected by one kernel, where the block is served."""
     return width % NORM_STEP == 0 and width <= NORM_WIDTH
@@ -517,8 +525,7 @@ def norm_half_block_forward(
         hidden, total, _, _ = norm_kernels.add_norm_forward(*rows, norm_weight, None, eps, "rms", torch.float32)
         options = forward_params, backward_params, scale, decay
         return half_block_forward(hidden.view(x.shape), in_proj, out_proj, *options), total.view(x.shape)
-    parameters = _parameters(forward_params, backward_params)
-    weights = _prepare(parameters, x.dtype, in_proj, out_proj, decay=decay)
+    weights = _block_weights(x.dtype, in_proj, out_proj, forward_params, backward_params, decay)
     weight_in, weight_out = weights.others
     xz, total = _norm_in_proj(x, residual, norm_weight, eps, weight_in)
     return F.linear(_forward(xz, weights, scale), weight_out), total
@@ -534,8 +541,7 @@ def norm_half_block_backward(
     """
     rows = total.flatten(0, 1)
     if _serves(dout, in_proj.shape[0] // 2, forward_params):
-        parameters = _parameters(forward_params, backward_params)
-        weights = _prepare(parameters, dout.dtype, in_proj, out_proj, decay=decay, backward=True)
+        weights = _block_weights(dout.dtype, in_proj, out_proj, forward_params, backward_params, decay, backward=True)
         xz, hidden, rstd = _norm_in_proj_again(total, norm_weight, eps, weights.others[0])
         dhidden, *grads = _block_backward(
             dout, hidden, xz, in_proj, out_proj, forward_params, backward_params, weights, scale, decay
@@ -561,8 +567,7 @@ def half_block_forward(hidden, in_proj, out_proj, forward_params, backward_param
         xz = F.linear(hidden, in_proj.to(hidden.dtype))
         y, _ = triton_bimamba.bimamba_forward(xz, *both, scale, False)
         return F.linear(y, out_proj.to(hidden.dtype))
-    parameters = _parameters(forward_params, backward_params)
-    weights = _prepare(parameters, hidden.dtype, in_proj, out_proj, decay=decay)
+    weights = _block_weights(hidden.dtype, in_proj, out_proj, forward_params, backward_params, decay)
     weight_in, weight_out = weights.others
     return F.linear(_forward(F.linear(hidden, weight_in), weights, scale), weight_out)
 
@@ -571,8 +576,7 @@ def half_block_forward(hidden, in_proj, out_proj, forward_params, backward_param
 def half_block_backward(dout, hidden, in_proj, out_proj, forward_params, backward_params, scale, decay):
     """Gradients: (dhidden, din_proj, dout_proj, those of both directions, of A or of log(-A))."""
     if _serves(hidden, in_proj.shape[0] // 2, forward_params):
-        parameters = _parameters(forward_params, backward_params)
-        weights = _prepare(parameters, hidden.dtype, in_proj, out_proj, decay=decay, backward=True)
+        weights = _block_weights(hidden.dtype, in_proj, out_proj, forward_params, backward_params, decay, backward=True)
         return _block_backward(
             dout, hidden, F.linear(hidden, weights.others[0]), in_proj, out_proj, forward_params, backward_params,
             weights, scale, decay,

@@ -81,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) norm_in_proj(
                     const float4 v = total[s], w = *reinterpret_cast<const float4*>(scales + 16 * s + 4 * t);
                     left[m][s][low] = narrow2(v.x * factor * w.x, v.y * factor * w.y);
                     left[m][s][2 + low] = narrow2(v.z * factor * w.z, v.w * factor * w.w);
-                    if (FOR_BACKWARD && writes) {
+                    if (FOR_BACKWARD && writes) {  // by words: a pair would want other registers than the product does
                         scalar_t* to = normed + at + 16 * s;
                         *reinterpret_cast<unsigned*>(to) = left[m][s][low];
                         *reinterpret_cast<unsigned*>(to + 2) = left[m][s][2 + low];
