@@ -14,4 +14,4 @@ from det.program import main  # noqa: E402  (found by the lines above)
 from distributed import leave  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(leave(main()))
+    leave(main())

@@ -14,4 +14,4 @@ from distributed import leave  # noqa: E402  (found by the lines above)
 from seg.program import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(leave(main()))
+    leave(main())

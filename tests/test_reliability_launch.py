@@ -33,8 +33,9 @@ def program(tmp_path: Path, body: str) -> str:
 
 
 def main_program(tmp_path: Path) -> str:
-    """main.py, which also knows the tests' model."""
-    return program(tmp_path, f"{WITH_TINY}sys.exit(distributed.leave(main.main()))")
+    """main.py, which also knows the tests' model, and tells where it hangs if it does."""
+    watch = "import faulthandler; faulthandler.dump_traceback_later(200, exit=True); "
+    return program(tmp_path, f"{watch}{WITH_TINY}distributed.leave(main.main())")
 
 
 def launch(command: list[str], **environment: str) -> subprocess.Popen:
@@ -125,7 +126,7 @@ def test_a_signal_to_the_launcher_saves_asks_for_a_requeue_and_the_resumed_run_i
     try:
         next(line for line in process.stdout if "step 3/11" in line)
         process.send_signal(number)
-        text, _ = process.communicate(timeout=120)  # until the ranks have closed it, too
+        text, _ = process.communicate(timeout=240)  # until the ranks have closed it, too
     finally:
         process.kill()
     assert process.returncode == code, text
@@ -158,12 +159,12 @@ CLEAN_TMP = "__import__('shutil').rmtree(os.path.dirname(os.environ[distributed.
 @pytest.mark.parametrize(
     ("last_line", "code", "starts"),
     [
-        ("sys.exit(distributed.leave(4))", 4, 2),
-        ("sys.exit(distributed.leave(1))", 1, 4),
-        ("sys.exit(distributed.leave(0) if restart else distributed.leave(4) if rank == 0 else 1)", 0, 4),
-        ("sys.exit(distributed.leave(4) if restart else 1)", 4, 4),
-        ("sys.exit(distributed.leave(75) if rank == 0 else 1)", 1, 4),
-        (f"sys.exit(distributed.leave(4) if restart else {CLEAN_TMP} or 1)", 4, 4),
+        ("distributed.leave(4)", 4, 2),
+        ("distributed.leave(1)", 1, 4),
+        ("distributed.leave(0) if restart else distributed.leave(4) if rank == 0 else sys.exit(1)", 0, 4),
+        ("distributed.leave(4) if restart else sys.exit(1)", 4, 4),
+        ("distributed.leave(75) if rank == 0 else sys.exit(1)", 1, 4),
+        (f"distributed.leave(4) if restart else sys.exit({CLEAN_TMP} or 1)", 4, 4),
     ],
 )
 def test_exit_codes_pass_through_and_only_what_a_restart_may_mend_is_restarted(last_line, code, starts, tmp_path):
@@ -184,9 +185,24 @@ with distributed.StopSignal() as stop:
         time.sleep(0.1)
     time.sleep(3)
 open(sys.argv[1], "a").write(f"{stop.received} ")
-sys.exit(distributed.leave(75))
+distributed.leave(75)
 """
 HUP, TERM = signal.SIGHUP, signal.SIGTERM
+
+HANGING_LOADER = """
+import atexit, multiprocessing, signal, sys, time
+sys.path[:0] = ["vim"]
+import distributed
+def hang(begun):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    begun.set()
+    time.sleep(600)
+begun = multiprocessing.Event()
+multiprocessing.Process(target=hang, args=(begun,), daemon=True).start()
+begun.wait()
+atexit.register(print, "registered for the end")
+distributed.leave(3)
+"""
 
 
 @pytest.mark.slow
@@ -215,6 +231,12 @@ def test_the_launcher_leaves_after_its_ranks(before, signals, code, saved, tmp_p
         process.kill()
 
 
+def test_a_process_leaves_without_waiting_for_a_loader_that_hangs():
+    """Python's own end would: multiprocessing sends SIGTERM and waits."""
+    done = subprocess.run([sys.executable, "-c", HANGING_LOADER], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (3, "registered for the end\n"), done.stderr
+
+
 BESIDE_TORCHRUN = """
 import os, signal, sys
 sys.path.insert(0, "vim")
@@ -240,7 +262,7 @@ def test_a_signal_beside_torchrun_does_not_kill_the_launcher(when, code):
 
 def test_outside_the_launcher_exit_codes_are_the_programs_own(monkeypatch, tmp_path):
     monkeypatch.delenv(distributed.EXIT_CODE_FILE, raising=False)
-    assert [distributed.leave(code) for code in (0, 1, 3, 4, 75)] == [0, 1, 3, 4, 75]
+    assert [distributed.exit_code(code) for code in (0, 1, 3, 4, 75)] == [0, 1, 3, 4, 75]
 
 
 def test_the_launcher_is_told_what_no_restart_mends(monkeypatch, tmp_path):
@@ -249,17 +271,17 @@ def test_the_launcher_is_told_what_no_restart_mends(monkeypatch, tmp_path):
     monkeypatch.setenv(distributed.EXIT_CODE_FILE, path)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert distributed.told_end(path) is None
-    assert [distributed.leave(code) for code in (0, 1, 75, 4, 1)] == [0, 1, 0, 0, 0]
+    assert [distributed.exit_code(code) for code in (0, 1, 75, 4, 1)] == [0, 1, 0, 0, 0]
     assert distributed.told_end(path) == 75
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     distributed.tell(None)
-    assert distributed.told_end(path) is None and distributed.leave(1) == 1
+    assert distributed.told_end(path) is None and distributed.exit_code(1) == 1
 
 
 def test_a_folder_that_tmp_was_cleaned_of_is_made_again(monkeypatch, tmp_path):
     path = str(tmp_path / "gone" / "codes")
     monkeypatch.setenv(distributed.EXIT_CODE_FILE, path)
-    assert distributed.leave(4) == 0 and distributed.told_end(path) == 4
+    assert distributed.exit_code(4) == 0 and distributed.told_end(path) == 4
 
 
 # --- run_with_submitit.py

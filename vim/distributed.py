@@ -5,7 +5,9 @@ Every helper here is the identity in a run of one process, so that the loop has 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import multiprocessing
 import os
 import random
 import signal
@@ -14,10 +16,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -159,7 +162,24 @@ def from_main(item):
     return gather_objects(item)[0]
 
 
-def leave(code: int) -> int:
+def leave(code: int) -> NoReturn:
+    """End this process with `exit_code(code)`: with what is registered for its end, but without Python's own.
+
+    Python would search all memory for what can be given back, which takes seconds in which a signal kills the process
+    and gloo's threads may; and it would wait for a loader's process that hangs.
+    """
+    with StopSignal():  # a run that has ended is not stopped any more
+        code = exit_code(code)
+        for loader in multiprocessing.active_children():
+            loader.kill()
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(BrokenPipeError):  # who read it has gone
+                stream.flush()
+        os._exit(code)
+
+
+def exit_code(code: int) -> int:
     """The code to exit with. Under `launch.py` an end that a restart cannot mend is told to it, and is 0 here,
     because torchrun starts every rank again that ends with anything else. So is the end of a rank that merely lost
     one which has told such an end.

@@ -261,4 +261,4 @@ def saved_weights(args, model, checkpoint: Checkpoint, load: Callable) -> Iterat
 
 
 if __name__ == "__main__":
-    sys.exit(distributed.leave(main()))
+    distributed.leave(main())
