@@ -322,8 +322,12 @@ def table(results: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument(
+        "--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="architectures to compile for"
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="models whose shapes are compiled"
+    )
     parser.add_argument("--out", type=Path, help="folder for gpu_code.json and gpu_code.md")
     args = parser.parse_args(argv)
     results = {target: {size: examine(target, size) for size in args.sizes} for target in args.targets}

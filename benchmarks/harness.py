@@ -307,11 +307,11 @@ def write_results(out: Path, name: str, record: Mapping[str, object], tables: st
 def command_line(description: str, seconds: float, seconds_help: str) -> argparse.ArgumentParser:
     """A parser with the flags of every benchmark."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--seconds", type=float, default=seconds, help=seconds_help)
     parser.add_argument("--launch", default="graph", choices=LAUNCHES, help="of a GPU's kernels")
     parser.add_argument("--threads", type=int, default=0, help="torch's thread count; 0: torch's own choice")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     return parser
 
 

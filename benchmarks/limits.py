@@ -2,7 +2,7 @@
 
     python benchmarks/limits.py            prints the table, writes limits_cuda.json and .md
 
-PERFORMANCE figures quote these rates of the same run, not a data sheet's.
+What is said of kernels' limits refers to these rates, measured in the same run, not to a data sheet's.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def run(device: torch.device, out: Path) -> list[dict[str, object]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=harness.HelpFormatter)
-    parser.add_argument("--out", type=Path, default=harness.RESULTS)
+    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of the results")
     run(torch.device("cuda"), parser.parse_args().out.resolve())
 
 

@@ -3,6 +3,8 @@
 On a GPU: the allocator's peak minus what was allocated before the call, in this process, of the very callable that is
 timed afterwards. On a CPU: the peak of the resident set (/proc, Linux) minus the resident set just before the call,
 each subject in a process of its own. A run before it sees to it that libraries and thread pools are not counted.
+
+Not a benchmark by itself: the others call it, and it starts itself to measure (subjects as JSON on stdin).
 """
 
 import ctypes

@@ -306,7 +306,7 @@ def run(
 
 def main() -> None:
     parser = harness.command_line(__doc__, 6.0, "time for one op at one shape")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the inputs")
     parser.add_argument("--quick", action="store_true", help="the slow peers' forward only")
     args = parser.parse_args()
     harness.set_threads(args.threads)

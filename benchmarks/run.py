@@ -91,8 +91,8 @@ def gpu_only(out: Path, quick: bool, launch: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=harness.HelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="what is measured")
+    parser.add_argument("--quick", action="store_true", help="small shapes after the kernels' tests, in 2 minutes")
     parser.add_argument("--launch", default="graph", choices=harness.LAUNCHES, help="of a GPU's kernels")
     parser.add_argument("--threads", type=int, default=0, help="torch's thread count; 0: torch's own choice")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results, or output/bench-quick")

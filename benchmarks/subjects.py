@@ -36,6 +36,7 @@ COMPILE = ("none", "default", "reduce-overhead", "max-autotune")
 DENSE = {"num_classes": 0, "dynamic_img_size": True}
 PUBLISHED = " (published kernels)"  # ends the name of a Vim on the published CUDA kernels
 MODES = ("infer", "backward", "step")
+MODES_HELP = "infer: forward; backward: forward and backward; step: the optimiser's step, too"
 # "-weights" casts the parameters once; the others run torch.autocast over float32 parameters.
 PRECISIONS = {
     "float32": (torch.float32, False),

@@ -231,7 +231,7 @@ def write(folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=harness.HelpFormatter)
-    parser.add_argument("--results", type=Path, default=harness.RESULTS)
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the results")
     print(write(parser.parse_args().results))
 
 

@@ -270,12 +270,16 @@ def parse_batch(items: Sequence[str]) -> dict[int, int]:
 
 def main() -> None:
     parser = harness.command_line(__doc__, 10.0, "time for one case, at least 3 turns")
-    parser.add_argument("--precision", default="float32", choices=list(subjects.PRECISIONS))
-    parser.add_argument("--compile", default="none", choices=subjects.COMPILE)
-    parser.add_argument("--attention", nargs="+", default=["sdpa", "eager"], choices=list(subjects.ATTENTION))
-    parser.add_argument("--size", nargs="+", default=["tiny"], choices=list(SIZES))
-    parser.add_argument("--modes", nargs="+", default=["infer", "step"], choices=list(subjects.MODES))
-    parser.add_argument("--px", nargs="+", type=int, default=list(PX))
+    parser.add_argument("--precision", default="float32", choices=list(subjects.PRECISIONS), help="what it computes in")
+    parser.add_argument("--compile", default="none", choices=subjects.COMPILE, help="mode of torch.compile, or none")
+    parser.add_argument(
+        "--attention", nargs="+", default=["sdpa", "eager"], choices=list(subjects.ATTENTION), help="of DeiT"
+    )
+    parser.add_argument("--size", nargs="+", default=["tiny"], choices=list(SIZES), help="pairs of models")
+    parser.add_argument(
+        "--modes", nargs="+", default=["infer", "step"], choices=list(subjects.MODES), help=subjects.MODES_HELP
+    )
+    parser.add_argument("--px", nargs="+", type=int, default=list(PX), help="sides of the images")
     parser.add_argument("--batch", nargs="+", default=["224:8"], help="PX:BATCH; 1 where not given")
     args = parser.parse_args()
     harness.set_threads(args.threads)

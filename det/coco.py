@@ -25,7 +25,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from datasets import read_image
-from det.coco_checks import check_content, check_entry, check_files
+from det.coco_checks import check_content, check_entry, check_files, check_truth
 from errors import DataError
 
 SPLITS = {"train": "train2017", "val": "val2017"}
@@ -99,6 +99,8 @@ class CocoSource:
         self.left_out: Counter = Counter()
         self.clipped = 0
         self.objects = Packed(self._instances(content))
+        if held_out:
+            check_truth(title, content)
         self.truth = ground_truth(content) if held_out else None
 
     def _instances(self, content: dict) -> list[list[Instance]]:

@@ -89,13 +89,22 @@ def check_annotations(file: Path, content: dict) -> None:
                 f"{where} has category {annotation['category_id']}; the file lists {len(categories)} "
                 f"from {min(categories)} to {max(categories)}; add the category, or remove the annotation"
             )
-        box = annotation["bbox"]
+        box, farthest = annotation["bbox"], FARTHEST * max(image["height"], image["width"])
         if not (len(box) == 4 and all(isinstance(v, NUMBER) for v in box)):
             raise DataError(f"{where} has bbox {shortened(box)}: expected [x, y, width, height]")
+        if max(map(abs, box)) > farthest:
+            raise DataError(f"{where} has bbox {shortened(box)}: expected numbers of {farthest:,} pixels at most")
         area = annotation.get("area", 0)
         if not 0 <= area < math.inf:
             raise DataError(f"{where} has area {area}: expected 0 or a positive number; without one the mask's counts")
         check_segmentation(where, annotation.get("segmentation"), (image["height"], image["width"]))
+
+
+def check_truth(file: str, content: dict) -> None:
+    """Raise DataError for a box that nothing can be compared with: pycocotools lets NaN overlap with everything."""
+    for i, annotation in enumerate(content["annotations"]):
+        if any(map(math.isnan, annotation["bbox"])):
+            raise DataError(f"{file}: annotations[{i}] has bbox {shortened(annotation['bbox'])}: expected numbers")
 
 
 def check_segmentation(where: str, shape, size: tuple[int, int]) -> None:
@@ -116,7 +125,7 @@ def check_polygons(where: str, polygons: list, size: tuple[int, int]) -> None:
             raise DataError(f"{where} has {found} for a mask: expected polygons [[x, y, x, y, ...], ...]")
         if polygon and max(map(abs, polygon)) > farthest:
             raise DataError(
-                f"{where} has a corner at {max(polygon, key=abs):g}: expected pixels of the image of "
+                f"{where} has a corner at {shortened(max(polygon, key=abs))}: expected pixels of the image of "
                 f"{size[1]} x {size[0]}, {farthest:,} at most"
             )
 

@@ -22,9 +22,10 @@ from torchvision.models.detection.roi_heads import RoIHeads, paste_masks_in_imag
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import resize_boxes
 
-from dense import Backbone, DenseModel
+from dense import SCALES, Backbone, DenseModel
 from det.cascade import AgnosticPredictor, CascadeRoIHeads, PyramidRoIAlign
-from det.pyramid import SCALES, SimpleFeaturePyramid
+from det.pyramid import SimpleFeaturePyramid
+from errors import check_choice
 
 # Of the boxes that train a head, at most this share are of objects.
 POSITIVE_SHARE = 0.25
@@ -54,8 +55,7 @@ class DetectorSettings:
     pad: tuple[int, int] | None = None
 
     def __post_init__(self):
-        if self.detector not in DETECTORS:
-            raise ValueError(f"detector={self.detector!r}: expected one of {', '.join(DETECTORS)}")
+        check_choice("detector", self.detector, DETECTORS)
         levels = len(self.pyramid_scales) + 1
         if len(self.anchor_sizes) != levels:
             raise ValueError(
@@ -126,11 +126,38 @@ class Detector(DenseModel):
         return torch.stack([F.pad(image, sides) for image, sides in zip(images, room)])
 
 
+class InFloat32:
+    """Mixed into a predictor: its results are float32 under autocast, too.
+
+    torchvision gives boxes the dtype of what predicts them, and in 16 bits a box's sides are 4 pixels apart at 1024.
+    """
+
+    def forward(self, *inputs):
+        return in_float32(super().forward(*inputs))
+
+
+def in_float32(results):
+    """A tensor, or lists of them, in float32."""
+    return results.float() if isinstance(results, Tensor) else [in_float32(one) for one in results]
+
+
+class RPNHeadInFloat32(InFloat32, RPNHead):
+    pass
+
+
+class BoxPredictorInFloat32(InFloat32, FastRCNNPredictor):
+    pass
+
+
+class MaskPredictorInFloat32(InFloat32, MaskRCNNPredictor):
+    pass
+
+
 def build_rpn(settings: DetectorSettings) -> RegionProposalNetwork:
     """torchvision's region proposal network, with torchvision's thresholds."""
     ratios = ((0.5, 1.0, 2.0),) * len(settings.anchor_sizes)
     anchors = AnchorGenerator(tuple((size,) for size in settings.anchor_sizes), ratios)
-    head = RPNHead(settings.pyramid_channels, anchors.num_anchors_per_location()[0], settings.rpn_convs)
+    head = RPNHeadInFloat32(settings.pyramid_channels, anchors.num_anchors_per_location()[0], settings.rpn_convs)
     return RegionProposalNetwork(
         anchors,
         head,
@@ -148,7 +175,7 @@ def build_roi_heads(settings: DetectorSettings, pyramid: SimpleFeaturePyramid, n
     """Three stages, or torchvision's one. `num_classes` counts the background."""
     masks = mask_branch(settings, pyramid, num_classes)
     if settings.detector == "mask":
-        return build_stage(settings, pyramid, num_classes, FastRCNNPredictor, 0.5, CASCADE_WEIGHTS[0], masks)
+        return build_stage(settings, pyramid, num_classes, BoxPredictorInFloat32, 0.5, CASCADE_WEIGHTS[0], masks)
     stages = [
         build_stage(settings, pyramid, num_classes, AgnosticPredictor, overlap, weights)
         for overlap, weights in zip(CASCADE_OVERLAPS, CASCADE_WEIGHTS)
@@ -189,7 +216,7 @@ def mask_branch(settings: DetectorSettings, pyramid: SimpleFeaturePyramid, num_c
     return {
         "mask_roi_pool": PyramidRoIAlign(pyramid.names, pyramid.strides, 14, settings.roi_side),
         "mask_head": MaskRCNNHeads(channels, [channels] * settings.mask_convs, 1, LayerNorm2d),
-        "mask_predictor": MaskRCNNPredictor(channels, channels, num_classes),
+        "mask_predictor": MaskPredictorInFloat32(channels, channels, num_classes),
     }
 
 

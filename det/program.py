@@ -45,7 +45,7 @@ def build_detector(args, num_classes: int, say) -> Detector:
         raise ConfigError(
             f"--pad batch: --model {args.model} takes images of {height}x{width} alone; take --pad square"
         )
-    with as_config_error():
+    with as_config_error(f"--model {args.model} at --input-size {args.input_size}: "):
         detector = Detector(backbone, num_classes, settings_of(args))
     if args.finetune and not args.eval:
         load_backbone(args, backbone, say)

@@ -13,14 +13,13 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-# How a level is made from the backbone's map: its size over the map's.
-SCALES = (4.0, 2.0, 1.0, 0.5)
+from dense import SCALES
+from errors import check_choice
 
 
 def resample(channels: int, scale: float) -> tuple[nn.Sequential, int]:
     """Modules that bring a map (B, E, H, W) to `scale` of its size, and the channels they leave."""
-    if scale not in SCALES:
-        raise ValueError(f"pyramid scale {scale}: expected some of {', '.join(map(str, SCALES))}")
+    check_choice("pyramid_scales", scale, SCALES)
     half, quarter = channels // 2, channels // 4
     if scale == 4.0:
         first, second = nn.ConvTranspose2d(channels, half, 2, 2), nn.ConvTranspose2d(half, quarter, 2, 2)
@@ -54,7 +53,7 @@ class SimpleFeaturePyramid(nn.Module):
     def __init__(self, channels: int, out_channels: int = 256, stride: int = 16, scales: tuple = SCALES):
         super().__init__()
         if list(scales) != sorted(set(scales), reverse=True) or not scales:
-            raise ValueError(f"pyramid scales {scales}: expected some of {SCALES}, each once, falling")
+            raise ValueError(f"pyramid scales {scales}: use some of {SCALES}, each once, the largest first")
         if stride & (stride - 1):
             raise ValueError(f"a backbone of stride {stride}: the pyramid's levels need a power of two")
         if stride < max(scales):

@@ -98,7 +98,7 @@ class FolderSource:
     def _classes(self, values: np.ndarray, path: Path) -> np.ndarray:
         """File values as classes. Raises DataError for those that no class has."""
         first = int(self.reduce_zero_label)
-        wrong = (values >= self.num_classes + first) & (values != IGNORED)
+        wrong = ((values >= self.num_classes + first) & (values != IGNORED)) | (values < 0)
         if wrong.any():
             raise DataError(
                 f"{path} has the label value {values[wrong].max()}: {self.num_classes} classes are numbered "
@@ -137,6 +137,8 @@ def read_label(path: Path) -> np.ndarray:
     values = np.asarray(image)
     if values.ndim != 2:
         raise DataError(f"{path} is a colour picture ({image.mode}): a label is a grey or palette PNG of class numbers")
+    if values.dtype.kind == "f":
+        raise DataError(f"{path} holds fractions (mode F): a label is a grey or palette PNG of class numbers")
     return values.astype(np.int64) // GREY_STEPS.get(stored, 1)
 
 
@@ -223,7 +225,7 @@ def build_datasets(args) -> DataBundle:
     view = None if args.data_set == "SCENES" else view_settings(args)
     train = None if layout.train is None else SegmentationDataset(layout.train, view, args.seed)
     counts = "" if train is None else f"{len(train):,} train images and "
-    where = f" {args.data_path}" if args.data_path else ""
+    where = "" if args.data_set == "SCENES" else f" {args.data_path}"
     return DataBundle(
         train=train,
         val=SegmentationDataset(layout.val, None),

@@ -47,17 +47,18 @@ def eval_settings(args) -> EvalSettings:
 
 
 def predict(model: nn.Module, images: Tensor, settings: EvalSettings) -> Tensor:
-    """Classes of the pixels: images (B, 3, H, W), normalised -> int64 (B, H, W)."""
+    """Classes of the pixels: images (B, 3, H, W), normalised -> int64 (B, H, W); K, which no class is, where the
+    model's K logits are not finite."""
     size = tuple(images.shape[-2:])
     total = 0
     for scale in settings.scales:
         sides = settings.sides or (min(size), max(size))
         view = resize_images(images, fitting(size, sides, scale))
         for mirrored in (False, True) if settings.flip else (False,):
-            logits = see(model, view.flip(-1) if mirrored else view, settings)
+            logits = logits_of(model, view.flip(-1) if mirrored else view, settings)
             logits = resize_maps(logits.flip(-1) if mirrored else logits, size)
             total = total + logits.softmax(dim=1)
-    return total.argmax(dim=1)
+    return torch.where(total.isfinite().all(dim=1), total.argmax(dim=1), total.shape[1])
 
 
 def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -66,7 +67,7 @@ def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
 
 
-def see(model: nn.Module, images: Tensor, settings: EvalSettings) -> Tensor:
+def logits_of(model: nn.Module, images: Tensor, settings: EvalSettings) -> Tensor:
     """Logits (B, K, H, W) of images (B, 3, H, W), at once or by windows."""
     if settings.mode == "whole":
         return model(images).float()
@@ -91,7 +92,7 @@ def starts(length: int, window: int, stride: int) -> list[int]:
 
 @dataclass
 class Sample:
-    """One evaluated image: its number, and what was labelled and predicted, uint8 (H, W)."""
+    """One evaluated image: its number, and what was labelled and predicted, uint8 (H, W), `IGNORED` where nothing."""
 
     index: int
     label: np.ndarray
@@ -100,22 +101,32 @@ class Sample:
 
 @dataclass
 class Segmented:
-    """What evaluation counted: pixels by (label, prediction), int64 (K, K), over all ranks."""
+    """What evaluation counted: pixels by (label, prediction), int64 (K, K), over all ranks.
+
+    lost: pixels of each label without a prediction, int64 (K,), which count as wrong; not_finite: images with such.
+    """
 
     confusion: Tensor
     images: int
     samples: list[Sample] = field(default_factory=list)
+    lost: Tensor | int = 0
+    not_finite: int = 0
+
+    @property
+    def labelled(self) -> Tensor:
+        """Pixels of each label, int64 (K,)."""
+        return self.confusion.sum(1) + self.lost
 
     @property
     def iou(self) -> Tensor:
         """Intersection over union of each class in percent, float64 (K,); NaN where no pixel has to do with it."""
         right = self.confusion.diag().double()
-        return 100 * right / (self.confusion.sum(0) + self.confusion.sum(1) - right)
+        return 100 * right / (self.confusion.sum(0) + self.labelled - right)
 
     @property
     def accuracy(self) -> Tensor:
         """The share of each class's pixels that was found, in percent, float64 (K,); NaN where it has none."""
-        return 100 * self.confusion.diag().double() / self.confusion.sum(1)
+        return 100 * self.confusion.diag().double() / self.labelled
 
     @property
     def score(self) -> float:
@@ -129,11 +140,12 @@ class Segmented:
     @property
     def all_accuracy(self) -> float:
         """aAcc: the share of all pixels that is right."""
-        return 100 * (self.confusion.diag().sum() / self.confusion.sum()).item()
+        return 100 * self.confusion.diag().sum().item() / self.labelled.sum().item()
 
     @property
     def words(self) -> str:
-        return f"mIoU {self.score:.2f} %, mAcc {self.mean_accuracy:.2f} %, aAcc {self.all_accuracy:.2f} %"
+        lost = f"; logits of {self.not_finite:,} images are not finite (damaged weights?)" if self.not_finite else ""
+        return f"mIoU {self.score:.2f} %, mAcc {self.mean_accuracy:.2f} %, aAcc {self.all_accuracy:.2f} %{lost}"
 
     def row(self, prefix: str) -> dict[str, float]:
         return {
@@ -148,28 +160,33 @@ def evaluate(model: nn.Module, loader, args, world: World, num_classes: int) -> 
     """Every pixel of the loader's images whose label counts; with `--dist-eval` over the parts of all ranks."""
     model.eval()
     settings = eval_settings(args)
-    confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=world.device)
+    confusion = torch.zeros(num_classes * (num_classes + 1), dtype=torch.int64, device=world.device)
+    not_finite = torch.zeros(1, dtype=torch.int64, device=world.device)
     samples, indices, images_seen = [], list(loader.sampler), 0
     for images, labels in loader:
         for image, label in batches(images, labels):
             with autocast(args, world.device):
                 predicted = predict(model, image.to(world.device, non_blocking=True), settings)
             confusion += count(label.to(world.device, non_blocking=True), predicted, num_classes)
+            lost = predicted == num_classes
+            not_finite += lost.flatten(1).any(dim=1).sum()
+            predicted = torch.where(lost, IGNORED, predicted)
             for truth, guess in zip(label, predicted):
                 if len(samples) < args.pictures:
                     pair = (truth.byte().cpu().numpy(), guess.byte().cpu().numpy())
                     samples.append(Sample(indices[images_seen], *pair))
                 images_seen += 1
-    totals = torch.cat([confusion, torch.tensor([images_seen], device=world.device)])
+    totals = torch.cat([confusion, not_finite, torch.tensor([images_seen], device=world.device)])
     if args.dist_eval:
         totals = sum_over_ranks(totals)
-    *_, images_seen = totals.tolist()
-    if totals[:-1].sum() == 0:
+    *_, not_finite, images_seen = totals.tolist()
+    if totals[:-2].sum() == 0:
         raise DataError(
             f"every pixel of {images_seen:,} val images is ignored ({IGNORED}): check the label files, "
             "--reduce-zero-label and --num-classes"
         )
-    return Segmented(totals[:-1].cpu().view(num_classes, num_classes), images_seen, samples)
+    table = totals[:-2].cpu().view(num_classes, num_classes + 1)
+    return Segmented(table[:, :-1], images_seen, samples, table[:, -1], not_finite)
 
 
 def batches(images, labels):
@@ -180,6 +197,6 @@ def batches(images, labels):
 
 
 def count(label: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
-    """Pixels by (label, prediction), int64 (K * K,); `IGNORED` ones are left out."""
-    counts = label != IGNORED
-    return torch.bincount(label[counts] * num_classes + predicted[counts], minlength=num_classes**2)
+    """Pixels by (label, prediction 0 to K), int64 (K * (K + 1),); `IGNORED` ones are left out."""
+    counts, columns = label != IGNORED, num_classes + 1
+    return torch.bincount(label[counts] * columns + predicted[counts], minlength=num_classes * columns)

@@ -29,7 +29,7 @@ def execute(args, world: World) -> int:
     distributed.seed_everything(args.seed, args.deterministic)
     with together():
         log = RunLog(args, world.is_main, (Segmentation.score_name, Segmentation.score_column))
-        if not args.data_path:
+        if args.data_set == "SCENES":
             say_own_data(args, log, "generated scenes of scikit-learn's digits")
         data = build_datasets(args)
         log.say(data.description)
@@ -48,7 +48,7 @@ def execute(args, world: World) -> int:
 
 
 def build_model(args, num_classes: int, say=print) -> UPerNet:
-    """UPerNet on `--model`. Raises ConfigError, one line each, for what cannot be."""
+    """UPerNet on `--model`. Raises ConfigError, one line each, for flags that cannot work."""
     size = args.scene_size if args.data_set == "SCENES" else args.crop_size
     backbone = build_backbone(args, size, NUM_MAPS, say)
     check_views(args, backbone)

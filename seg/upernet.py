@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dense import Backbone, DenseModel, resize_maps
+from dense import SCALES, Backbone, DenseModel, resize_maps
+from errors import check_choice
 
 # Sizes of the grids that the coarsest level is averaged over.
 POOL_SIZES = (1, 2, 3, 6)
-SCALES = (4.0, 2.0, 1.0, 0.5)
 DROPOUT = 0.1
 
 
@@ -53,8 +53,7 @@ class Rescale(nn.Sequential):
             0.5: lambda: (nn.MaxPool2d(2, ceil_mode=True),),
             0.25: lambda: (nn.MaxPool2d(4, ceil_mode=True),),
         }
-        if scale not in layers:
-            raise ValueError(f"scale={scale:g}: expected one of {', '.join(f'{known:g}' for known in layers)}")
+        check_choice("scale", scale, layers)
         super().__init__(*layers[scale]())
 
 
@@ -128,7 +127,7 @@ class UPerNet(DenseModel):
             raise ValueError(f"{len(scales)} scales for {maps} maps: give one scale per map")
         if backbone.plain and list(scales) != sorted(set(scales), reverse=True):
             given = " ".join(f"{scale:g}" for scale in scales)
-            raise ValueError(f"{given}: expected each scale once, falling")
+            raise ValueError(f"{given}: give each scale once, the largest first")
         if maps < 2:
             raise ValueError(
                 f"UPerNet needs at least two maps and the backbone gives {maps}: take one with more blocks or stages"

@@ -70,11 +70,13 @@ def resized(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def crop_corner(label: np.ndarray, settings: ViewSettings) -> tuple[int, int]:
-    """(top, left) of a crop in which no class is too large, or of the last one tried."""
+    """(top, left) of a crop in which no class is too large, or of the last one tried. A share of 1 takes any crop."""
     height, width = settings.size
     for _ in range(CROP_TRIALS):
         top = random.randint(0, max(0, label.shape[0] - height))
         left = random.randint(0, max(0, label.shape[1] - width))
+        if settings.class_share >= 1:
+            break
         counts = np.bincount(label[top : top + height, left : left + width].ravel(), minlength=256)[:IGNORED]
         if np.count_nonzero(counts) > 1 and counts.max() < settings.class_share * counts.sum():
             break

@@ -5,6 +5,9 @@ default configuration, features, and every way of adapting a model. Depth is cut
 """
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -375,3 +378,23 @@ def test_masks_are_refused_by_name():
         BiMamba(16)(tokens, attn_mask=torch.ones(3, 3))
     with pytest.raises(NotImplementedError, match="is_causal"):
         BiMamba(16)(tokens, is_causal=True)
+
+
+AS_A_LIBRARY = """
+import sys
+sys.path.append(sys.argv[1])
+import timm, torch, models_mamba
+model = timm.create_model("vim_nano_patch4_32", num_classes=3)
+print(tuple(model(torch.randn(2, 3, 32, 32)).shape))
+"""
+
+
+def test_a_project_with_modules_of_the_same_names_can_import_the_model(tmp_path):
+    """`datasets`, `engine`, `errors`: the program's modules have names that others have, too."""
+    folder = Path(models_mamba.__file__).parent
+    for path in folder.glob("*.py"):
+        if path.stem not in ("models_mamba", "vim_pretrained"):
+            (tmp_path / path.name).write_text("raise ImportError('of another project')")
+    command = [sys.executable, "-c", AS_A_LIBRARY, str(folder)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "(2, 3)\n"), done.stderr

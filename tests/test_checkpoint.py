@@ -320,6 +320,13 @@ def step_in(path: Path) -> int:
     return found.step
 
 
+def test_a_digest_in_capitals_is_the_same(tmp_path):
+    """As PowerShell's Get-FileHash writes it."""
+    digest = save_checkpoint(tmp_path / "a.pth", {"model": {"w": torch.ones(2)}})
+    (tmp_path / "a.pth.sha256").write_text(digest.upper())
+    assert read_checkpoint(tmp_path / "a.pth").sha256 == digest
+
+
 def test_digest_file_is_readable_by_sha256sum(tmp_path):
     for step in range(2):
         digest = save_checkpoint(tmp_path / "a.pth", state_of(step))

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import arguments
+import det.arguments as detection
+import seg.arguments as segmentation
 from arguments import Switch, build_parser, parse_args, save_arguments
 from distributed import EXIT_CONFIG
 from errors import ConfigError as Refused
@@ -182,7 +185,47 @@ def test_help_tells_all_flags_and_defaults(capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert all(name.split()[0] in text for name in PUBLISHED | OWN)
-    assert "weight of the old average per step (default: 0.99996)" in " ".join(text.split())
+    assert "weight of the old average at each step (default: 0.99996)" in " ".join(text.split())
+
+
+def group_of(parser, flag: str) -> str:
+    return next(g.title for g in parser._action_groups for a in g._group_actions if flag in a.option_strings)
+
+
+PROGRAMS = [arguments.CLASSIFIER, segmentation.PROGRAM, detection.PROGRAM]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.prog)
+def test_every_help_text_can_be_read_by_itself_and_is_true_of_its_program(program):
+    parser = build_parser(program)
+    helps = {action.dest: action.help for action in parser._actions}
+    fragment = re.compile(r"(of|at|to|where|for|the (first|last) epoch\S*) ")
+    assert [text for text in helps.values() if fragment.match(text)] == []
+    assert helps["lr"].startswith("peak learning rate; multiplied by whole batch / 512 unless --unscale-lr")
+    assert helps["warmup_lr"].startswith("rate at which the warm-up starts (default: ")
+    assert "all alike" not in helps["layer_decay"]
+
+
+def test_flags_stand_where_one_looks_for_them():
+    parser = build_parser()
+    assert group_of(parser, "--data-path") == group_of(parser, "--data-set") == "images and classes"
+    assert {group_of(parser, flag) for flag in ("--model", "--drop", "--train-mode", "--summary")} == {"model"}
+    titles = [group.title for group in parser._action_groups]
+    assert len(titles) == len(set(titles))
+    assert group_of(build_parser(segmentation.PROGRAM), "--data-path") == "labelled images"
+
+
+def test_the_model_by_default_is_said_to_be_deits():
+    (text,) = [action.help for action in build_parser()._actions if action.dest == "model"]
+    assert "the default is DeiT's" in text and "one of this project's (vim_tiny" in text
+
+
+def test_of_both_lengths_of_a_warm_up_the_command_lines_counts(tmp_path):
+    flags = ("--sched-on-updates", *config(tmp_path, "warmup_epochs: 5\nwarmup_steps: 250\n"))
+    assert parse_args([*ON_CPU, *flags]).warmup_steps == 250
+    args = parse_args([*ON_CPU, *flags, "--warmup-epochs", "10"])
+    assert (args.warmup_epochs, args.warmup_steps) == (10, None)
+    assert vars(round_trip(args, tmp_path)) == vars(args)
 
 
 def test_every_switch_can_be_turned_on_and_off():
@@ -353,7 +396,7 @@ def test_a_misspelt_flag_names_near_ones(capsys):
         (["--smoothing", "1.5"], "--smoothing: 1.5 is not between 0 and 1"),
         (["--seed", "-1"], "--seed: -1 is negative"),
         (["--data-set", "MNIST"], "invalid choice: 'MNIST'"),
-        (["--report-to", "tensorboard,csv"], "--report-to: 'csv' is not one of tensorboard, wandb, mlflow"),
+        (["--report-to", "tensorboard,csv"], "--report-to: 'csv' is unknown: use one of tensorboard, wandb, mlflow"),
         (["--keep-checkpoints", "1"], "--keep-checkpoints: 1 is less than 2"),
         (["--input-size", "1x2x3"], "--input-size: 1x2x3 has 3 sides"),
         (["--input-size", "big"], "--input-size: big is not a size; give 224, or 192x256 (height x width)"),
@@ -368,7 +411,7 @@ def test_a_misspelt_flag_names_near_ones(capsys):
         (["--clip-grad", "0"], "--clip-grad: 0 is not a positive number; without the flag"),
         (["--weight-decay", "-1"], "--weight-decay: -1 is not 0 or a positive number"),
         (["--mixup", "nan"], "--mixup: nan is not 0 or a positive number"),
-        (["--seed", str(10**20)], "has more than 63 bits"),
+        (["--seed", str(10**20)], "has more than 63 bits; give a smaller seed"),
         (["--loader-timeout", "-5"], "--loader-timeout: -5 is not 0 or a positive number"),
         (["--cutmix-minmax", "0.3"], "--cutmix-minmax: expected 2 arguments"),
     ],
@@ -392,9 +435,10 @@ def test_a_bad_value_is_one_line(capsys, flags, words):
         (["--cutmix-minmax", "0.9", "0.2"], "--cutmix-minmax 0.9 0.2: the second must be larger"),
         (["--cutmix-minmax", "0.2", "0.21", "--input-size", "32"], "by a pixel at least"),
         (["--start_epoch", "5", "--epochs", "5"], "--start_epoch 5 of --epochs 5 leaves nothing to train"),
+        (["--warmup-epochs", "2", "--warmup-steps=9"], "--warmup-epochs 2 and --warmup-steps 9: give one of them"),
         (["--report-to", "wandb"], "--report-to wandb keeps its files in --output_dir"),
-        (["--device", "cpu:x"], "--device cpu:x is not one of cuda, cuda:N, cpu, mps, auto"),
-        (["--device", "tpu"], "--device tpu is not one of cuda, cuda:N, cpu, mps, auto"),
+        (["--device", "cpu:x"], "--device cpu:x is unknown: use one of cuda, cuda:N, cpu, mps, auto"),
+        (["--device", "tpu"], "--device tpu is unknown: use one of cuda, cuda:N, cpu, mps, auto"),
     ],
 )
 def test_flags_that_cannot_go_together_are_one_line(flags, words):

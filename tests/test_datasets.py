@@ -98,7 +98,7 @@ def test_items_are_normalised_tensors_with_int_labels(folder):
 
 
 @pytest.mark.parametrize("kind", [CIFAR10, CIFAR100])
-def test_cifar(kind, tmp_path, monkeypatch):
+def test_cifar_is_read_with_its_classes(kind, tmp_path, monkeypatch):
     write_cifar(tmp_path, kind, monkeypatch)
     name, classes = ("CIFAR10", 10) if kind is CIFAR10 else ("CIFAR", 100)
     args = run_args("--data-set", name, "--data-path", str(tmp_path), "--input-size", "32")

@@ -1,6 +1,7 @@
 """COCO's files as they are and as they should not be, and views of what they hold."""
 
 import json
+import math
 import random
 
 import numpy as np
@@ -80,6 +81,15 @@ def test_a_box_that_is_not_a_number_is_left_out_and_counted(tmp_path):
     spoilt = det_sets.annotation(7, 3, (2, 2, 12, 12)) | {"bbox": [float("nan"), 2, 4, 4]}
     remarks = one_image_json_only(tmp_path, spoilt).remarks
     assert "boxes without a pixel of the image, left out of training: 1" in remarks
+
+
+def test_a_held_out_box_that_is_not_a_number_is_named(tmp_path):
+    """pycocotools lets it overlap with every detection, as a whole."""
+    content = det_sets.write_half(tmp_path, "val", {7: (40, 60)}, [])
+    spoilt = det_sets.annotation(7, 3, (2, 2, 12, 12)) | {"bbox": [float("nan"), 2, 4, 4]}
+    det_sets.save_json(tmp_path, "val", content | {"annotations": [spoilt]})
+    with pytest.raises(DataError, match=r"annotations\[0\] has bbox \[nan, 2, 4, 4\]: expected numbers"):
+        coco_source(tmp_path, "val")
 
 
 def one_image_json_only(tmp_path, annotation):
@@ -194,6 +204,10 @@ def with_mask(shape):
     return lambda content: content["annotations"][0].update(segmentation=shape)
 
 
+def with_box(place, value):
+    return lambda content: content["annotations"][0]["bbox"].__setitem__(place, value)
+
+
 def drop(key, kind):
     return lambda content: content[kind][1].pop(key)
 
@@ -233,11 +247,14 @@ def drop(key, kind):
             lambda c: (c["images"][1].update(id="101"), c.update(annotations=[])),
             r"images\[1\] has the id '101' and images\[0\] 100: expected ids of one type; write all as",
         ),
+        (with_box(0, -math.inf), r"has bbox \[-inf, .*: expected numbers of 6,400 pixels at most"),
+        (with_box(2, 10**400), r"has bbox \[.*: expected numbers of 6,400 pixels at most"),
+        (with_mask([[1, 1, 10**400, 5, 9, 9]]), r"has a corner at 10{59}\.\.\.: expected pixels of the image"),
         (with_mask("M" * 99), r"has segmentation 'M{59}\.\.\.: expected polygons or run lengths"),
         (with_mask([[1, 1, None, 5, 9, 9]]), r"has \[1, 1, None, 5, 9, 9\] for a mask: expected polygons"),
         (with_mask([[[1, 1], [5, 5], [1, 5]]]), r"has \[\[1, 1\], \[5, 5\], \[1, 5\]\] for a mask"),
-        (with_mask([[1, 1, 1e12, 5, 9, 9]]), r"has a corner at 1e\+12: expected pixels of the image"),
-        (with_mask([[1, 1, 9e5, 5, 9, 9]]), r"a corner at 900000: .* of the image of 40 x 64, 6,400 at most"),
+        (with_mask([[1, 1, 1e12, 5, 9, 9]]), r"has a corner at 1000000000000.0: expected pixels of the image"),
+        (with_mask([[1, 1, 9e5, 5, 9, 9]]), r"a corner at 900000.0: .* of the image of 40 x 64, 6,400 at most"),
         (with_mask({"size": [64, 40], "counts": "hello world"}), "'hello world' that cannot be decoded"),
         (with_mask({"size": [64, 40], "counts": "Z?d0"}), "run lengths of 510 pixels for an image of 2560"),
         (with_mask({"size": [64, 40], "counts": "Z?d"}), "'Z.d' that cannot be decoded .it ends within a number"),

@@ -13,7 +13,7 @@ from torchvision.ops import MultiScaleRoIAlign, box_iou
 import models_mamba  # noqa: F401  (registers its models)
 from dense import Backbone
 from det.cascade import AgnosticPredictor, CascadeRoIHeads, PyramidRoIAlign, match, refine
-from det.model import Detector, DetectorSettings, build_roi_heads, build_rpn, in_original
+from det.model import DETECTORS, Detector, DetectorSettings, build_roi_heads, build_rpn, in_original
 from det.pyramid import SimpleFeaturePyramid
 
 SMALL = DetectorSettings(
@@ -79,8 +79,8 @@ def test_every_output_pixel_of_the_pyramid_is_normed_over_channels():
 @pytest.mark.parametrize(
     ("stride", "scales", "said"),
     [
-        (16, (1.0, 2.0), "falling"),
-        (16, (3.0,), "3.0: expected some of"),
+        (16, (1.0, 2.0), "the largest first"),
+        (16, (3.0,), "pyramid_scales=3.0 is unknown: use one of 4.0"),
         (14, (1.0,), "stride 14"),
         (2, (4.0, 1.0), "4 times as large"),
         (16, (), "each once"),
@@ -410,7 +410,7 @@ def test_a_detection_of_nothing_in_the_file_is_nothing():
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"detector": "yolo"}, "expected one of cascade, mask"),
+        ({"detector": "yolo"}, "detector='yolo' is unknown: use one of 'cascade', 'mask'"),
         ({"anchor_sizes": (8, -5, 32)}, "anchor_sizes: -5: expected pixels above 0"),
         ({"anchor_sizes": (8, 16, float("inf"))}, "anchor_sizes: inf: expected"),
         ({"roi_side": 0}, "roi_side: 0: expected pixels above 0"),
@@ -456,3 +456,16 @@ def test_a_vim_of_4096_tokens_detects():
     image, target = scene(700, 1000, [[40, 40, 200, 240]], [1])
     sum(model([image], [target]).values()).backward()
     assert all(p.grad.isfinite().all() for p in model.pyramid.parameters())
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_boxes_are_float32_in_mixed_precision(detector):
+    """In bfloat16 two coordinates of an image of 1024 pixels would be at least 4 apart."""
+    images, targets = two_scenes()
+    model, proposals = small_detector(detector), []
+    model.rpn.register_forward_hook(lambda rpn, given, found: proposals.extend(found[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(images, targets)
+        (found,) = model.eval()(images[:1])
+    assert {one.dtype for one in (*proposals, *losses.values())} == {torch.float32}
+    assert {found[name].dtype for name in ("boxes", "scores", "masks")} == {torch.float32}

@@ -25,7 +25,7 @@ from det.digits import scene_source
 from det.program import build_detector, check_deterministic, main
 from distributed import World
 from errors import ConfigError
-from optim import build_optimizer
+from optim import Schedule, build_optimizer
 from processes import end, start_ranks
 from scenes import Scenes
 
@@ -214,6 +214,16 @@ def test_a_classifiers_weights_become_the_backbones(tmp_path, capsys):
     assert torch.equal(own["pos_embed"][:, 72], trained["pos_embed"][:, 2])  # the class token, in the middle
 
 
+@pytest.mark.parametrize(
+    ("flags", "milestones", "rate"),
+    [("", [88.89, 96.3], 0.1), ("--epochs 12", [10.6668, 11.556], 0.1), ("--sched poly", [88.89, 96.3], 1.0)],
+)
+def test_the_rate_is_cut_at_shares_of_the_epochs(flags, milestones, rate):
+    """A shortened recipe keeps both cuts, and poly is linear."""
+    args = parse(["--device", "cpu", "--data-path", "x", *flags.split()])
+    assert args.decay_milestones == pytest.approx(milestones) and args.decay_rate == rate
+
+
 def test_the_defaults_are_the_published_recipe():
     args = parse(["--device", "cpu", "--data-path", "x"])
     assert (args.opt, args.lr, args.unscale_lr, args.weight_decay) == ("adamw", 1e-4, True, 0.1)
@@ -223,6 +233,29 @@ def test_the_defaults_are_the_published_recipe():
     milestones = [round(epoch * steps) for epoch in args.decay_milestones]
     assert milestones == pytest.approx([163889, 177546], rel=5e-3)
     assert settings_of(args).pad == (1024, 1024) and settings_of(args).detector == "cascade"
+
+
+@pytest.mark.parametrize(
+    ("flags", "epochs", "steps"),
+    [
+        ("", 5, 250),
+        ("--warmup-epochs 10", 10, None),
+        ("--warmup-steps 9", 5, 9),
+        ("--no-sched-on-updates", 5, None),
+        ("--no-sched-on-updates --warmup-epochs 2", 2, None),
+    ],
+)
+def test_the_warm_up_is_as_long_as_told_in_epochs_or_steps(flags, epochs, steps, tmp_path):
+    args = parse(["--device", "cpu", *flags.split()])
+    assert (args.warmup_epochs, args.warmup_steps) == (epochs, steps)
+    save_arguments(args, tmp_path / "args.yaml")
+    again = parse(["--config", str(tmp_path / "args.yaml")])
+    assert (again.warmup_epochs, again.warmup_steps) == (epochs, steps)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    last = (steps or 10 * epochs) if args.sched_on_updates else epochs
+    schedule = Schedule(args, optimizer, steps_per_epoch=10)
+    rate = schedule.set if args.sched_on_updates else lambda epoch, step: schedule.set(step + 1, 0)
+    assert rate(0, last - 1) < rate(0, last) == 1.0
 
 
 # --- refusals
@@ -253,10 +286,10 @@ def test_a_step_that_torch_cannot_take_deterministically_is_refused(flags, devic
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--scale-range 2 0.1", "--scale-range 2 0.1: expected two factors above 0"),
-        ("--scale-range 0 1", "--scale-range 0 1: expected two factors above 0"),
-        ("--scale-range 1 inf", "--scale-range 1 inf: expected two factors above 0"),
-        ("--roi-side -4", "roi_side: -4: expected pixels above 0"),
+        ("--scale-range 2 0.1", "--scale-range 2 0.1: expected two scales above 0"),
+        ("--scale-range 0 1", "--scale-range 0 1: expected two scales above 0"),
+        ("--scale-range 1 inf", "--scale-range 1 inf: expected two scales above 0"),
+        ("--roi-side -4", "--roi-side -4: expected pixels above 0"),
         ("--no-train-mode", "--no-train-mode: torchvision's heads have losses in training mode alone; leave it out"),
         (
             "--pad batch --model test_vit_relpos --input-size 64",
@@ -265,12 +298,16 @@ def test_a_step_that_torch_cannot_take_deterministically_is_refused(flags, devic
         ("--compile", "--compile: a detector's boxes change in number"),
         ("--data-path= --flip-prob 0.5", "--flip-prob 0.5: the digits of generated scenes must not be mirrored; leave"),
         ("--anchor-sizes 8 16", "2 anchor sizes for 3 levels"),
-        ("--pyramid-scales 3 1", "pyramid scale 3.0: expected some of 4.0, 2.0, 1.0, 0.5"),
-        ("--pyramid-scales 0.5 1", "pyramid scales (0.5, 1.0): expected some of"),
-        ("--input-size 50", "images filled up to (50, 50) pixels: take multiples of 16"),
+        ("--pyramid-scales 3 1", "pyramid_scales=3.0 is unknown: use one of 4.0, 2.0, 1.0, 0.5"),
+        ("--pyramid-scales 0.5 1", "pyramid scales (0.5, 1.0): use some of"),
+        ("--input-size 50", "--model vim_two_blocks at --input-size 50: images filled up to (50, 50) pixels: take mul"),
         ("--data-path nowhere", "nowhere/annotations/instances_train2017.json cannot be read"),
         ("--model resnet999", "--model resnet999 is not registered with timm"),
         ("--batch-size 9", "5 training images do not fill one batch of 9"),
+        ("--decay-milestones 3 2", "--decay-milestones 3 2: expected rising numbers of epochs"),
+        ("--decay-milestones 500 600", "--decay-milestones 500 600: --epochs "),
+        ("--sched plateau", "--sched plateau follows the evaluations, not the steps; give --no-sched-on-updates"),
+        ("--sched plateau --no-sched-on-updates --decay-rate 1", "--decay-rate 1: --sched plateau cuts the rate by a"),
         ("--eval", "--eval needs --resume CKPT to evaluate, or --finetune CKPT at another --input-size"),
     ],
 )
@@ -360,9 +397,10 @@ def test_a_script_is_the_recipe_on_any_number_of_gpus(script, gpus, coco, tmp_pa
     args = parse(words[program + 1 :])
     assert args.batch_size * args.accum_steps * gpus == 64
     assert args.finetune == str(weights) and args.data_path == str(coco)
-    for name, value in PROGRAM.defaults.items():
-        if name != "model":
-            assert getattr(args, name) == value, name
+    assert args.warmup_steps == 250
+    defaults = parse(["--device", "cpu", "--data-path", "x"])
+    for name in PROGRAM.defaults.keys() - {"model", "warmup_epochs"}:
+        assert getattr(args, name) == getattr(defaults, name), name
 
 
 def test_there_is_a_script_for_each_size():

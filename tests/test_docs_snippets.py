@@ -22,7 +22,7 @@ import models_mamba  # noqa: F401  (registers its models with timm)
 import predict
 import visualize
 from helpers import write_hub_file
-from pretrained import PUBLISHED
+from vim_pretrained import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -120,13 +120,34 @@ def test_the_guide_from_top_to_bottom(clone):
     assert len(list((clone / "output" / "pictures").glob("*.png"))) == 2
 
 
-def test_commands_of_big_data_have_flags_that_exist():
+def test_commands_of_big_data_have_flags_that_exist(monkeypatch):
+    monkeypatch.chdir(ROOT)  # they name files of the repository
     lines = [line for language, text in SNIPPETS if language == "sh" for line in text.splitlines()]
     lines = [line for line in lines if is_of_big_data(line)]
     assert len(lines) >= 4
     for line in lines:
         args = arguments.parse_args(shlex.split(line)[2:])
         assert args.model == "vim_tiny_patch16_224"
+
+
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
+def anchors_of(text: str) -> list[str]:
+    """What GitHub calls a document's headings in links."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_to_files_and_headings(document):
+    path = ROOT / document
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", path.read_text()) if "://" not in link]
+    for link in links:
+        file, _, heading = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not heading or heading in anchors_of(target.read_text()), link
 
 
 def test_every_language_of_a_snippet_is_run():

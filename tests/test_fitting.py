@@ -81,7 +81,7 @@ def test_weights_of_another_width_are_refused_in_one_short_line(mode):
 
 
 def test_unknown_mode():
-    with pytest.raises(ValueError, match="mode='loose': expected 'strict' or 'finetune'"):
+    with pytest.raises(ValueError, match="mode='loose' is unknown: use one of 'strict', 'finetune'"):
         load_weights(vim(), filled(vim()), "loose")
 
 
@@ -187,7 +187,7 @@ def test_half_precision_keeps_its_type():
 
 
 def test_unknown_method_and_wrong_grid():
-    with pytest.raises(ValueError, match="method='bicubic': expected 'grid' or 'published'"):
+    with pytest.raises(ValueError, match="method='bicubic' is unknown: use one of 'grid', 'published'"):
         resize_pos_embed(torch.zeros(1, 17, 8), (4, 4), (6, 6), method="bicubic")
     with pytest.raises(ValueError, match="16 patches"):
         resize_pos_embed(torch.zeros(1, 17, 8), (4, 5), (6, 6))

@@ -42,6 +42,13 @@ def test_epochs_have_deits_learning_rates():
     assert found == pytest.approx([*warm, *map(cosine, (5, 6, 149, 298))])
 
 
+@pytest.mark.parametrize("name", PURE)
+def test_the_cooldown_of_old_commands_has_no_effect(name):
+    flags = f"--sched {name} --epochs 20 --decay-epochs 2 --decay-milestones 8 --cooldown-epochs".split()
+    without, long = (schedule(*flags, count) for count in ("0", "15"))
+    assert [without.set(epoch, 0) for epoch in range(20)] == [long.set(epoch, 0) for epoch in range(20)]
+
+
 BETAS = [("adamw --opt-betas 0.9", "takes 2, not 1"), ("sgd --opt-betas 0.9 0.99", "takes none")]
 
 
@@ -136,7 +143,7 @@ def test_no_schedule_leaves_the_rate_alone():
 
 
 def test_unknown_names_are_refused_with_near_ones():
-    with pytest.raises(ConfigError, match=r"--sched cosin is not one of .* did you mean cosine"):
+    with pytest.raises(ConfigError, match=r"--sched cosin is unknown: use one of .* did you mean cosine"):
         schedule("--sched", "cosin")
     with pytest.raises(ConfigError, match=r"--sched wsd: .*requires 0 < decay_epochs <= epochs"):
         schedule("--sched", "wsd", "--epochs", "8", "--decay-epochs", "9")

@@ -139,20 +139,47 @@ def test_a_place_for_the_output_that_is_not_there_is_said_before_the_work(photos
 
 
 @pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--model", "nonsense"), "the model 'nonsense' is not registered with timm"),
+        (("--model", "vim_small_patch16_224"), "is no vim_small_patch16_224: its embed_dim is 16"),
+        (("--model", "resnet18"), "is no resnet18: "),
+        (("--weights", "ema"), "holds one set of weights, the exported one: ema cannot be chosen, leave it out"),
+        (("--weights", "raw"), "raw cannot be chosen, leave it out"),
+    ],
+)
+def test_flags_that_do_not_fit_an_exported_folder_are_refused(flags, said, photos, capsys):
+    assert hub.main(["export", str(write_checkpoint(photos)), "--ema", str(photos / "folder")]) == 0
+    capsys.readouterr()
+    assert run(photos, *flags, checkpoint=photos / "folder") == 4
+    error = capsys.readouterr().err
+    assert said in error and str(photos / "folder") in error and error.count("\n") == 1
+    fitting = ("--weights", "auto", "--trust-checkpoint")
+    assert run(photos, *fitting, checkpoint=photos / "folder") == 0
+    assert "vim_nano_patch4_32, exported weights; 4 images" in capsys.readouterr().err
+
+
+NANO = '"architecture": "vim_nano_patch4_32"'
+DESCRIBED = '"num_classes": 3, "pretrained_cfg": {"input_size": [3, 16, 16]}'
+
+
+@pytest.mark.parametrize(
     "file, content, expected",
     [
         ("model.safetensors", "", "header too small"),
-        ("config.json", "{}", "config.json lacks 'architecture'"),
-        ("config.json", "{", "not a complete folder"),
-        ("config.json", '{"architecture": "vim_of_mine"}', "vim_of_mine"),
-        ("config.json", '{"architecture": "vim_nano_patch4_32", "pretrained_cfg": {}, "model_args": {"a": 3}}', "'a'"),
+        ("config.json", "{}", "config.json does not describe a model: export the folder again"),
+        ("config.json", "{", "config.json is damaged"),
+        ("config.json", '{"architecture": "vim_of_mine"}', "config.json does not describe a model"),
+        ("config.json", f'{{"architecture": "vim_of_mine", {DESCRIBED}}}', "its model 'vim_of_mine' is not registered"),
+        ("config.json", f'{{{NANO}, "model_args": {{"a": 3}}, {DESCRIBED}}}', "'a'"),
+        ("config.json", f'{{{NANO}, "model_args": {{"norm": 3}}, {DESCRIBED}}}', "norm=3"),
     ],
     ids=str,
 )
 def test_a_damaged_folder_is_one_line(photos, capsys, file, content, expected):
     assert hub.main(["export", str(write_checkpoint(photos)), str(photos / "folder")]) == 0
     assert run(photos, checkpoint=photos / "folder") == 0
-    assert f"{photos}/folder (SHA-256 " in capsys.readouterr().err
+    assert f"{photos}/folder/model.safetensors (SHA-256 " in capsys.readouterr().err
     (photos / "folder" / file).write_text(content)
     assert run(photos, checkpoint=photos / "folder") == 4
     error = capsys.readouterr().err

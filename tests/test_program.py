@@ -408,7 +408,7 @@ def refusal(capsys, code: int, flags: str, *more) -> str:
         ("--model deit_nano_patch4_32 --no-decay-ssm", "--no-decay-ssm: deit_nano_patch4_32 has no state-space"),
         ("--model deit_nano_patch4_32 --opt adamww", "--opt adamww is not an optimiser of timm; did you mean adamw"),
         ("--model deit_nano_patch4_32 --opt sgd --momentum 0", "--opt sgd: Nesterov momentum requires"),
-        ("--model deit_nano_patch4_32 --sched cos", "--sched cos is not one of"),
+        ("--model deit_nano_patch4_32 --sched cos", "--sched cos is unknown: use one of"),
         ("--model deit_nano_patch4_32 --batch-size 9", "a batch of 9"),
         ("--model deit_nano_patch4_32 --batch-size 2000", "do not fill one batch of 2000"),
         ("--model deit_nano_patch4_32 --num-classes 4", "the data has 10 classes"),

@@ -30,7 +30,7 @@ import report
 from checkpoint import CheckpointWriter, latest_checkpoint, read_checkpoint
 from datasets import ImageDataset
 from errors import CheckpointError
-from helpers import write_image_folder
+from helpers import run_args, write_image_folder
 from main import main
 from processes import QUICK, STEPS, end, fault, no_pictures, pieces, start, start_ranks, wait_for_a_step  # noqa: F401
 
@@ -260,6 +260,17 @@ def test_held_out_images_that_cannot_be_read_are_counted(tmp_path, capsys):
     assert "24 images, 1 of them unreadable; raw weights: " in capsys.readouterr().out
 
 
+def test_a_second_interrupt_is_one_line(monkeypatch, tmp_path, capsys):
+    """The first one finishes the step, which may be long."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "execute", interrupted)
+    assert run(QUICK, tmp_path) == 130
+    assert capsys.readouterr().err == "interrupted: --resume auto goes on from the last checkpoint\n"
+
+
 # --- R13: out of memory
 
 
@@ -269,6 +280,23 @@ def test_out_of_memory_says_what_to_do(tmp_path, capsys):
     text = one_line(capsys)
     assert "out of memory with --batch-size 128" in text
     assert "--batch-size 64 --accum-steps 2 keeps the whole batch" in text and "--grad-checkpointing" in text
+
+
+@pytest.mark.parametrize(
+    ("batch", "mixes", "advice"),
+    [
+        (50, True, "--batch-size 10 --accum-steps 10 keeps"),
+        (50, False, "--batch-size 25 --accum-steps 4 keeps"),
+        (7, False, "--batch-size 1 --accum-steps 14 keeps"),
+        (2, True, "--grad-checkpointing"),
+    ],
+)
+def test_the_advice_keeps_the_whole_batch_and_can_be_followed(batch, mixes, advice):
+    """Mixup and cutmix take an even batch."""
+    mixing = ["--mixup", "0.8"] if mixes else ["--mixup", "0", "--cutmix", "0"]
+    args = run_args("--batch-size", str(batch), "--accum-steps", "2", *mixing)
+    said = failures.out_of_memory(MemoryError("no room"), args)
+    assert f" --batch-size {batch} --num_workers {args.num_workers}: {advice}" in said
 
 
 FULL_MEMORY = {
@@ -324,10 +352,10 @@ def test_storage_that_fails_for_now_is_no_end(number, tmp_path, monkeypatch, cap
     assert f"{os.strerror(number)}; the last checkpoint is untouched; --resume auto goes on\n" in one_line(capsys)
 
 
-@pytest.mark.parametrize(("passing", "code"), [(True, distributed.EXIT_FAILED), (False, distributed.EXIT_CONFIG)])
-def test_storage_that_fails_on_rank_0_ends_the_others_as_it_does_that_one(passing, code, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("transient", "code"), [(True, distributed.EXIT_FAILED), (False, distributed.EXIT_CONFIG)])
+def test_storage_that_fails_on_rank_0_ends_the_others_as_it_does_that_one(transient, code, tmp_path, monkeypatch):
     """Else a launcher would be told by them that nothing can be mended."""
-    monkeypatch.setattr(distributed, "gather_objects", lambda item: [("storage", passing), item])
+    monkeypatch.setattr(distributed, "gather_objects", lambda item: [("storage", transient), item])
     with pytest.raises(distributed.PeerError, match="rank 0 failed: storage") as raised, distributed.together():
         pass
     assert failures.explain(raised.value)[0] == code

@@ -200,6 +200,9 @@ def test_a_lock_that_a_dead_machine_left_does_not_stop_its_run(busy, monkeypatch
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     with pytest.raises(ConfigError, match=f"is in use by {noted.splitlines()[0]}: stop that run"):
         taken.claim()
+    (folder / "run.lock").write_text(f"{noted.splitlines()[0]}\n{taken.launch}\n")
+    with pytest.raises(ConfigError, match=r"is in use by .*: stop that run"):
+        taken.claim()  # the same command once more in the same job, on the machine where the first one lives
     (folder / "run.lock").write_text(f"process 1 on gone\n{taken.launch}\n")
     assert taken.claim()
     assert "run.lock is still held by this run's earlier process: going on" in capsys.readouterr().out
@@ -228,6 +231,19 @@ def test_going_back_in_a_folder_moves_later_checkpoints_aside(tmp_path, capsys):
     assert (aside / "best_checkpoint.pth").read_bytes() == best and (aside / "log.txt").read_text() == rows
     assert step_of(latest_checkpoint(aside)) == 2 * STEPS
     assert step_of(tmp_path / "best_checkpoint.pth") == step_of(tmp_path / "checkpoint.pth") == STEPS
+
+
+def test_going_back_in_a_copy_whose_links_became_files_moves_later_checkpoints_aside(tmp_path, capsys):
+    """`cp -rL`, and what copies to an object store, follows links."""
+    original, copied = tmp_path / "run", tmp_path / "copied"
+    assert run(f"{QUICK} --lr 0 --min-lr 0 --epochs 3 --keep-checkpoints 6", original) == 0
+    shutil.copytree(original, copied, symlinks=False)
+    assert step_of(copied / "best_checkpoint.pth") == STEPS and not (copied / "best_checkpoint.pth").is_symlink()
+    flags = f"{QUICK} --lr 0 --min-lr 0 --epochs 2 --keep-checkpoints 2 --resume {copied / 'best_checkpoint.pth'}"
+    assert run(flags, copied) == 0
+    assert f"moved later checkpoints to {copied / 'earlier-1'}" in capsys.readouterr().out
+    assert step_of(latest_checkpoint(copied / "earlier-1")) == 3 * STEPS
+    assert step_of(latest_checkpoint(copied)) == 2 * STEPS
 
 
 def test_a_file_of_another_program_is_not_overwritten(first, tmp_path):

@@ -158,6 +158,19 @@ def test_a_label_of_another_size_is_named(folder):
     assert "0.png is 35 x 30 and its image" in line and "36 x 30" in line
 
 
+@pytest.mark.parametrize(
+    ("kind", "value", "said"),
+    [(np.int32, -2, "has the label value -2: "), (np.float32, 0.5, "holds fractions (mode F)")],
+)
+def test_a_label_that_no_png_could_hold_is_named(kind, value, said, folder):
+    """Pillow opens a file by what is in it, whatever its name."""
+    path = folder / "annotations" / "train" / "south" / "0.png"
+    values = np.asarray(Image.open(path)).astype(kind)
+    values[0, 0] = value
+    Image.fromarray(values).save(path, format="TIFF")
+    assert said in refused(folder)
+
+
 def test_a_label_in_colour_is_named(folder):
     path = folder / "annotations" / "train" / "south" / "0.png"
     Image.open(path).convert("RGB").save(path)
@@ -243,10 +256,10 @@ def test_windows_overlap_by_a_third_unless_told(crop, stride):
     ("flags", "words"),
     [
         (["--data-set", "ADE20K"], "--data-set ADE20K needs --data-path"),
-        (["--eval-scales", "0", "1"], "--eval-scales 0: expected ratios above 0"),
+        (["--eval-scales", "0", "1"], "--eval-scales 0: expected scales above 0"),
         (["--eval-scales", "1", "nan"], "--eval-scales nan: expected"),
         (["--eval-scales", "inf"], "--eval-scales inf: expected"),
-        (["--scale-range", "2", "0.5"], "--scale-range 2 0.5: expected two ratios above 0, the smaller one first"),
+        (["--scale-range", "2", "0.5"], "--scale-range 2 0.5: expected two scales above 0, the smaller one first"),
         (["--scale-range", "1", "inf"], "--scale-range 1 inf: expected"),
         (["--scale-range", "nan", "2"], "--scale-range nan 2: expected"),
         (["--scene-size", "20"], "--scene-size: size=20"),
@@ -329,6 +342,15 @@ def test_a_crop_avoids_what_one_class_fills():
         top, left = crop_corner(label, settings)
         mixed.append(0.25 <= (label[top : top + 20, left : left + 20] == 0).mean() <= 0.75)
     assert 0.6 < np.mean(mixed) < 0.9, "one crop of seven is mixed, ten trials find one of them three times in four"
+
+
+def test_without_a_limit_every_crop_will_do():
+    """A strip of 4 pixels at the left is in one crop of 35, were it searched for, in one of four."""
+    label = np.zeros((200, 200), np.uint8)
+    label[:, :4] = 1
+    random.seed(0)
+    settings = ViewSettings((64, 64), (200, 200), class_share=1.0)
+    assert sum(crop_corner(label, settings)[1] < 4 for _ in range(1000)) < 60
 
 
 def test_ignored_pixels_are_no_class_of_a_crop():

@@ -38,7 +38,7 @@ def test_measures_are_those_of_the_definition():
     label = torch.randint(0, 4, (3, 10, 12), generator=generator)
     label[0, :3] = IGNORED
     predicted = torch.randint(0, 4, label.shape, generator=generator)
-    result = Segmented(count(label, predicted, 4).view(4, 4), 3)
+    result = Segmented(count(label, predicted, 4).view(4, 5)[:, :4], 3)
     assert torch.equal(result.confusion, confusion_of(label, predicted, 4))
     counted = label != IGNORED
     shares = []
@@ -190,6 +190,26 @@ def test_evaluation_counts_every_pixel_of_every_image(sizes):
     assert [sample.index for sample in found.samples] == [0, 1]
     assert (found.samples[1].label == pairs[1][1]).all()
     assert (found.samples[1].predicted == pairs[1][0][:, :, 0] // 20).all()
+
+
+class Damaged(Reads):
+    """Logits that are not finite for the pixels of the left half."""
+
+    def forward(self, images):
+        logits = super().forward(images)
+        logits[..., : images.shape[-1] // 2] = float("nan")
+        return logits
+
+
+def test_pixels_whose_logits_are_not_finite_count_as_wrong_and_are_told():
+    """Else they would be of class 0, in which most pixels may be."""
+    pairs = [(np.zeros((8, 6, 3), np.uint8), np.zeros((8, 6), np.uint8))] * 3
+    args = parse(["--device", "cpu", "--data-set", "SCENES", "--pictures", "1"])
+    loader = DataLoader(SegmentationDataset(Fixed(pairs), None), collate_fn=collate)
+    found = evaluate(Damaged(), loader, args, WORLD, 4)
+    assert found.all_accuracy == found.mean_accuracy == found.score == 50
+    assert "logits of 3 images are not finite" in found.words
+    assert (found.samples[0].predicted == [[IGNORED] * 3 + [0] * 3]).all()
 
 
 def test_a_set_without_labels_that_count_is_said():

@@ -121,7 +121,7 @@ def test_levels_are_four_two_one_and_a_half():
 def test_the_finest_level_is_made_of_two_transposed_convolutions():
     kinds = [type(layer) for layer in Rescale(8, 4.0)]
     assert kinds == [nn.ConvTranspose2d, nn.BatchNorm2d, nn.GELU, nn.ConvTranspose2d]
-    with pytest.raises(ValueError, match=r"scale=3: expected one of 4, 2, 1, 0\.5, 0\.25"):
+    with pytest.raises(ValueError, match=r"scale=3\.0 is unknown: use one of 4\.0, 2\.0, 1\.0, 0\.5, 0\.25"):
         Rescale(8, 3.0)
 
 
@@ -188,7 +188,7 @@ def test_scales_and_maps_must_agree():
 
 @pytest.mark.parametrize("scales", [(0.5, 1.0, 2.0, 4.0), (2.0, 1.0, 1.0, 0.5)])
 def test_scales_fall_because_the_head_takes_the_finest_level_first(scales):
-    with pytest.raises(ValueError, match="expected each scale once, falling"):
+    with pytest.raises(ValueError, match="give each scale once, the largest first"):
         upernet(scales=scales)
     staged = Backbone(timm.create_model("resnet10t", num_classes=0), 4)
     assert upernet(backbone=staged, scales=scales).neck is None, "which has levels of its own"

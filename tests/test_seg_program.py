@@ -63,7 +63,7 @@ def test_ade20k_is_trained_on_evaluated_and_pictured(tmp_path, capsys):
     assert "best mIoU " in said and "of         seg/train.py --model vim_nano_patch4_32" in said
     assert "top-1" not in said and "fits" not in said
     assert hub.main(["export", str(out / "checkpoint.pth"), str(tmp_path / "folder")]) == 4
-    assert "is of seg/train.py, no classifier; evaluate it there" in capsys.readouterr().err
+    assert "is a model of seg/train.py, not a classifier: evaluate it there" in capsys.readouterr().err
 
     last_weights = ("--eval", "--resume", out / "checkpoint.pth")
     assert seg(*flags, *last_weights, "--output_dir", out / "eval") == 0
@@ -95,6 +95,14 @@ def test_scenes_train_where_there_is_no_folder(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "no --data-path: training on generated scenes" in said and "2 val images in 11 classes" in said
     assert (tmp_path / "overlays" / "val-scene-0.png").exists()
+
+
+def test_a_folder_that_scenes_do_not_read_is_said_not_to_be_read(folder, capsys):
+    scenes = ("--data-set", "SCENES", "--scene-size", 48, "--train-scenes", 4, "--val-scenes", 2, "--epochs", 1)
+    assert seg(*scenes, "--data-path", folder) == 0
+    said = capsys.readouterr().out
+    assert f"--data-path {folder} is not read: training on generated scenes" in said
+    assert "SCENES: 4 train images" in said and said.count(str(folder)) == 1
 
 
 @pytest.mark.parametrize(
@@ -191,8 +199,8 @@ def test_layer_decay_matches_every_block():
         (("--data-set", "ADE20K"), "--data-set ADE20K needs --data-path DIR"),
         (("--batch-size", "1"), "--batch-size 1: the head's batch norm needs at least 2 images"),
         (("--model", "vim_two_blocks"), "--model vim_two_blocks: taps=4: the backbone has 2 blocks"),
-        (("--pyramid-scales", "3", "2", "1", "0.5"), "--pyramid-scales: scale=3: expected one of 4, 2, 1, 0.5, 0.25"),
-        (("--pyramid-scales", "1", "2", "0.5", "0.25"), "--pyramid-scales: 1 2 0.5 0.25: expected each scale once"),
+        (("--pyramid-scales", "3", "2", "1", "0.5"), "--pyramid-scales: scale=3.0 is unknown: use one of 4.0, 2.0,"),
+        (("--pyramid-scales", "1", "2", "0.5", "0.25"), "--pyramid-scales: 1 2 0.5 0.25: give each scale once"),
         (("--pyramid-scales", "2", "1"), "--pyramid-scales: 2 scales for 4 maps"),
         (("--model", "test_vit_relpos", "--eval-scales", "1.5"), "--model test_vit_relpos takes images of 48x48 alone"),
         (("--train-scenes", "1"), "1 training images do not fill one batch of 2"),
@@ -312,3 +320,9 @@ def test_the_demo_trains_and_then_evaluates_its_own_checkpoint():
     train, evaluate = (parse(words[2:]) for words in lines if words[1:2] == ["seg/train.py"])
     assert train.data_set == "SCENES" and not train.eval and train.scene_size == evaluate.scene_size
     assert evaluate.eval and Path(evaluate.resume).parent == Path(train.output_dir)
+
+
+@pytest.mark.parametrize(("sched", "rate"), [("poly", 1.0), ("step", 0.1), ("multistep", 0.1), ("plateau", 0.1)])
+def test_a_schedule_that_cuts_the_rate_does_not_cut_it_by_polys_exponent(sched, rate):
+    flags = ["--no-sched-on-updates"] if sched == "plateau" else []
+    assert parse(["--device", "cpu", "--sched", sched, *flags]).decay_rate == rate

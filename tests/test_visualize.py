@@ -1,5 +1,7 @@
 """Pictures of what a Vim looks at: the numbers in them, and the files that the program writes."""
 
+import types
+
 import pytest
 import torch
 from PIL import Image
@@ -8,7 +10,7 @@ import drawing
 import inference
 import visualize
 from helpers import random_image
-from models_mamba import VisionMamba
+from models_mamba import VisionMamba, insert_cls_tokens
 from oracle_cases import fill
 from small_weights import write_checkpoint
 
@@ -63,6 +65,30 @@ def test_grad_cam_sees_only_what_the_class_depends_on(model):
     with visualize.LayerRecord(model, 1) as record:
         model(images.requires_grad_())[0, 0].backward()
     assert not visualize.grad_cam(model, record).any()
+
+
+def test_grad_cam_weighs_features_by_the_mean_gradient_of_their_channel(model):
+    """On a stream whose gradients are known: of the score w . (sum of the patches) they are w at every patch."""
+    cls = torch.zeros(1, 1, 16, dtype=torch.float64)
+    patches = torch.randn(1, 16, 16, dtype=torch.float64)
+    stream = insert_cls_tokens(patches, cls, model.cls_token_design)
+    weight = torch.randn(16, dtype=torch.float64)
+    gradient = insert_cls_tokens(weight.expand(1, 16, 16), cls, model.cls_token_design)
+    record = types.SimpleNamespace(stream=stream, gradient_of=types.SimpleNamespace(grad=gradient))
+    expected = (patches[0] @ weight).clamp(min=0).view(4, 4)
+    assert expected.any() and torch.allclose(visualize.grad_cam(model, record), expected)
+
+
+def test_saliency_is_the_gradient_at_the_pixels_that_the_score_reads():
+    """A linear score's gradient is the same at every noisy copy: its weights, the largest of a pixel's channels."""
+    weight = torch.zeros(3, 8, 8)
+    weight[0, 2, 5], weight[1, 2, 5], weight[2, 7, 0] = 1, -3, 2
+
+    def score(images: torch.Tensor) -> torch.Tensor:
+        return (images * weight).sum((1, 2, 3))[:, None]
+
+    found = visualize.saliency(score, torch.randn(1, 3, 8, 8), 0)
+    assert found[2, 5] == 3 and found[7, 0] == 2 and found.sum() == 5
 
 
 def test_a_picture_for_every_image(tmp_path, capsys):

@@ -2,7 +2,10 @@
 
 import argparse
 import json
+import re
+import sys
 from contextlib import nullcontext
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,9 +27,9 @@ from fitting import load_weights
 from helpers import random_image
 from inference import load_classifier
 from oracle_cases import fill
-from pretrained import PUBLISHED
 from processes import QUICK
 from small_weights import CLASS_NAMES, TWO_BLOCKS, small_model, write_checkpoint
+from vim_pretrained import PUBLISHED
 
 
 def published_state(name: str, **arguments) -> dict:
@@ -230,7 +233,7 @@ def test_an_exported_folder_is_a_checkpoint_that_knows_its_size_and_classes(of_f
     with pytest.raises(ConfigError, match="was trained with other numbers of classes"):
         compare_classes(exported, CLASS_NAMES[::-1], "")
     larger = small_model(img_size=(32, 64))
-    report = load_weights(larger, exported.some_weights, "finetune", old_grid=identity.grid_of(exported))
+    report = load_weights(larger, exported.preferred_weights, "finetune", old_grid=identity.grid_of(exported))
     assert report.pos_embed.startswith("pos_embed resampled from 4 x 8 to 8 x 16")
 
 
@@ -288,6 +291,50 @@ def test_another_models_images_have_the_size_of_its_run(name, tmp_path):
     assert torch.equal(logits[0], model.eval()(image[None])) and torch.equal(*logits)
 
 
+def test_arguments_that_no_shape_tells_are_those_of_the_exported_folder(tmp_path):
+    """Predictions of a folder are those of timm's local-dir:, whatever config.json names."""
+    model = small_model(cls_token="none", global_pool="mean")
+    assert hub.main(["export", str(write_checkpoint(tmp_path, model=model.state_dict())), str(tmp_path / "out")]) == 0
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"model_args": config["model_args"] | {"global_pool": "max"}}))
+    expected = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    flags = ["x", "--checkpoint", str(tmp_path / "out"), "--device", "cpu"]
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        found = load_classifier(predict.build_parser().parse_args(flags)).model(images)
+        assert torch.equal(found, expected(images)) and not torch.equal(found, model(images))
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(3, "RGB"), (1, "L")])
+def test_the_cards_example_runs_in_a_clone(channels, mode, tmp_path, monkeypatch):
+    model = small_model(in_chans=channels)
+    assert hub.main(["export", str(write_checkpoint(tmp_path, model=model.state_dict())), str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    for fact in ("**Classes:** 3", f"{channels} channels, 16 x 16 pixels", "central 100 % of each side", "mean (0.4",
+                 "standard deviation (0.2", "pip install -e causal_conv1d -e mamba-1p1p1 -r vim/vim_requirements.txt",
+                 f'.convert("{mode}")'):  # fmt: skip
+        assert fact in card
+    random_image(0, 16, 16).save(tmp_path / "photo.jpg")
+    (code,) = re.findall(r"^```python\n(.*?)^```", card, re.MULTILINE | re.DOTALL)
+    code = code.replace("FOLDER", str(tmp_path / "out")).replace("photo.jpg", str(tmp_path / "photo.jpg"))
+    monkeypatch.chdir(Path(hub.__file__).parents[1])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    ran = {}
+    exec(code, ran)
+    assert PathFinder.find_spec("models_mamba", sys.path[:1]), "by the path that the example gives"
+    assert torch.equal(ran["logits"], model(ran["image"][None]).detach())
+
+
+def test_the_card_of_a_model_of_timm_needs_no_clone(tmp_path):
+    args = argparse.Namespace(model="test_resnet", input_size=64, num_classes=3)
+    model = timm.create_model("test_resnet", num_classes=3).state_dict()
+    path = write_checkpoint(tmp_path, model=model, args=args)
+    assert hub.main(["export", str(path), str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "clone" not in card and "sys.path" not in card and "3 channels, 64 x 64 pixels" in card
+
+
 def test_the_baseline_exports_as_a_vim_does(tmp_path):
     model = timm.create_model("deit_nano_patch4_32", img_size=16, num_classes=3).eval()
     args = argparse.Namespace(model="deit_nano_patch4_32", input_size=16, num_classes=3)
@@ -308,7 +355,7 @@ def test_a_size_without_a_grid_needs_no_telling(tmp_path):
 def test_an_export_into_a_file_is_one_line(tmp_path, capsys):
     path = write_checkpoint(tmp_path)
     assert hub.main(["export", str(path), str(path)]) == 4
-    assert capsys.readouterr().err == f"error: {path} cannot be made a folder to export to: File exists\n"
+    assert capsys.readouterr().err == f"error: {path} cannot be created: File exists\n"
 
 
 @pytest.mark.slow
@@ -327,6 +374,27 @@ def test_fine_tuning_from_a_rectangle_on_the_hub_finds_its_grid_in_the_file(tmp_
     text = capsys.readouterr().out
     assert "pos_embed resampled from 2 x 3 to 4 x 2" in text
     assert f"rectangle.pth (SHA-256 {read_checkpoint(file).sha256[:16]}...)" in text
+
+
+@pytest.mark.parametrize("name", ["vim_nano_patch4_32", "deit_nano_patch4_32"])
+def test_a_rectangle_that_nobody_names_is_told_with_a_way_out_that_works(name, tmp_path, capsys):
+    """What the line asks for, written as it says, is read by all programs."""
+    weights = timm.create_model(name, img_size=(8, 12), num_classes=10).state_dict()
+    flags = f"{QUICK} --model {name} --epochs 1 --batch-size 512 --input-size 16 --no-model-ema --finetune".split()
+    torch.save(weights, tmp_path / "bare.pth")
+    assert main.main([*flags, str(tmp_path / "bare.pth")]) == 4
+    error = capsys.readouterr().err
+    (way_out,) = re.findall(r"save it again as (\{.*\}) with the size of its images in pixels\n$", error)
+    random_image(0).save(tmp_path / "photo.png")
+    command = [str(tmp_path / "photo.png"), "--device", "cpu", "--checkpoint"]
+    if name.startswith("vim"):
+        assert predict.main([*command, str(tmp_path / "bare.pth")]) == 4
+        assert way_out in capsys.readouterr().err
+    named = {"weights": weights, "argparse": argparse, "NAME": name, "HEIGHT": 8, "WIDTH": 12}
+    torch.save(eval(way_out, named), tmp_path / "told.pth")
+    assert main.main([*flags, str(tmp_path / "told.pth")]) == 0
+    assert "pos_embed resampled from 2 x 3 to 4 x 4" in capsys.readouterr().out
+    assert predict.main([*command, str(tmp_path / "told.pth")]) == 0
 
 
 def test_a_text_file_is_no_checkpoint(tmp_path, capsys):
@@ -465,4 +533,5 @@ def test_a_model_that_the_hub_does_not_give_is_one_line(monkeypatch):
         RepositoryNotFoundError(text, response=response)
     )
     missing = EntryNotFoundError("404 Client Error.\n\nEntry Not Found for url")
-    assert refusal(missing) == "--model hf-hub:foo/bar@v2 cannot be had: 404 Client Error. Entry Not Found for url"
+    said = "--model hf-hub:foo/bar@v2 cannot be downloaded: 404 Client Error. Entry Not Found for url"
+    assert refusal(missing) == said

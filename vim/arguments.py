@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import math
 import os
 import re
@@ -20,12 +21,13 @@ from pathlib import Path
 import torch
 import yaml
 
-from errors import ConfigError, one_line
+from errors import ConfigError, one_line, unknown
 
 INTERPOLATIONS = ("random", "bilinear", "bicubic")
 DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19", "DIGITS")
 READERS = ("wds/", "hfds/", "hfids/")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "constant", "plateau", "poly", "wsd", "rsqrt", "none")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 NOT_SAVED = ("config",)
 # Flags that do not change a run's numbers: a resumed run may differ in them.
@@ -84,7 +86,7 @@ def natural_int(text: str) -> int:
 def seed_number(text: str) -> int:
     value = natural_int(text)
     if value >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text} has more than 63 bits")
+        raise argparse.ArgumentTypeError(f"{text} has more than 63 bits; give a smaller seed")
     return value
 
 
@@ -143,9 +145,9 @@ def data_set(text: str) -> str:
 
 
 def tracker_list(text: str) -> str:
-    unknown = [name for name in text.split(",") if name and name not in TRACKERS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(TRACKERS)}")
+    strange = [name for name in text.split(",") if name and name not in TRACKERS]
+    if strange:
+        raise argparse.ArgumentTypeError(unknown(repr(strange[0]), TRACKERS))
     return text
 
 
@@ -167,6 +169,14 @@ class PublishedNonfinite(Switch):
         namespace.nonfinite = "skip" if getattr(namespace, self.dest) else "stop"
 
 
+class WarmupEpochs(argparse.Action):
+    """Takes --warmup-steps back, so that of both the last one given counts: the command line's after a file's."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values)
+        namespace.warmup_steps = None
+
+
 def switch(add, name: str, default: bool, text: str) -> None:
     """Add the boolean flag `--name` with its negation `--no-name`, as DeiT writes them."""
     add(f"--{name}", f"--no-{name}", action=Switch, default=default, help=text)
@@ -182,6 +192,7 @@ class Program:
         resolve: gives what only this program has its open defaults, in place.
         check: raises ConfigError for what this program alone refuses.
         defaults: flag's destination -> default, where this program's differs.
+        notes: flag's destination -> what its help says of this program alone.
     """
 
     prog: str
@@ -191,6 +202,7 @@ class Program:
     resolve: Callable[[argparse.Namespace], None]
     check: Callable[[argparse.Namespace], None]
     defaults: dict[str, object] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 def build_parser(program: Program | None = None) -> argparse.ArgumentParser:
@@ -211,6 +223,8 @@ def build_parser(program: Program | None = None) -> argparse.ArgumentParser:
         add_group(parser)
     parser.set_defaults(**program.defaults)
     for action in parser._actions:
+        if action.dest in program.notes:
+            action.help += f"; {program.notes[action.dest]}"
         if action.default not in (None, "", argparse.SUPPRESS) and not isinstance(action, Switch):
             action.help += " (default: %(default)s)"
         elif isinstance(action, Switch) and action.default:
@@ -218,8 +232,14 @@ def build_parser(program: Program | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+def section(parser, title: str):
+    """The group of flags under this title, begun if there is none."""
+    found = next((group for group in parser._action_groups if group.title == title), None)
+    return found or parser.add_argument_group(title)
+
+
 def add_run_flags(parser) -> None:
-    add = parser.add_argument_group("run").add_argument
+    add = section(parser, "run").add_argument
     add("--batch-size", default=64, type=positive_int, help="images per rank and micro-batch")
     add("--epochs", default=300, type=positive_int, help="passes over the training images")
     add(
@@ -233,313 +253,426 @@ def add_run_flags(parser) -> None:
         "--output-dir",
         default="",
         metavar="DIR",
-        help="where checkpoints, logs and pictures go; empty saves nothing",
+        help="folder for checkpoints, logs and pictures; default: nothing is saved",
     )
-    add("--seed", default=0, type=seed_number, help="the one number that all randomness derives from")
+    add("--seed", default=0, type=seed_number, help="seed of all random numbers")
     add(
         "--report-to",
         default="tensorboard",
         type=tracker_list,
         metavar="NAMES",
-        help="trackers, with commas: tensorboard, wandb, mlflow; log.txt and metrics.csv always come",
+        help="trackers, separated by commas: tensorboard, wandb, mlflow; log.txt and metrics.csv are always written",
     )
     add(
         "--log-every",
         default=50,
         type=positive_int,
         metavar="STEPS",
-        help="steps between two points of the trackers and, where no terminal is, two printed lines",
+        help="steps between two points of the trackers and, outside a terminal, between two printed lines",
     )
 
 
 def add_data_flags(parser) -> None:
-    add = parser.add_argument_group("images and classes").add_argument
+    add = section(parser, "images and classes").add_argument
     add(
         "--data-set",
         default=None,
         type=data_set,
         metavar="NAME",
         help=f"{', '.join(DATA_SETS)}, wds/, hfds/NAME or hfids/NAME; IMNET is any image folder with train/ and "
-        "val/; CIFAR has 100 classes; default IMNET, or DIGITS if there is no --data-path",
+        "val/; CIFAR has 100 classes; default: IMNET, or DIGITS without --data-path",
     )
-    add("--train-split", default="train", metavar="NAME", help="split name for wds/, hfds/, hfids/")
-    add("--val-split", default="validation", metavar="NAME", help="split name for wds/, hfds/, hfids/")
-    add("--image-key", default="image", metavar="NAME", help="column of the images, of hfds/ and hfids/")
-    add("--label-key", default="", metavar="NAME", help="column or JSON field of the class number; the reader's own")
-    add("--inat-category", default="name", choices=INAT_CATEGORIES, help="what INAT calls a class")
+    add("--data-path", default="", metavar="DIR", help="folder of the data set")
+    add("--train-split", default="train", metavar="NAME", help="name of the training split in wds/, hfds/, hfids/")
+    add("--val-split", default="validation", metavar="NAME", help="name of the held-out split in wds/, hfds/, hfids/")
+    add("--image-key", default="image", metavar="NAME", help="column of the images in hfds/, hfids/")
+    add(
+        "--label-key",
+        default="",
+        metavar="NAME",
+        help="column or JSON field of the class number in wds/, hfds/, hfids/; default: the reader's own",
+    )
+    add("--inat-category", default="name", choices=INAT_CATEGORIES, help="rank of INAT that is taken for a class")
     add(
         "--bad-image",
         default="raise",
         choices=("raise", "replace"),
-        help="what to do with an unreadable picture: stop, or replace it",
+        help="what to do with an unreadable image: stop, or replace it (in training by another, in evaluation by grey)",
     )
-    add("--bad-image-share", default=0.01, type=fraction, help="share of replaced pictures that ends the run")
-    switch(add, "repeated-aug", True, "each image three times per pass, differently augmented")
+    add("--bad-image-share", default=0.01, type=fraction, help="fraction of replaced images that ends the run")
     add(
         "--input-size",
         default=224,
         type=image_size,
-        help="pixels the model sees: 224, or 192x256 for height x width",
+        help="size in pixels of the images that the model is given: 224, or 192x256 for height x width",
     )
-    add("--in-chans", default=3, type=positive_int, help="channels of an image: 1 is grey, 3 RGB")
-    add("--num-classes", default=None, type=positive_int, help="default: as many as the data has")
+    add("--in-chans", default=3, type=positive_int, help="channels of the images: 1 for grey, 3 for RGB")
+    add("--num-classes", default=None, type=positive_int, help="classes of the model; default: as many as the data has")
 
 
 def add_loader_flags(parser) -> None:
-    add = parser.add_argument_group("data").add_argument
-    add("--data-path", default="", metavar="DIR", help="the data set's folder")
-    add("--num_workers", "--num-workers", default=10, type=natural_int, help="loader processes")
+    add = section(parser, "data loading").add_argument
+    add("--num_workers", "--num-workers", default=10, type=natural_int, help="loader processes per rank")
     add(
         "--loader-timeout",
         default=600.0,
         type=natural_float,
         metavar="SECONDS",
-        help="wait for a batch at most so long; 0 for ever",
+        help="longest wait for a batch from loader processes (--num_workers), after which the run ends; 0: for ever",
     )
-    switch(add, "pin-mem", True, "page-locked batches, which a GPU copies without waiting")
-    switch(add, "train-mode", True, "train with dropout and running statistics on; off to freeze them")
+    switch(add, "pin-mem", True, "load batches into page-locked memory, which is copied to a GPU faster")
 
 
 def add_model_flags(parser) -> None:
-    add = parser.add_argument_group("model").add_argument
+    add = section(parser, "model").add_argument
     add(
         "--model",
         default="deit_base_patch16_224",
         metavar="NAME",
-        help="vim_tiny_patch16_224, vim_nano_patch4_32, ... or any timm model",
+        help="one of this project's (vim_tiny_patch16_224, vim_nano_patch4_32, ...) or of timm's models",
     )
-    add("--drop-path", default=0.1, type=fraction, metavar="P", help="stochastic depth, last block")
+    add(
+        "--drop-path",
+        default=0.1,
+        type=fraction,
+        metavar="P",
+        help="probability of stochastic depth in the last block; it rises linearly from 0 in the first",
+    )
+    switch(add, "train-mode", True, "train in training mode; --no-train-mode: no dropout, running statistics frozen")
     add(
         "--dt-init-backward",
         default="published",
         choices=("published", "same"),
-        help="backward time steps of a Vim start from a zero bias, as published, or as the forward ones",
+        help="how a Vim's backward time steps start: with a bias of zero, as published, or as the forward ones do",
     )
-    switch(add, "compile", False, "torch.compile the model")
-    switch(add, "grad-checkpointing", False, "recompute activations in the backward pass to save memory")
+    switch(add, "compile", False, "run the model through torch.compile")
+    switch(add, "grad-checkpointing", False, "save memory by recomputing activations in the backward pass")
     switch(add, "model-ema", True, "keep an exponential moving average of the weights")
-    add("--model-ema-decay", default=0.99996, type=fraction, help="weight of the old average per step")
-    switch(add, "model-ema-force-cpu", False, "keep the average in the CPU's memory")
+    add("--model-ema-decay", default=0.99996, type=fraction, help="weight of the old average at each step")
+    switch(add, "model-ema-force-cpu", False, "keep the average in main memory")
 
 
 def add_weight_flags(parser) -> None:
-    add = parser.add_argument_group("weights").add_argument
+    add = section(parser, "weights").add_argument
     add(
         "--resume",
         default="",
         metavar="CKPT",
-        help="go on from a file, https://, hf-hub: or `auto`, the newest whole one in --output_dir",
+        help="checkpoint to continue from: a file, https://..., hf-hub:..., or auto, the newest undamaged one in "
+        "--output_dir",
     )
-    add("--finetune", default="", metavar="CKPT", help="start from these weights; the head may differ")
+    add("--finetune", default="", metavar="CKPT", help="weights to start a new run from")
     add(
         "--pos-embed-resize",
         default="grid",
         choices=("grid", "published"),
-        help="position embeddings at another size: resample the grid, or scramble it as published",
+        help="how --finetune fits position embeddings to another image size: resample their grid, or do as published, "
+        "which shifts half of it by one patch",
     )
-    switch(add, "trust-checkpoint", False, "unpickle a checkpoint although that may run code it contains")
-    add("--start_epoch", "--start-epoch", default=0, type=natural_int, help="where to begin counting")
+    switch(add, "trust-checkpoint", False, "unpickle checkpoints without torch's safe loader: they may run code")
+    add(
+        "--start_epoch",
+        "--start-epoch",
+        default=0,
+        type=natural_int,
+        help="number of the first epoch; a checkpoint of --resume that knows its own comes first",
+    )
 
 
 def add_optimizer_flags(parser) -> None:
-    add = parser.add_argument_group("optimiser").add_argument
-    add("--opt", default="adamw", metavar="NAME", help="any optimiser of timm")
-    add("--opt-eps", default=1e-8, type=positive_float, metavar="EPS", help="added to Adam's denominator")
-    add("--opt-betas", default=None, type=float, nargs="+", metavar="BETA", help="the optimiser's own")
-    add("--clip-grad", default=None, type=positive_float, metavar="NORM", help="largest gradient norm; no limit")
-    add("--momentum", default=0.9, type=natural_float, metavar="M", help="of SGD")
-    add("--weight-decay", default=0.05, type=natural_float, help="not for biases, norms and embeddings")
+    add = section(parser, "optimiser").add_argument
+    add("--opt", default="adamw", metavar="NAME", help="optimiser: any of timm's")
+    add("--opt-eps", default=1e-8, type=positive_float, metavar="EPS", help="epsilon in the optimiser's denominator")
+    add(
+        "--opt-betas",
+        default=None,
+        type=float,
+        nargs="+",
+        metavar="BETA",
+        help="betas of the optimiser; default: its own",
+    )
+    add(
+        "--clip-grad",
+        default=None,
+        type=positive_float,
+        metavar="NORM",
+        help="clip the total gradient norm to this; default: no clipping",
+    )
+    add("--momentum", default=0.9, type=natural_float, metavar="M", help="momentum of SGD and its relatives")
+    add("--weight-decay", default=0.05, type=natural_float, help="weight decay; biases, norms and embeddings have none")
     add(
         "--no-decay-ssm",
         "--decay-ssm",
         action=Switch,
-        help="exempt A_log, which the published runs decayed, from weight decay",
+        help="no weight decay for A_log either, which the published runs decayed",
     )
     add(
         "--layer-decay",
         default=None,
         type=fraction,
         metavar="FACTOR",
-        help="each block learns slower than the one after it by this factor; the head at --lr. Default: all alike",
+        help="multiply the learning rate by this factor per block going down from the head; 1 for one rate everywhere",
     )
 
 
 def add_schedule_flags(parser) -> None:
-    add = parser.add_argument_group("learning rate").add_argument
-    add("--lr", default=5e-4, type=natural_float, help="at a whole batch of 512, scaled linearly; see --unscale-lr")
+    add = section(parser, "learning rate").add_argument
+    add(
+        "--lr",
+        default=5e-4,
+        type=natural_float,
+        help="peak learning rate; multiplied by whole batch / 512 unless --unscale-lr",
+    )
     switch(add, "unscale-lr", False, "take --lr as it is, whatever the batch")
-    add("--sched", default="cosine", metavar="NAME", help="any schedule of timm")
-    switch(add, "sched-on-updates", False, "change the learning rate at every step, not every epoch")
+    add("--sched", default="cosine", metavar="NAME", help=f"schedule: {', '.join(SCHEDULES)}")
+    switch(add, "sched-on-updates", False, "change the learning rate at every step instead of every epoch")
     add(
         "--lr-noise",
         default=None,
         type=float,
         nargs="+",
         metavar="FRACTION",
-        help="add noise to the rate from this share of the epochs on (two values: from, to)",
+        help="vary the rate at random from this fraction of the run on; a second value ends it; default: no noise",
     )
-    add("--lr-noise-pct", default=0.67, type=natural_float, metavar="PERCENT", help="largest noise")
-    add("--lr-noise-std", default=1.0, type=natural_float, metavar="STD", help="of the noise before it is limited")
-    add("--warmup-lr", default=1e-6, type=natural_float, help="the first epoch's")
-    add("--min-lr", default=1e-5, type=natural_float, help="the last epochs'")
-    add("--decay-epochs", default=30, type=positive_float, help="between two steps of --sched step")
+    add(
+        "--lr-noise-pct",
+        default=0.67,
+        type=natural_float,
+        metavar="FRACTION",
+        help="limit of the noise, as a fraction of the rate",
+    )
+    add(
+        "--lr-noise-std",
+        default=1.0,
+        type=natural_float,
+        metavar="STD",
+        help="standard deviation of the noise, before it is limited",
+    )
+    add("--warmup-lr", default=1e-6, type=natural_float, help="rate at which the warm-up starts")
+    add("--min-lr", default=1e-5, type=natural_float, help="lowest rate of the schedule")
+    add(
+        "--decay-epochs",
+        default=30,
+        type=positive_float,
+        help="epochs between two cuts of the rate with --sched step; length of the last phase with wsd and rsqrt",
+    )
     add(
         "--decay-milestones",
         default=[30.0, 60.0],
-        type=float,
+        type=positive_float,
         nargs="+",
         metavar="EPOCH",
-        help="where --sched multistep steps",
+        help="epochs at which --sched multistep cuts the rate",
     )
-    add("--warmup-epochs", default=5, type=natural_int, help="of linear growth up to --lr")
+    add(
+        "--warmup-epochs",
+        default=5,
+        type=natural_int,
+        action=WarmupEpochs,
+        help="epochs in which the rate rises linearly from --warmup-lr to --lr; 0 for none",
+    )
     add(
         "--warmup-steps",
         default=None,
         type=natural_int,
         metavar="STEPS",
-        help="warm up for so many steps instead; with --sched-on-updates",
+        help="length of the warm-up in steps, in place of --warmup-epochs; needs --sched-on-updates",
     )
-    add("--cooldown-epochs", default=10, type=natural_int, help="of the published commands; --epochs ends a run")
-    add("--patience-epochs", default=10, type=natural_int, help="of --sched plateau")
-    add("--decay-rate", "--dr", default=0.1, type=positive_float, help="factor of --sched step; power of --sched poly")
+    add("--cooldown-epochs", default=10, type=natural_int, help="accepted for old commands; no effect")
+    add(
+        "--patience-epochs",
+        default=10,
+        type=natural_int,
+        help="epochs without improvement after which --sched plateau cuts the rate",
+    )
+    add(
+        "--decay-rate",
+        "--dr",
+        default=0.1,
+        type=positive_float,
+        help="factor by which step, multistep and plateau cut the rate; exponent of poly",
+    )
 
 
 def add_augmentation_flags(parser) -> None:
-    add = parser.add_argument_group("augmentation").add_argument
-    add("--color-jitter", default=0.3, type=natural_float, metavar="PCT", help="only where --aa is off")
-    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="RandAugment; `none` for off")
-    add("--train-interpolation", default="bicubic", choices=INTERPOLATIONS, help="of resized crops")
-    add("--reprob", default=0.25, type=fraction, metavar="P", help="random erasing")
-    add("--remode", default="pixel", choices=("pixel", "rand", "const"), help="what fills an erased box")
-    add("--recount", default=1, type=positive_int, help="erased boxes")
-    switch(add, "resplit", False, "of timm's augmentation splits, which this program does not have: refused")
-    switch(add, "ThreeAugment", False, "DeiT III: one of grey, solarise, blur, then colour jitter")
-    switch(add, "src", False, "DeiT III's simple random crop instead of a random resized one")
+    add = section(parser, "augmentation").add_argument
+    switch(add, "repeated-aug", True, "show each image three times per pass, each time augmented differently")
+    add(
+        "--color-jitter",
+        default=0.3,
+        type=natural_float,
+        metavar="STRENGTH",
+        help="strength of colour jitter, which is applied with --aa none and with --ThreeAugment",
+    )
+    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's automatic augmentation; none for off")
+    add(
+        "--train-interpolation",
+        default="bicubic",
+        choices=INTERPOLATIONS,
+        help="interpolation of the random resized crop",
+    )
+    add("--reprob", default=0.25, type=fraction, metavar="P", help="probability of random erasing")
+    add("--remode", default="pixel", choices=("pixel", "rand", "const"), help="what an erased box is filled with")
+    add("--recount", default=1, type=positive_int, help="largest number of erased boxes per image")
+    switch(add, "resplit", False, "refused: it belongs to timm's augmentation splits, which this program does not have")
+    switch(add, "ThreeAugment", False, "DeiT III's augmentation: one of grey, solarise, blur; then colour jitter")
+    switch(add, "src", False, "with --ThreeAugment: simple random crop in place of the random resized crop")
 
 
 def add_mixup_flags(parser) -> None:
-    add = parser.add_argument_group("mixup and cutmix").add_argument
-    add("--mixup", default=0.8, type=natural_float, metavar="ALPHA", help="0 for off")
-    add("--cutmix", default=1.0, type=natural_float, metavar="ALPHA", help="0 for off")
+    add = section(parser, "mixup and cutmix").add_argument
+    add("--mixup", default=0.8, type=natural_float, metavar="ALPHA", help="alpha of mixup; 0 for off")
+    add("--cutmix", default=1.0, type=natural_float, metavar="ALPHA", help="alpha of cutmix; 0 for off")
     add(
         "--cutmix-minmax",
         default=None,
         type=fraction,
         nargs=2,
-        metavar="RATIO",
-        help="smallest and largest side of the box, of the image's; instead of --cutmix's area",
+        metavar="FRACTION",
+        help="smallest and largest side of cutmix's box, as fractions of the image's; default: drawn by --cutmix",
     )
-    add("--mixup-prob", default=1.0, type=fraction, metavar="P", help="of mixing at all")
-    add("--mixup-switch-prob", default=0.5, type=fraction, metavar="P", help="of cutmix when both are on")
+    add("--mixup-prob", default=1.0, type=fraction, metavar="P", help="probability that images are mixed at all")
+    add(
+        "--mixup-switch-prob",
+        default=0.5,
+        type=fraction,
+        metavar="P",
+        help="probability of cutmix instead of mixup where both are on",
+    )
     add(
         "--mixup-mode",
         default="batch",
         choices=("batch", "pair", "elem"),
-        help="one mixing ratio per batch, per pair or per image",
+        help="draw one mixing ratio per batch, per pair or per image",
     )
 
 
-def add_loss_flags(parser) -> None:
-    add = parser.add_argument_group("classifier, loss and distillation").add_argument
-    add("--drop", default=0.0, type=fraction, metavar="P", help="dropout")
-    for flag in PUBLISHED_RANDOM:
-        add(f"--if_{flag}", f"--no_{flag}", action=Switch, help="of no published weights: refused")
+def add_classifier_flags(parser) -> None:
+    add = section(parser, "model").add_argument
+    add("--drop", default=0.0, type=fraction, metavar="P", help="dropout probability")
     switch(add, "attn-only", False, "train the attention layers and the head alone (vision transformers)")
-    add("--if_nan2num", "--no_nan2num", action=Switch, help="make the logits finite before the loss")
+    for flag in PUBLISHED_RANDOM:
+        add(f"--if_{flag}", f"--no_{flag}", action=Switch, help="refused: no published weights were trained with it")
+    switch(add, "summary", False, "print the parameters and FLOPs of --model and exit")
+
+
+def add_loss_flags(parser) -> None:
+    add = section(parser, "loss and distillation").add_argument
+    add("--if_nan2num", "--no_nan2num", action=Switch, help="replace NaN and infinite logits before the loss")
     add("--smoothing", default=0.1, type=fraction, help="label smoothing")
-    switch(add, "bce-loss", False, "one binary cross-entropy per class (DeiT III)")
-    switch(add, "cosub", False, "two sub-models of one batch teach each other (DeiT III)")
-    add("--teacher-model", default="regnety_160", metavar="NAME", help="any timm model")
-    add("--teacher-path", default="", metavar="CKPT", help="the teacher's weights")
+    switch(add, "bce-loss", False, "binary cross-entropy of each class (DeiT III)")
+    switch(add, "cosub", False, "let two sub-models teach each other on the same batch (DeiT III)")
     add(
         "--distillation-type",
         default="none",
         choices=("none", "soft", "hard"),
-        help="what the teacher gives: probabilities (soft) or one label (hard)",
+        help="what a teacher gives: nothing, probabilities (soft) or one label (hard)",
     )
-    add("--distillation-alpha", default=0.5, type=fraction, help="the teacher's share of the loss")
+    add("--teacher-model", default="regnety_160", metavar="NAME", help="the teacher: any of timm's or ours, as --model")
+    add("--teacher-path", default="", metavar="CKPT", help="weights of the teacher")
+    add("--distillation-alpha", default=0.5, type=fraction, help="share of the teacher in the loss")
     add("--distillation-tau", default=1.0, type=positive_float, help="temperature of soft distillation")
 
 
 def add_evaluation_flags(parser) -> None:
-    add = parser.add_argument_group("evaluation").add_argument
-    switch(add, "eval", False, "evaluate the weights of --resume and leave")
+    add = section(parser, "evaluation").add_argument
+    switch(add, "eval", False, "evaluate the weights of --resume, or of --finetune, and exit")
     add(
         "--eval-weights",
         default="both",
         choices=("raw", "ema", "both"),
-        help="which weights are evaluated, of those there are; the best checkpoint follows the first",
+        help="which weights to evaluate, if there are such; with both, the best checkpoint is chosen by the raw ones",
     )
-    switch(add, "dist-eval", False, "share the evaluation among the ranks; the counts stay exact")
+    switch(add, "dist-eval", False, "share the evaluation among the ranks; the result is the same")
 
 
 def add_accuracy_flags(parser) -> None:
-    add = parser.add_argument_group("what is evaluated").add_argument
-    add("--eval-crop-ratio", default=0.875, type=float, help="share of the image the crop keeps")
+    add = section(parser, "evaluation").add_argument
+    add(
+        "--eval-crop-ratio",
+        default=0.875,
+        type=float,
+        help="fraction of the resized image that the central crop keeps; small images and digits are kept whole",
+    )
     add(
         "--valid-labels",
         default="",
         metavar="NAME",
-        help="the data has some of the model's classes: imagenet-a, imagenet-r, imagenet-v2, or a file of numbers",
+        help="with --eval, for data that has only some of the model's classes: imagenet-a, imagenet-r, imagenet-v2, or "
+        "a file of their numbers",
     )
-    add("--real-labels", default="", metavar="NAME", help="ReaL accuracy too: `imagenet`, or ReaL's JSON file")
-    switch(add, "summary", False, "print the parameters and FLOPs of --model and leave")
+    add(
+        "--real-labels",
+        default="",
+        metavar="NAME",
+        help="with --eval, report ReaL accuracy as well: imagenet, or ReaL's JSON file",
+    )
 
 
 def add_device_flags(parser) -> None:
-    add = parser.add_argument_group("device and precision").add_argument
-    add("--device", default=UNNAMED_DEVICE, help="cuda, cpu, mps, or `auto`: the fastest there is; without a GPU cpu")
+    add = section(parser, "device and precision").add_argument
+    add(
+        "--device",
+        default=UNNAMED_DEVICE,
+        help="cuda, cpu, mps, or auto, the fastest there is; if not given and there is no GPU: cpu",
+    )
     add(
         "--if_amp",
         "--no_amp",
         action=Switch,
         default=None,
-        help="mixed precision; default: on a GPU yes, elsewhere no, as published",
+        help="mixed precision; default: on with a GPU, off without, as published",
     )
     add(
         "--amp-dtype",
         default="bfloat16",
         choices=("bfloat16", "float16"),
-        help="of mixed precision; float16 also scales the loss. The scan's state stays float32",
+        help="type of mixed precision; float16 scales the loss as well; the scan's state stays float32",
     )
-    slower = "the same bits at every run, some operations slower; segmentation and detection may refuse it on a GPU"
+    slower = "the same bits in every run; some operations are slower, and segmentation and detection may refuse it"
     switch(add, "deterministic", False, slower)
 
 
 def add_reliability_flags(parser) -> None:
-    add = parser.add_argument_group("reliability").add_argument
+    add = section(parser, "reliability").add_argument
     add(
         "--checkpoint-steps",
         default=0,
         type=natural_int,
         metavar="STEPS",
-        help="also save inside an epoch, every so many steps; 0 saves after each epoch alone",
+        help="save every so many steps as well as after each epoch; 0 for after each epoch alone",
     )
-    add("--keep-checkpoints", default=2, type=at_least_two, metavar="K", help="newest ones kept")
+    add("--keep-checkpoints", default=2, type=at_least_two, metavar="K", help="newest checkpoints that are kept")
     add(
         "--nonfinite",
         default=None,
         choices=("stop", "skip"),
-        help="a loss or gradient that is not finite: end the run (exit code 3, default) or skip its step",
+        help="on a loss or gradient that is not finite: end the run with exit code 3, or skip the step; default: stop",
     )
-    add("--nonfinite-limit", default=10, type=positive_int, help="steps left out in a row before the end")
-    names = "the published names of --nonfinite skip and stop"
+    add("--nonfinite-limit", default=10, type=positive_int, help="skipped steps in a row after which the run ends")
+    names = "--nonfinite skip and --nonfinite stop, as the published program calls them"
     add("--if_continue_inf", "--no_continue_inf", action=PublishedNonfinite, help=names)
 
 
 def add_distributed_flags(parser) -> None:
-    add = parser.add_argument_group("several processes (torchrun sets these)").add_argument
-    switch(add, "distributed", False, "insist on running under torchrun")
-    add("--world_size", "--world-size", default=1, type=positive_int, help="processes in all")
-    add("--dist_url", "--dist-url", default="env://", help="where the processes meet")
+    add = section(parser, "several processes (torchrun sets these)").add_argument
+    switch(add, "distributed", False, "refuse to run without torchrun")
+    add("--world_size", "--world-size", default=1, type=positive_int, help="processes in all; above 1 needs torchrun")
+    add("--dist_url", "--dist-url", default="env://", help="address where the processes meet")
     add(
         "--dist-timeout",
         default=1800.0,
         type=positive_float,
         metavar="SECONDS",
-        help="a process that is waited for so long is taken for dead",
+        help="longest wait for another process, after which it is taken for dead",
     )
-    add("--local-rank", "--local_rank", default=0, type=natural_int, help="as old launchers pass it")
+    add(
+        "--local-rank",
+        "--local_rank",
+        default=0,
+        type=natural_int,
+        help="number of this process on its machine, as old launchers pass it",
+    )
 
 
 def parse_args(argv: list[str] | None = None, program: Program | None = None) -> argparse.Namespace:
@@ -552,10 +685,17 @@ def parse_args(argv: list[str] | None = None, program: Program | None = None) ->
     parser = build_parser(program)
     finder = OneLineParser(prog=program.prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config", action="append")
+    finder.add_argument("--warmup-epochs")
+    finder.add_argument("--warmup-steps")
     finder.set_defaults(config=[])
-    *others, path = ["", *finder.parse_known_args(argv)[0].config]
+    found = finder.parse_known_args(argv)[0]
+    *others, path = ["", *found.config]
     if others[1:]:
         raise ConfigError(f"--config {others[1]} and --config {path}: give one file")
+    if found.warmup_epochs is not None and found.warmup_steps is not None:
+        raise ConfigError(
+            f"--warmup-epochs {found.warmup_epochs} and --warmup-steps {found.warmup_steps}: give one of them"
+        )
     tokens = yaml_tokens(path, parser) if path else []
     args = parser.parse_args(tokens + argv)
     args.output_dir = os.path.expanduser(args.output_dir)
@@ -620,7 +760,7 @@ def value_tokens(path: str, action: argparse.Action, value) -> list[str]:
         return []
     if isinstance(value, bool) != isinstance(action, Switch) or value is None or isinstance(value, dict):
         wanted = "true or false" if isinstance(action, Switch) else "a value, not true, false, null or a mapping"
-        raise ConfigError(f"--config {path}: {action.dest}: {value!r} cannot be; {flag} takes {wanted}")
+        raise ConfigError(f"--config {path}: {action.dest}: {value!r} is not accepted; {flag} takes {wanted}")
     if isinstance(value, bool):
         return [action.option_strings[0 if value else 1]]
     if isinstance(value, list):
@@ -660,7 +800,7 @@ def resolve_classifier(args: argparse.Namespace) -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what no program can do, before anything is loaded. Raises ConfigError, one line each."""
     if re.fullmatch(r"(cuda|cpu|mps)(:\d+)?", args.device) is None:
-        raise ConfigError(f"--device {args.device} is not one of cuda, cuda:N, cpu, mps, auto")
+        raise ConfigError(unknown(f"--device {args.device}", ("cuda", "cuda:N", "cpu", "mps", "auto")))
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"--device {args.device}: this torch sees no GPU; use --device cpu or --device auto")
     if args.device.startswith("mps") and not torch.backends.mps.is_available():
@@ -669,19 +809,39 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError("--resume auto looks into --output_dir, which is not given")
     if args.resume not in ("", "auto") and args.finetune:
         raise ConfigError(
-            "--resume goes on with a run, --finetune begins one from its weights; give one of them, "
-            "or --resume auto, which begins from the latter until there is a checkpoint"
+            f"--resume {args.resume} continues a run, --finetune {args.finetune} starts one from weights; give one of "
+            "them, or --finetune with --resume auto, which continues as soon as there is a checkpoint"
         )
     if args.start_epoch >= args.epochs and not args.eval and not args.resume:
-        raise ConfigError(f"--start_epoch {args.start_epoch} of --epochs {args.epochs} leaves nothing to train")
+        raise ConfigError(
+            f"--start_epoch {args.start_epoch} of --epochs {args.epochs} leaves nothing to train; give more --epochs"
+        )
     if args.report_to not in ("", "tensorboard") and not args.output_dir:
         raise ConfigError(f"--report-to {args.report_to} keeps its files in --output_dir, which is not given")
     if args.sched == "plateau" and args.sched_on_updates:
-        raise ConfigError("--sched plateau follows the evaluations; leave --sched-on-updates out")
+        raise ConfigError("--sched plateau follows the evaluations, not the steps; give --no-sched-on-updates")
+    if args.sched == "plateau" and args.decay_rate >= 1:
+        raise ConfigError(f"--decay-rate {args.decay_rate:g}: --sched plateau cuts the rate by a factor below 1")
+    if args.sched == "multistep" and not args.eval:
+        check_milestones(args.decay_milestones, args.epochs)
     if args.layer_decay is not None and args.sched == "none":
         raise ConfigError("--layer-decay is applied by the schedule; take --sched constant instead of none")
     if args.warmup_steps is not None and not args.sched_on_updates:
         raise ConfigError(f"--warmup-steps {args.warmup_steps} needs --sched-on-updates; or give --warmup-epochs")
+
+
+def check_milestones(milestones: list[float], epochs: int) -> None:
+    """Raise ConfigError for those of `--sched multistep` that do not rise, or of which the run reaches none."""
+    given = f"--decay-milestones {' '.join(f'{one:g}' for one in milestones)}"
+    if any(later <= earlier for earlier, later in itertools.pairwise(milestones)):
+        raise ConfigError(f"{given}: expected rising numbers of epochs")
+    if milestones[0] >= epochs:
+        raise ConfigError(f"{given}: --epochs {epochs} ends before the rate is first cut; give earlier ones")
+
+
+def decay_rate_of(sched: str) -> float:
+    """The default of `--decay-rate` where it is not DeiT's for all schedules: poly's exponent, or a factor."""
+    return 1.0 if sched == "poly" else 0.1
 
 
 def require_weights(args: argparse.Namespace, size: str = "--input-size") -> None:
@@ -735,8 +895,9 @@ CLASSIFIER = Program(
     description="Train, fine-tune and evaluate Vision Mamba, or any timm model, on images.",
     epilog="Without --data-path it trains on scikit-learn's digits, which need no download.",
     groups=(
-        *COMMON_FLAGS,
         add_data_flags,
+        *COMMON_FLAGS,
+        add_classifier_flags,
         add_augmentation_flags,
         add_mixup_flags,
         add_loss_flags,
@@ -744,6 +905,10 @@ CLASSIFIER = Program(
     ),
     resolve=resolve_classifier,
     check=check_classifier,
+    notes={
+        "model": "the default is DeiT's, whose commands this program takes",
+        "finetune": "a head of another number of classes begins anew",
+    },
 )
 
 

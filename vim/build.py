@@ -84,7 +84,7 @@ def hub_as_config_error(flag: str, name: str) -> Iterator[None]:
             f"{flag} {name}: the Hub shows you no such repository; check OWNER/REPO, for a private one `hf auth login`"
         ) from error
     except (EntryNotFoundError, HfHubHTTPError) as error:
-        raise ConfigError(f"{flag} {name} cannot be had: {one_line(error, 300)}") from error
+        raise ConfigError(f"{flag} {name} cannot be downloaded: {one_line(error, 300)}") from error
 
 
 def vim_arguments(args) -> dict:
@@ -97,7 +97,7 @@ def vim_arguments(args) -> dict:
 
 
 def build_model(args, num_classes: int, say=print) -> nn.Module:
-    """The model of `--model` for this data. Raises ConfigError, one line each, for what cannot be."""
+    """The model of `--model` for this data. Raises ConfigError, one line each, for flags that cannot work."""
     check_model_name("--model", args.model)
     arguments = {
         "num_classes": num_classes,

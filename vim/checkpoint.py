@@ -30,8 +30,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import faults
-from errors import CheckpointError, ConfigError, StorageError, first_sentence, some_of
-from pretrained import PUBLISHED, unwrap_state_dict
+from errors import CheckpointError, ConfigError, StorageError, check_choice, first_sentence, some_of
+from vim_pretrained import PUBLISHED, unwrap_state_dict
 
 # The published weights that `hf-hub:REPO` alone stands for (`hf-hub:REPO/FILE` names any file).
 HUB_FILES = {weights.repo: weights.file for name, weights in PUBLISHED.items() if "stride8" not in name}
@@ -53,7 +53,8 @@ class Checkpoint:
     """What a weight file holds; what it lacks is None.
 
     `model` and `model_ema` are state dicts without the prefixes of DistributedDataParallel and torch.compile.
-    `extra` are entries under other names, `keys` all names on the top level (none in a bare state dict).
+    `extra` are entries under other names, `keys` all names on the top level (none in a bare state dict). `exported`:
+    a config.json beside the file describes it, as in a folder that `checkpoint.py export` wrote.
     """
 
     path: Path
@@ -69,15 +70,16 @@ class Checkpoint:
     best_metric: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     keys: list[str] = field(default_factory=list)
+    exported: bool = False
 
     @property
     def label(self) -> str:
         """The file and the beginning of its digest, for a log."""
-        return with_digest(self.path, self.sha256)
+        return f"{self.path} (SHA-256 {self.sha256[:16]}...)"
 
     @property
-    def some_entry(self) -> str:
-        """That of the raw weights, or of the averaged ones where those are all."""
+    def preferred_entry(self) -> str:
+        """The name of the raw weights' entry, or of the averaged ones' where the file has no others."""
         return ENTRIES["raw" if self.model is not None else "ema"]
 
     @property
@@ -86,13 +88,12 @@ class Checkpoint:
         return list(map(str, self.extra.get("class_names") or []))
 
     @property
-    def some_weights(self) -> dict[str, torch.Tensor]:
-        return getattr(self, self.some_entry)
+    def preferred_weights(self) -> dict[str, torch.Tensor]:
+        return getattr(self, self.preferred_entry)
 
     def weights(self, which: str = "model") -> dict[str, torch.Tensor]:
         """The state dict "model" or "model_ema". Raises CheckpointError if the file lacks it."""
-        if which not in ENTRIES.values():
-            raise ValueError(f"which={which!r}: expected 'model' or 'model_ema'")
+        check_choice("which", which, ENTRIES.values())
         found = getattr(self, which)
         if found is None:
             held = some_of(self.keys) or "a state dict alone"
@@ -118,10 +119,6 @@ def compare_classes(checkpoint: Checkpoint, names: list[str], way_out: str) -> s
             )
     others = [f"{name!r} for {old!r}" for old, name in zip(there, names) if old != name]
     return f"classes have other names than in training: {some_of(others, limit=2)}" if others else ""
-
-
-def with_digest(path: Path, sha256: str) -> str:
-    return f"{path} (SHA-256 {sha256[:16]}...)"
 
 
 def read_checkpoint(path: str | Path, trust: bool = False) -> Checkpoint:
@@ -177,7 +174,7 @@ def _fetch_from_hub(name: str) -> Path:
             f"where there is a network run `hf download {repo} {file}`, then copy the file and give its path"
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
-        raise CheckpointError(f"hf-hub:{repo}/{file} cannot be had: {_reason(error)}") from error
+        raise CheckpointError(f"hf-hub:{repo}/{file} cannot be downloaded: {_reason(error)}") from error
 
 
 def _fetch_from_web(url: str) -> Path:
@@ -288,7 +285,7 @@ def _take_description(checkpoint: Checkpoint, path: Path) -> None:
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {_reason(error)}; export the folder again") from error
-    checkpoint.args = argparse.Namespace(**said)
+    checkpoint.args, checkpoint.exported = argparse.Namespace(**said), True
     # timm's own are a list, or by the classes' numbers
     checkpoint.extra["class_names"] = list(names.values()) if isinstance(names, dict) else list(names)
 
@@ -322,7 +319,7 @@ def digest_path(path: Path) -> Path:
 def _check_digest(path: Path, digest: str) -> None:
     """Compare with the digests noted beside the file, if any were."""
     side = digest_path(path)
-    if side.is_file() and digest not in side.read_text(errors="replace").split():
+    if side.is_file() and digest not in side.read_text(errors="replace").lower().split():
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one noted in {side.name}")
 
 
@@ -347,8 +344,8 @@ def save_checkpoint(path: str | Path, state: dict) -> str:
 def _not_written(path: Path, error: Exception) -> CheckpointError:
     """What to raise for it. torch's writer hides the system's error behind one of its own."""
     system = error if isinstance(error, OSError) else error.__context__
-    passing = isinstance(system, OSError) and system.errno not in FULL
-    kind = StorageError if passing else CheckpointError
+    transient = isinstance(system, OSError) and system.errno not in FULL
+    kind = StorageError if transient else CheckpointError
     return kind(f"{path} was not written: {_reason(system or error)}; the last checkpoint is untouched")
 
 
@@ -536,12 +533,18 @@ def own_checkpoint(output_dir: str | Path, file: Path) -> bool:
     return bool(output_dir) and named and file.parent == Path(output_dir).resolve()
 
 
-def set_back(file: Path) -> list[Path]:
-    """Let a run's folder go on from one of its checkpoints; returns those of later steps, the newest first."""
+def set_back(file: Path, trust: bool = False) -> list[Path]:
+    """Let a run's folder go on from one of its checkpoints; returns those of later steps, the newest first.
+
+    `checkpoint.pth` and `best_checkpoint.pth` are files where a copy of the folder followed its links.
+    """
     step = _step_of(file.name)
-    if step is None:
+    if step is not None:
+        _point(file.with_name("checkpoint.pth"), file.name)
+    else:
+        step = read_checkpoint(file, trust).step
+    if step is None:  # another program's
         return []
-    _point(file.with_name("checkpoint.pth"), file.name)
     return [path for path in _stored(file.parent) if _step_of(path.name) > step]
 
 

@@ -24,6 +24,8 @@ from fitting import LoadReport, grid_of_model, head_modules, load_weights
 from identity import DENSE_BACKBONE, grid_of
 from models_mamba import cls_token_positions
 
+# Sizes of the levels that are made of a plain backbone's one map, over the map's, unless flags say others.
+SCALES = (4.0, 2.0, 1.0, 0.5)
 PREFIX = DENSE_BACKBONE.removesuffix("model.")
 
 
@@ -202,7 +204,7 @@ def load_backbone(args, backbone: Backbone, say=print) -> None:
     last map (later blocks, last norm, head) is left out and named; anything else must fit.
     """
     checkpoint = read_checkpoint(args.finetune, args.trust_checkpoint)
-    weights = checkpoint.some_weights
+    weights = checkpoint.preferred_weights
     averaged = "averaged weights, it has no others" if checkpoint.model is None else ""
     dense = backbone_weights(weights)
     if dense:
@@ -287,7 +289,7 @@ def trained_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
 
 def patches_in_file(checkpoint: Checkpoint, backbone: Backbone) -> int | None:
     """How many patches a dense model's file has position embeddings (1, L, E) of; None where there are none such."""
-    before = checkpoint.some_weights.get(f"{DENSE_BACKBONE}pos_embed")
+    before = checkpoint.preferred_weights.get(f"{DENSE_BACKBONE}pos_embed")
     own, grid = getattr(backbone.model, "pos_embed", None), grid_of_model(backbone.model)
     if before is None or own is None or grid is None or before.dim() != 3 or own.dim() != 3:
         return None

@@ -147,13 +147,13 @@ def together() -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    errors = gather_objects(None if error is None else (str(error), getattr(error, "passing", False)))
+    errors = gather_objects(None if error is None else (str(error), getattr(error, "transient", False)))
     if error is not None:
         raise error
     for rank, found in enumerate(errors):
         if found is not None:
             peer = PeerError(f"rank {rank} failed: {found[0]}")
-            peer.passing = found[1]
+            peer.transient = found[1]
             raise peer
 
 
@@ -180,9 +180,10 @@ def leave(code: int) -> NoReturn:
 
 
 def exit_code(code: int) -> int:
-    """The code to exit with. Under `launch.py` an end that a restart cannot mend is told to it, and is 0 here,
-    because torchrun starts every rank again that ends with anything else. So is the end of a rank that merely lost
-    one which has told such an end.
+    """The code to exit with: `code`, or under `launch.py` 0 for an end that a restart cannot mend.
+
+    Torchrun would start all ranks again at any other exit code, so such an end is written to the launcher's file
+    instead (`tell`), from which it takes its own exit code. The same for a rank that only lost a peer which ended so.
     """
     path = tell(code)
     if path is None or (code == EXIT_FAILED and told_end(path, _group()) is None):

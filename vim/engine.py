@@ -153,7 +153,7 @@ def training_step(run: Run, batches: list, first_micro: int) -> StepResult:
     total = torch.zeros((), device=world.device)
     for i, batch in enumerate(batches):
         seed_step(args.seed, first_micro + i, world.rank)
-        with gradients_summed(run.net, now=i == len(batches) - 1):
+        with gradient_exchange(run.net, enabled=i == len(batches) - 1):
             with autocast(args, world.device):
                 loss = run.task.loss(run, batch, first_micro + i) / len(batches)
             loss = faults.before_exchange(progress.step, world.rank, loss)
@@ -181,9 +181,9 @@ def training_step(run: Run, batches: list, first_micro: int) -> StepResult:
     return StepResult(loss, norm, lr, finite, stop)
 
 
-def gradients_summed(net: nn.Module, now: bool):
-    """Ranks exchange gradients in the last micro-batch of a step alone."""
-    return net.no_sync() if isinstance(net, DistributedDataParallel) and not now else nullcontext()
+def gradient_exchange(net: nn.Module, enabled: bool):
+    """Whether the backward pass inside exchanges gradients between ranks: that of a step's last micro-batch alone."""
+    return net.no_sync() if isinstance(net, DistributedDataParallel) and not enabled else nullcontext()
 
 
 def clip_gradients(model: nn.Module, limit: float | None) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Errors that a person can do something about. Their text is the one line that the user reads."""
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -31,13 +31,13 @@ class CheckpointError(ValueError):
 class StorageError(CheckpointError):
     """A weight file that could not be written for now: starting again may help."""
 
-    passing = True
+    transient = True
 
 
 class PeerError(RuntimeError):
-    """Another rank cannot go on; raised by the ranks that could. `passing`: starting again may help."""
+    """Another rank cannot go on; raised by the ranks that could. `transient`: starting again may help."""
 
-    passing = False
+    transient = False
 
 
 class NonFiniteError(ArithmeticError):
@@ -71,6 +71,17 @@ def one_line(error: Exception, limit: int = 1000) -> str:
 def first_sentence(error: Exception | str) -> str:
     """An error's text up to the end of its first sentence or line, at most 300 characters of it."""
     return str(error).strip().partition("\n")[0].split(". ")[0].rstrip(".")[:300]
+
+
+def unknown(what: str, accepted: Iterable) -> str:
+    """The line for a value that is not among the accepted ones; `what` is the value and where it was given."""
+    return f"{what} is unknown: use one of {', '.join(map(str, accepted))}"
+
+
+def check_choice(name: str, value, accepted: Iterable) -> None:
+    """Raise ValueError, naming what is accepted, for the argument `name` of a function if it is none of those."""
+    if value not in accepted:
+        raise ValueError(unknown(f"{name}={value!r}", map(repr, accepted)))
 
 
 def nearby(names: list[str]) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import math
 import os
 import signal
 import sys
@@ -33,7 +32,7 @@ def explain(error: Exception, args=None) -> tuple[int, str] | None:
     """(exit code, one line) for an error that is not the program's fault, else None."""
     if isinstance(error, NonFiniteError):
         return EXIT_NONFINITE, str(error)
-    if getattr(error, "passing", False):
+    if getattr(error, "transient", False):
         return EXIT_FAILED, f"{error}; --resume auto goes on"
     if isinstance(error, ConfigError | DataError | CheckpointError | PeerError):
         return EXIT_CONFIG, str(error)
@@ -89,22 +88,31 @@ def main_memory_is_full(error: Exception) -> bool:
 
 def out_of_memory(error: Exception, args) -> str:
     """What to change so that a step fits, with this run's numbers."""
-    halved = max(1, args.batch_size // 2)
-    accumulated = math.ceil(args.accum_steps * args.batch_size / halved)
-    advice = f"--batch-size {halved} --accum-steps {accumulated} keeps the whole batch and the learning rate"
+    advice = []
+    if smaller := smaller_batch(args):
+        accumulated = args.accum_steps * args.batch_size // smaller
+        advice.append(f"--batch-size {smaller} --accum-steps {accumulated} keeps the whole batch and the learning rate")
     if not args.grad_checkpointing:
-        advice += ", --grad-checkpointing recomputes activations instead of keeping them"
+        advice.append("--grad-checkpointing recomputes activations instead of keeping them")
     if not args.if_amp:
-        advice += ", --if_amp halves them"
+        advice.append("--if_amp halves activations")
     what = f"memory with --batch-size {args.batch_size}"
     if main_memory_is_full(error):
         what = f"main {what} --num_workers {args.num_workers}"
-        advice += ", fewer loader processes hold fewer batches" if args.num_workers else ""
+        if args.num_workers:
+            advice.append("fewer loader processes hold fewer batches")
     elif torch.cuda.is_available():
         what += f"; peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
     _, *reason = str(error).rpartition(CPU_ALLOCATOR)
     reason = first_sentence("".join(reason)) or type(error).__name__
-    return f"out of {what}: {advice} ({reason})"
+    return f"out of {what}: {', '.join(advice) or 'take smaller images or a smaller model'} ({reason})"
+
+
+def smaller_batch(args) -> int | None:
+    """The largest batch below this one by which micro-batches make up the same whole; None if there is none."""
+    pairs = any(vars(args).get(name) for name in ("mixup", "cutmix", "cutmix_minmax"))  # of images, see augment.py
+    found = (size for size in range(args.batch_size // 2, 0, -1) if args.batch_size % size == 0)
+    return next((size for size in found if not (pairs and size % 2)), None)
 
 
 def loader_failure(error: RuntimeError, args) -> str:

@@ -10,9 +10,15 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from torch import nn
 
-from errors import CheckpointError, some_of
+from errors import CheckpointError, check_choice, some_of
 from models_mamba import resample_pos_embed
-from pretrained import unwrap_state_dict
+from vim_pretrained import unwrap_state_dict
+
+# What to do with weights whose grid nothing tells.
+TELL_THE_SIZE = (
+    'save it again as {"model": weights, "args": argparse.Namespace(model=NAME, input_size=(HEIGHT, WIDTH))} '
+    "with the size of its images in pixels"
+)
 
 
 @dataclass
@@ -55,14 +61,13 @@ def load_weights(
             convolution of an RGB model to other channels, and is strict otherwise.
         pos_embed_resize: see `resize_pos_embed`; a same grid is the identity.
         old_grid: (H, W) of the file's `pos_embed`, where known; "finetune" takes a square unless given.
-        hints: what the user can do, in words, where nothing but "head" or "pos_embed" does not fit; "{classes}" in
-            them are those of the file's head.
+        hints: by "head" and "pos_embed", advice appended to the error when the head or pos_embed are the only
+            mismatches; "{classes}" in it is the number of classes of the file's head.
         source: the weights' file, which begins an error's line.
 
     Raises CheckpointError that lists missing, unexpected and mismatched names.
     """
-    if mode not in ("strict", "finetune"):
-        raise ValueError(f"mode={mode!r}: expected 'strict' or 'finetune'")
+    check_choice("mode", mode, ("strict", "finetune"))
     state_dict = unwrap_state_dict(state_dict)
     report, of_file = LoadReport(), {name: tuple(value.shape) for name, value in state_dict.items()}
     prefix = f"{source}: " if source else ""
@@ -182,7 +187,8 @@ def _square_grid(pos_embed: torch.Tensor, num_class_slots: int, prefix: str) -> 
     if side * side != patches or patches == 0:
         slots = f"{pos_embed.shape[1]} slots, {num_class_slots} of them for class tokens"
         raise CheckpointError(
-            f"{prefix}pos_embed has {slots}: the rest is no square grid; its height and width are needed"
+            f"{prefix}pos_embed has {slots}: the rest is no square grid, and the file does not tell the image size; "
+            f"{TELL_THE_SIZE}"
         )
     return side, side
 
@@ -205,8 +211,7 @@ def resize_pos_embed(
 
     Raises ValueError for unknown names and for a `pos_embed` that is no `old_grid`.
     """
-    if method not in ("grid", "published"):
-        raise ValueError(f"method={method!r}: expected 'grid' or 'published'")
+    check_choice("method", method, ("grid", "published"))
     if method == "published" and cls_token == "middle":
         cls_token = "head"
     return resample_pos_embed(pos_embed, new_grid, cls_token, old_grid)

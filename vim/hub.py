@@ -22,6 +22,16 @@ from identity import Identity, dense_program, identify, open_model
 # Modules that register names with timm, which has none of them.
 OWN_MODELS = ("models_mamba", "models_baseline")
 
+INSTALL = """Run this in a clone of the project's repository, which has the code of this model:
+
+```bash
+pip install -e causal_conv1d -e mamba-1p1p1 -r vim/vim_requirements.txt
+python vim/predict.py --checkpoint FOLDER photo.jpg
+```
+
+The same in Python, started in that clone:
+
+"""
 CITATION = (
     "@article{zhu2024vision,\n  title={Vision Mamba: Efficient Visual Representation Learning "
     "with Bidirectional State Space Model},\n  author={Zhu, Lianghui and Liao, Bencheng and Zhang, Qian and "
@@ -42,7 +52,7 @@ def inspect(checkpoint: Checkpoint, name: str | None = None) -> str:
             lines.append(f"{entry:<10} {len(state_dict)} tensors, {count / 1e6:.2f} M numbers, {', '.join(dtypes)}")
     if checkpoint.epoch is not None:
         lines.append(f"epoch      {checkpoint.epoch}")
-    dense = dense_program(checkpoint.some_weights)
+    dense = dense_program(checkpoint.preferred_weights)
     if checkpoint.best_metric is not None:
         score = f"best {dense[1] if dense else 'top-1'}"
         lines.append(f"{score:<10} {best_in_words(checkpoint)}")
@@ -70,10 +80,10 @@ def export_folder(model: nn.Module, folder: Path, identity: Identity, source: Ch
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be made a folder to export to: {error.strerror}") from error
+        raise CheckpointError(f"{folder} cannot be created: {error.strerror}") from error
     config = {"label_names": names} if names else {}
     save_for_hf(model, str(folder), model_config=config, model_args=_json_arguments(identity), safe_serialization=True)
-    card = model_card(identity, source)
+    card = model_card(model, identity, source)
     (folder / "README.md").write_text(generate_readme(card, identity.name), encoding="utf-8")
 
 
@@ -81,27 +91,49 @@ def _json_arguments(identity: Identity) -> dict:
     return {name: value for name, value in identity.arguments.items() if value is not None}
 
 
-def model_card(identity: Identity, source: Checkpoint) -> dict:
+def model_card(model: nn.Module, identity: Identity, source: Checkpoint) -> dict:
     """What the model card says, in timm's form."""
     top1 = {} if source.best_metric is None else {"Best top-1": best_in_words(source)}
     module = next((name for name in OWN_MODELS if is_model_in_modules(identity.name, [name])), None)
-    first = f" Import this project's `{module}` first: it registers the model's name." if module else ""
     vim = module == "models_mamba"
+    config = model.pretrained_cfg
+    kept = f"bicubic resize, central {100 * config['crop_pct']:g} % of each side"
+    scaled = f"mean {tuple(config['mean'])} and standard deviation {tuple(config['std'])} of values from 0 to 1"
     return {
         "tags": ["image-classification", "timm", *(["vision-mamba"] if vim else [])],
         "license": "apache-2.0",
-        "description": f"A{' Vision Mamba (Vim)' if vim else 'n'} image model.{first}",
+        "description": f"A{' Vision Mamba (Vim)' if vim else 'n'} image model.",
         "details": {
             "Model": identity.name,
             "Arguments": identity.arguments or "the name's own",
+            "Classes": model.num_classes,
+            "Input": "{} channels, {} x {} pixels (height x width)".format(*config["input_size"]),
+            "Preprocessing": f"{kept}; {scaled}",
             "Made from": f"{source.path.name}, SHA-256 {source.sha256}",
             **top1,
             **({"Paper": "https://arxiv.org/abs/2401.09417"} if vim else {}),
         },
-        "usage": f"```python\nimport timm{f', {module}' if module else ''}\n"
-        'model = timm.create_model("local-dir:FOLDER", pretrained=True)  # or "hf-hub:OWNER/REPO"\n```',
+        "usage": (INSTALL if module else "") + f"```python\n{usage(model, module)}```",
         "citation": [CITATION] if vim else [],
     }
+
+
+def usage(model: nn.Module, module: str | None) -> str:
+    """Python that predicts with an exported folder; `module` of vim/ registers the model, None for one of timm's."""
+    modes = {1: "L", 3: "RGB"}  # Pillow's; for other numbers of channels there is no usual file
+    lines = ["import timm", "import torch", "from PIL import Image", ""]
+    if module:
+        found = ['sys.path.insert(0, "vim")', f"import {module}  # registers the model with timm", ""]
+        lines = ["import sys", "", *lines, *found]
+    lines.append('model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or "hf-hub:OWNER/REPO"')
+    if mode := modes.get(model.pretrained_cfg["input_size"][0]):
+        lines += [
+            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)",
+            f'image = transform(Image.open("photo.jpg").convert("{mode}"))',
+            "with torch.inference_mode():",
+            f"    logits = model(image[None])  # (1, {model.num_classes or model.num_features})",
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def push_to_hub(model: nn.Module, repo: str, identity: Identity, source: Checkpoint, names: list[str]) -> str:
@@ -112,7 +144,7 @@ def push_to_hub(model: nn.Module, repo: str, identity: Identity, source: Checkpo
     config = {"label_names": names} if names else {}
     try:
         push_to_hf_hub(
-            model, repo, model_config=config, model_card=model_card(identity, source),
+            model, repo, model_config=config, model_card=model_card(model, identity, source),
             model_args=_json_arguments(identity), safe_serialization=True,
         )  # fmt: skip
     except HFValidationError as error:
@@ -130,18 +162,20 @@ def build_parser() -> argparse.ArgumentParser:
 
     def add_command(name: str, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
-        added.add_argument("file", metavar="FILE", help="a path, https://..., hf-hub:REPO or hf-hub:REPO/FILE")
-        added.add_argument("--model", metavar="NAME", help="the model, where the file does not tell")
-        added.add_argument("--trust-checkpoint", action="store_true", help="unpickle although it may run code")
+        places = "a file, an exported folder, https://..., hf-hub:REPO or hf-hub:REPO/FILE"
+        added.add_argument("file", metavar="FILE", help=places)
+        added.add_argument("--model", metavar="NAME", help="name of the model, where the file does not tell it")
+        unsafe = "unpickle without torch's safe loader: may run code"
+        added.add_argument("--trust-checkpoint", action="store_true", help=unsafe)
         return added
 
     add_command("inspect", "what a file holds and which model it fits")
     exporter = add_command("export", "write a folder for timm and the Hugging Face Hub")
-    exporter.add_argument("out", metavar="OUT", help="the folder to write")
+    exporter.add_argument("out", metavar="OUT", help="folder to write")
     which = exporter.add_mutually_exclusive_group()
-    which.add_argument("--ema", dest="weights", action="store_const", const="ema", help="the averaged weights")
-    which.add_argument("--raw", dest="weights", action="store_const", const="raw", help="the raw weights")
-    exporter.add_argument("--push", metavar="OWNER/REPO", help="upload the same to the Hub")
+    which.add_argument("--ema", dest="weights", action="store_const", const="ema", help="export the averaged weights")
+    which.add_argument("--raw", dest="weights", action="store_const", const="raw", help="export the raw weights")
+    exporter.add_argument("--push", metavar="OWNER/REPO", help="upload what is exported to the Hub as well")
     exporter.set_defaults(weights="auto")
     return parser
 

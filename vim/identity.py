@@ -16,9 +16,9 @@ from arguments import size_of
 from augment import channel_statistics, crop_ratio
 from checkpoint import ENTRIES, Checkpoint
 from errors import CheckpointError, nearby, one_line
-from fitting import grid_of_model, load_weights
+from fitting import TELL_THE_SIZE, grid_of_model, load_weights
 from models_mamba import CLS_TOKENS, VARIANTS
-from pretrained import published_weights
+from vim_pretrained import published_weights
 
 SHORT_NAMES = [name for name in VARIANTS if "_bimambav2" not in name]
 
@@ -41,17 +41,19 @@ class Identity:
 def identify(checkpoint: Checkpoint, name: str | None = None) -> Identity:
     """Which registered name `checkpoint` fits, from its arguments if it has them and from its shapes if not.
 
-    Raises CheckpointError where neither tells; `name` decides then, or where the file is of another model. A Vim of
-    another size than `name`'s is refused.
+    `name` overrides the file; it is needed when the file names no model. Raises CheckpointError if nothing identifies
+    the model, or if a Vim's size contradicts `name`.
     """
     named = name is not None
-    state_dict = checkpoint.some_weights
+    state_dict = checkpoint.preferred_weights
     if dense := dense_program(state_dict):
-        raise CheckpointError(f"{checkpoint.path} is of {dense[0]}, no classifier; evaluate it there, --eval --resume")
+        raise CheckpointError(
+            f"{checkpoint.path} is a model of {dense[0]}, not a classifier: evaluate it there, with --eval --resume"
+        )
     name = name or getattr(checkpoint.args, "model", None)
     if name is not None and (problem := name_problem(name)):
-        whose = "the model" if named else "give --model NAME, its own"
-        raise CheckpointError(f"{checkpoint.path}: {whose} {name!r} {problem}")
+        mend = "" if named else "; --model NAME overrides it"
+        raise CheckpointError(f"{checkpoint.path}: {'the' if named else 'its'} model {name!r} {problem}{mend}")
     if name is not None and name not in VARIANTS:
         return Identity(name, _arguments_of_any(name, checkpoint, state_dict))
     if "patch_embed.proj.weight" not in state_dict or "layers.0.mixer.in_proj.weight" not in state_dict:
@@ -119,25 +121,37 @@ def open_model(
     entry = choose_entry(checkpoint, identity, weights)
     state_dict = checkpoint.weights(entry)
     try:
-        model = identity.create()
+        model = _create(checkpoint, identity)
         load_weights(model, state_dict)
-    except (CheckpointError, TypeError) as error:  # a TypeError where another model does not take the arguments
+    except (TypeError, ValueError) as error:  # a TypeError where another model does not take the arguments
         raise CheckpointError(f"{checkpoint.path} is no {identity.name}: {one_line(error)}") from error
     model.pretrained_cfg = model.pretrained_cfg | preprocessing(model, checkpoint)
     return model.eval(), identity, entry
 
 
+def _create(checkpoint: Checkpoint, identity: Identity) -> nn.Module:
+    """The model of `identity`, for an exported folder with the arguments in its config.json: shapes do not tell all."""
+    if checkpoint.exported and identity.name == checkpoint.args.model:
+        return timm.create_model(f"local-dir:{checkpoint.path.parent}")
+    return identity.create()
+
+
 def choose_entry(checkpoint: Checkpoint, identity: Identity, weights: str = "auto") -> str:
     """The state dict to use: "model" for `weights` "raw", "model_ema" for "ema".
 
-    "auto" takes the average where the published accuracy is the average's (base) or the file has no other.
+    "auto" takes the average where the published accuracy is the average's (base) or the file has no other. Raises
+    CheckpointError for a choice from an exported folder, which holds one of them and does not tell which.
     """
+    if weights != "auto" and checkpoint.exported:
+        raise CheckpointError(
+            f"{checkpoint.path} holds one set of weights, the exported one: {weights} cannot be chosen, leave it out"
+        )
     if weights != "auto":
         return ENTRIES[weights]
     published = published_weights(identity.name)
     if published and checkpoint.model_ema is not None and checkpoint.path.name == published.file:
         return published.entry
-    return checkpoint.some_entry
+    return checkpoint.preferred_entry
 
 
 def evaluation_settings(model: nn.Module, settings: argparse.Namespace) -> argparse.Namespace:
@@ -167,7 +181,7 @@ def grid_of(checkpoint: Checkpoint) -> tuple[int, int] | None:
     None as well for a model without position embeddings, which has no use for it, and for one that the Hub describes.
     """
     size = getattr(checkpoint.args, "input_size", None)
-    state_dict = checkpoint.some_weights
+    state_dict = checkpoint.preferred_weights
     of_hub = str(getattr(checkpoint.args, "model", "")).startswith("hf-hub:")
     if size is None or of_hub or "pos_embed" not in state_dict:
         return None
@@ -294,7 +308,7 @@ def _image_size(state_dict: dict, defaults: dict, side: int, checkpoint: Checkpo
     if grid * grid != patches:
         raise CheckpointError(
             f"{checkpoint.path}: its pos_embed has {patches} patches, no square, and the file does not tell the "
-            "image size"
+            f"image size; {TELL_THE_SIZE}"
         )
     return (grid - 1) * defaults.get("stride", patch) + patch
 

@@ -6,16 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm
 import torch
-from safetensors import SafetensorError
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from arguments import fastest_device
 from augment import build_transform
-from checkpoint import EXPORTED_WEIGHTS, file_digest, read_checkpoint, with_digest
+from checkpoint import read_checkpoint
 from datasets import IMAGENET_CLASSES, read_image, walk
 from errors import BrokenImage, CheckpointError, ConfigError, DataError, one_line
 from identity import evaluation_settings, open_model
@@ -47,30 +45,30 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--checkpoint", required=True, metavar="CKPT",
         help="a file, https://..., hf-hub:REPO[/FILE], or a folder that `checkpoint.py export` wrote")  # fmt: skip
-    add("--model", metavar="NAME", help="the model, where the file does not tell")
+    add("--model", metavar="NAME", help="name of the model, where the file does not tell it")
     add("--weights", default="auto", choices=("auto", "raw", "ema"),
-        help="auto: raw, or the average where the published accuracy is the average's")  # fmt: skip
-    add("--class-names", metavar="FILE", help="one name a line, or a JSON list; default: the checkpoint's own")
-    add("--trust-checkpoint", action="store_true", help="unpickle although that may run code it contains")
+        help="which weights to take; auto: raw, or averaged where those have the published accuracy")  # fmt: skip
+    add("--class-names", metavar="FILE", help="class names, one per line or a JSON list; default: the checkpoint's own")
+    add("--trust-checkpoint", action="store_true", help="unpickle without torch's safe loader: may run code")
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto, the fastest there is")
 
 
 def load_classifier(args: argparse.Namespace) -> Classifier:
     """Model, preprocessing and class names of `--checkpoint`. Raises CheckpointError, ConfigError, DataError."""
     device = choose_device(args.device)
-    if Path(args.checkpoint).is_dir():
-        model, description = _load_folder(Path(args.checkpoint))
-        names = list(model.pretrained_cfg.get("label_names") or [])
-        settings = argparse.Namespace(eval_crop_ratio=model.pretrained_cfg["crop_pct"])
-    else:
-        checkpoint = read_checkpoint(args.checkpoint, args.trust_checkpoint)
-        model, identity, entry = open_model(checkpoint, args.model, args.weights)
-        names = checkpoint.class_names
-        settings = checkpoint.args or argparse.Namespace()
-        description = f"{checkpoint.label}: {identity.name}, {entry}"
+    checkpoint = read_checkpoint(args.checkpoint, args.trust_checkpoint)
+    if Path(args.checkpoint).is_dir() and not checkpoint.exported:
+        raise CheckpointError(
+            f"{args.checkpoint}/config.json does not describe a model: export the folder again with `checkpoint.py "
+            f"export`, or give {checkpoint.path} itself"
+        )
+    model, identity, entry = open_model(checkpoint, args.model, args.weights)
+    names, settings = checkpoint.class_names, checkpoint.args or argparse.Namespace()
+    held = "exported weights" if checkpoint.exported else entry
+    description = f"{checkpoint.label}: {identity.name}, {held}"
     if not model.num_classes:
         raise CheckpointError(f"{args.checkpoint} has no classification head; fine-tune it first")
     if args.class_names:
@@ -82,23 +80,6 @@ def load_classifier(args: argparse.Namespace) -> Classifier:
             )
     names = readable_names(names, model.num_classes)
     return Classifier(model.eval().to(device), evaluation_transform(model, settings), names, description)
-
-
-def _load_folder(folder: Path) -> tuple[nn.Module, str]:
-    """The model of a folder that `checkpoint.py export` wrote, and a description. Raises CheckpointError."""
-    try:
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except KeyError as error:
-        raise CheckpointError(
-            f"{folder}/config.json lacks {error}; export the folder again with `checkpoint.py export`"
-        ) from error
-    except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder} is not a complete folder written by `checkpoint.py export`: {one_line(error, 200)}"
-        ) from error
-    weights = folder / EXPORTED_WEIGHTS
-    label = with_digest(folder, file_digest(weights)) if weights.is_file() else folder
-    return model, f"{label}: {model.pretrained_cfg['architecture']}"
 
 
 def choose_device(name: str) -> torch.device:

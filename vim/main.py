@@ -8,6 +8,7 @@ memory among them), 75 stopped by a signal and saved, to be queued again.
 from __future__ import annotations
 
 import io
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -62,6 +63,9 @@ def run_program(argv: list[str] | None, parse: Callable, execute: Callable) -> i
             with StopAtOnce():  # until training has a step to finish, and after it
                 args = parse(argv)
                 code = execute(args, distributed.start(args))
+        except KeyboardInterrupt:  # a second Ctrl-C
+            code = 128 + signal.SIGINT
+            print("interrupted: --resume auto goes on from the last checkpoint", file=sys.stderr)
         except SystemExit as leaving:  # argparse, or who was asked to stop, has said why
             code = leaving.code
         except Exception as error:
@@ -90,13 +94,7 @@ def execute(args, world: World) -> int:
         log.say(data.description)
         model = build_model(args, data.num_classes, log.say).to(world.device)
         if args.finetune and not args.eval:
-            checkpoint = read_checkpoint(args.finetune, args.trust_checkpoint)
-            grid, method, file = grid_of(checkpoint), args.pos_embed_resize, checkpoint.path
-            report = load_weights(model, checkpoint.some_weights, "finetune", method, grid, source=file)
-            averaged = ", averaged weights, it has no others" if checkpoint.model is None else ""
-            log.say(f"fine-tuning {checkpoint.label}{averaged}: {report}")
-            if not report.remade_head and checkpoint.class_names not in ([], data.class_names):
-                log.say(f"its head is of other classes, {some_of(checkpoint.class_names)}, and begins with theirs")
+            load_finetune(args, model, data, log)
     if args.eval:
         return evaluate_checkpoint(args, world, model, data, log)
     given = Namespace(**vars(args))
@@ -104,8 +102,19 @@ def execute(args, world: World) -> int:
     return train(build_run(args, world, model, data, log.say), data, log, given)
 
 
+def load_finetune(args, model, data: DataBundle, log: RunLog) -> None:
+    """Give `model` the weights of `--finetune`, fitted to it, and say what was done to them."""
+    checkpoint = read_checkpoint(args.finetune, args.trust_checkpoint)
+    grid, method, file = grid_of(checkpoint), args.pos_embed_resize, checkpoint.path
+    report = load_weights(model, checkpoint.preferred_weights, "finetune", method, grid, source=file)
+    averaged = ", averaged weights, it has no others" if checkpoint.model is None else ""
+    log.say(f"fine-tuning {checkpoint.label}{averaged}: {report}")
+    if not report.remade_head and checkpoint.class_names not in ([], data.class_names):
+        log.say(f"its head was trained on other classes, {some_of(checkpoint.class_names)}, and starts from them")
+
+
 def say_own_data(args, log: RunLog, data: str) -> None:
-    """Whose numbers the next ones are: nobody named any data, or `--data-set` names these."""
+    """Say that built-in data is used, and why."""
     why = f"--data-path {args.data_path} is not read" if args.data_path else "no --data-path"
     log.say(f"{why}: {'evaluating' if args.eval else 'training'} on {data}")
 
@@ -113,7 +122,8 @@ def say_own_data(args, log: RunLog, data: str) -> None:
 def train(run: Run, data: DataBundle, log: RunLog, given: Namespace | None = None) -> int:
     """Train from the checkpoint of `--resume`, or from the start, to the end; returns the exit code.
 
-    given: the arguments to write down for use with other data, without what this data told; None: all of the run's.
+    given: the arguments as the user gave them. These are saved to args.yaml, without the class count read from the
+        data, so that `--config args.yaml` works on other data. None: save `run.args`.
     """
     log.say(describe(run))
     resume(run, log)

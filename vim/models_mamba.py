@@ -30,7 +30,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrained import TAG, opening_weights, published_weights, read_copy, weights_in
+from vim_pretrained import TAG, opening_weights, published_weights, read_copy, weights_in
 
 try:
     from timm.models._input import update_model_input_size  # of what timm writes into an exported folder
@@ -170,11 +170,12 @@ def gather_patches(x: Tensor, patch: tuple[int, int]) -> Tensor:
 def gather_patches_by_16_bytes(x: Tensor, patch: tuple[int, int]) -> Tensor:
     """The same of whole rows of pixels in groups of 16 bytes, where they can be read so. Without a gradient.
 
-    A GPU spends its time on the places of the pixels: 566 us on an H200 for 32 images of 1248 px, moved in 280.
+    A GPU spends its time on computing addresses: 566 us on an H200 for 32 images of 1248 px, whose bytes move in 280.
     """
     group = 16 // x.element_size()
     if not x.is_contiguous() or x.data_ptr() % 16 or x.shape[3] % group or patch[1] % group:
         return gather_patches(x, patch)
+    # complex128: the one dtype of 16 bytes, copied without being computed with
     return gather_patches(x.view(torch.complex128), (patch[0], patch[1] // group)).view(x.dtype)
 
 
@@ -184,12 +185,12 @@ def embed_disjoint_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     x (B, C, height, width), its sides cut to whole patches; weight (E, C, patch height, patch width). For a GPU,
     where cuDNN would convert the image to channels-last: 0.29 of the 0.57 ms that 128 images of 224 px took on an H200.
     """
-    gather = gather_patches_by_16_bytes if _is_plain(x) and not x.requires_grad else gather_patches
+    gather = gather_patches_by_16_bytes if _is_untraced(x) and not x.requires_grad else gather_patches
     pixels = gather(x, tuple(weight.shape[2:]))
     return F.conv2d(pixels.permute(0, 3, 1, 2), weight.flatten(1)[:, :, None, None], bias)
 
 
-def _is_plain(x: Tensor) -> bool:
+def _is_untraced(x: Tensor) -> bool:
     """Whether x has memory to be written into: it is not traced, and no `torch.func` is at work."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.get_interpreter_stack()
     return type(x) is Tensor and not traced
@@ -500,7 +501,7 @@ class VisionMamba(nn.Module):
         pos_embed = self.pos_embed
         if grid != self.patch_embed.grid_size:
             pos_embed = resample_pos_embed(pos_embed, grid, design, self.patch_embed.grid_size)
-        if x.is_cuda and not torch.is_grad_enabled() and _is_plain(x):
+        if x.is_cuda and not torch.is_grad_enabled() and _is_untraced(x):
             return self.pos_drop(sum_tokens(x, cls, pos_embed, design))
         return self.pos_drop(insert_cls_tokens(x, cls, design) + pos_embed)
 
@@ -676,11 +677,11 @@ def checkpoint_filter_fn(
 
 
 def _grid_of_file(patches: int, model: VisionMamba, run: Namespace | None, img_size) -> tuple[int, int]:
-    """(H, W) of a file's position embeddings, of as many `patches`, by the first image size that gives so many.
+    """(H, W) of a file's position embeddings: of the first candidate image size that has `patches` patches.
 
-    That is the one named by the caller, by the arguments of the file's `run`, by timm's description of the model; then,
-    of a file of the user's, the model's own, as in timm's models, and of the published ones the registered one. Other
-    files are of squares.
+    Candidates, in order: the caller's `img_size`; the input_size in the arguments of the file's `run`; the one in
+    timm's description of the pretrained model; for a published file the registered size; the model's own. If none
+    of them fits, the grid is a square. Raises ValueError if there is no such square.
     """
     cfg = getattr(model, "pretrained_cfg", {})
     described, registered = getattr(model, "pretrained_model_args", {}).get("img_size"), cfg.get("input_size", ())[1:]

@@ -21,10 +21,10 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from torch import nn
 
-from errors import ConfigError, nearby, one_line
+from arguments import SCHEDULES
+from errors import ConfigError, nearby, one_line, unknown
 
 COMMON_OPTIMIZERS = ("adamw", "sgd", "lamb", "lion", "muon")
-SCHEDULES = ("cosine", "tanh", "step", "multistep", "constant", "plateau", "poly", "wsd", "rsqrt", "none")
 
 
 def whole_batch(args, num_ranks: int) -> int:
@@ -90,7 +90,7 @@ class Schedule:
     def __init__(self, args, optimizer: torch.optim.Optimizer, steps_per_epoch: int):
         if args.sched not in SCHEDULES:
             near = difflib.get_close_matches(args.sched, SCHEDULES, n=3)
-            raise ConfigError(f"--sched {args.sched} is not one of {', '.join(SCHEDULES)}{nearby(near)}")
+            raise ConfigError(unknown(f"--sched {args.sched}", SCHEDULES) + nearby(near))
         with warnings.catch_warnings():
             # timm warns that it does not save the state of a plateau schedule; `state_dict` here does.
             warnings.simplefilter("ignore", FutureWarning)

@@ -32,15 +32,15 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_flags(parser)
     add_device_flag(parser)
     add = parser.add_argument_group("output").add_argument
-    add("--topk", default=5, type=positive_int, metavar="K", help="classes an image")
-    add("--format", default="table", choices=FORMATS, help="what is printed")
-    add("--output", metavar="FILE", help="write there instead of printing")
-    add("--batch-size", default=32, type=positive_int, help="images at once")
+    add("--topk", default=5, type=positive_int, metavar="K", help="classes to name per image")
+    add("--format", default="table", choices=FORMATS, help="format of the output")
+    add("--output", metavar="FILE", help="file to write to instead of printing")
+    add("--batch-size", default=32, type=positive_int, help="images per batch")
     add(
         "--bad-image",
         default="raise",
         choices=("raise", "skip"),
-        help="what to do with an unreadable picture: stop, or leave it out",
+        help="what to do with an unreadable image: stop, or leave it out",
     )
     return parser
 

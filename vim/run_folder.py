@@ -81,15 +81,16 @@ class RunFolder:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a loader process does not inherit it
                 return self._began_here()
             except (BlockingIOError, PermissionError):
-                if self._began_here():  # a dead machine's lock, which a file server keeps for a while
-                    self.say(f"{path} is still held by this run's earlier process: going on without it")
-                    return True
                 if second == 0:
                     self.say(f"{self._in_use()}: waiting {seconds} seconds for its end")
                 time.sleep(1)
             except OSError as error:  # a file system without locks
                 self.say(f"{path} cannot be locked ({error.strerror}): let no other run use this folder")
                 return self._began_here()
+        if self._began_here() and not self._noted()[0].endswith(f" on {socket.gethostname()}"):
+            # A file server keeps a dead machine's lock for a while. On this machine its holder would be alive.
+            self.say(f"{path} is still held by this run's earlier process: going on without it")
+            return True
         raise ConfigError(f"{self._in_use()}: stop that run, or take another folder")
 
     def own(self) -> None:
@@ -142,7 +143,7 @@ class RunFolder:
 
     def set_back(self, path: Path) -> None:
         """Go on from one of the output folder's own checkpoints: later ones are moved aside, and the log says so."""
-        later = set_back(path)
+        later = set_back(path, self.args.trust_checkpoint)
         if later:
             best = self.path / "best_checkpoint.pth"
             sides = [side for file in later if (side := digest_path(file)).exists()]
@@ -185,7 +186,7 @@ def matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
 def num_earlier(folder: Path) -> int:
     """How often a run, or the later part of one, has been moved aside in an output folder."""
     numbers = (path.name.removeprefix("earlier-") for path in folder.glob("earlier-*"))
-    return max((int(number) for number in numbers if number.isdigit()), default=0)
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
 def make_folder(path: Path) -> None:

@@ -114,7 +114,7 @@ def _check_integers(name: str, tensor: Tensor | None, form: str, shape: tuple[in
     if tensor is None:
         return
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} must be signed integers {form}, not {tensor!r}: pass what is meant by its name")
+        raise ValueError(f"{name} must be signed integers {form}, not {tensor!r}: pass it by its name")
     if tensor.dtype not in INTEGERS or tuple(tensor.shape) != shape or tensor.device != x.device:
         raise ValueError(
             f"{name} must be signed integers {form} = {shape} on {x.device}, not {tensor.dtype} {tuple(tensor.shape)} "
@@ -201,7 +201,7 @@ def causal_conv1d_update(
         conv_state_indices: (B,) signed integers: row i of x continues row `conv_state_indices[i]` of conv_state.
 
     Returns out with x's shape and dtype, computed in at least float32. Raises ValueError for shapes, dtypes or devices
-    that do not fit, IndexError for an index that is no row (negative ones count from nowhere), NotImplementedError for
+    that do not fit, IndexError for an index that is no row (negative ones are not accepted), NotImplementedError for
     another activation.
     """
     silu = _silu(activation)

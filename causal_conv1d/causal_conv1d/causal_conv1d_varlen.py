@@ -25,7 +25,7 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
     if cu_seqlens.is_floating_point() or cu_seqlens.is_complex() or cu_seqlens.dtype == torch.bool:
         raise ValueError(f"cu_seqlens must be integers, not {cu_seqlens.dtype}")
     if state_len < 0:
-        raise ValueError(f"state_len={state_len} cannot be: use 0 or a positive number of tokens")
+        raise ValueError(f"state_len={state_len} is invalid: use 0 or a positive number of tokens")
     if cu_seqlens.device.type == "cpu" and len(cu_seqlens) and not 0 <= cu_seqlens.min() <= cu_seqlens.max() <= len(x):
         raise IndexError(f"cu_seqlens goes from {cu_seqlens.min()} to {cu_seqlens.max()}; x has {len(x)} tokens")
     return reference.varlen_states(x, cu_seqlens.to(torch.int64), state_len).contiguous()

@@ -256,7 +256,7 @@ def test_states_of_packed_sequences():
     assert torch.equal(causal_conv1d_varlen_states(none, nothing, 3), torch.zeros(1, 4, 3))
     for arguments, words in (
         ((x, torch.tensor([0.0, 7.9, 11.0]), 3), "cu_seqlens must be integers, not torch.float32"),
-        ((x, offsets, -2), "state_len=-2 cannot be: use 0 or a positive number"),
+        ((x, offsets, -2), "state_len=-2 is invalid: use 0 or a positive number"),
     ):
         with pytest.raises(ValueError, match=words):
             causal_conv1d_varlen_states(*arguments)

@@ -70,7 +70,7 @@ def test_lengths(isa, L, layout, dtype):
 
 @pytest.mark.parametrize("layout", ["tokens", "channels"])
 @pytest.mark.parametrize("L", [730, 1000, 1025])
-def test_long(isa, L, layout):
+def test_long_sequences_equal_the_reference(isa, L, layout):
     check_conv((1, 70, L), 4, layout)
 
 
@@ -79,16 +79,18 @@ def test_long(isa, L, layout):
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("width", [2, 3, 4])
-def test_arguments(isa, width, silu, has_bias, has_initial, layout):
+def test_every_combination_of_arguments_equals_the_reference(isa, width, silu, has_bias, has_initial, layout):
     check_conv((2, 5, 40), width, layout, silu=silu, has_bias=has_bias, has_initial=has_initial)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads(threads):
+def test_any_number_of_threads_equals_the_reference(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    check_conv((2, 130, 50), 4, "channels")
-    torch.set_num_threads(before)
+    try:
+        check_conv((2, 130, 50), 4, "channels")
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_unknown_instruction_set_raises(monkeypatch):

@@ -97,7 +97,7 @@ def assert_close(actual, expected, names, limit):
 
 @pytest.mark.parametrize("few", [True, False], ids=["two-channels", "four-channels"])
 @pytest.mark.parametrize("name", [*CASES, *([] if EMULATED else LARGE)])
-def test_mixer(name, few, monkeypatch):
+def test_the_mixer_equals_the_reference(name, few, monkeypatch):
     """Both cuts of the kernels, for few and for many sequences."""
     case = (CASES | LARGE)[name]
     monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(1))
@@ -160,7 +160,7 @@ def test_arguments_that_begin_anywhere(serving):
 @pytest.mark.parametrize("decay", bimamba.DECAYS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [8, 12])
-def test_weights(rank, dtype, decay):
+def test_weights_are_narrowed_and_padded(rank, dtype, decay):
     """All in one launch: in 16 bits as torch rounds them, where of the padding's rows any number will do; and A."""
     _, ahead, behind, _ = arguments(case(rank=rank, channels=64, dtype=dtype))
     others = torch.randn(128, 36, device=DEVICE).T, torch.randn(32, 64, device=DEVICE).double()  # one is strided
@@ -233,7 +233,7 @@ def run_block(tensors, dtype=None, decay="A"):
 
 @pytest.mark.parametrize("decay", bimamba.DECAYS)
 @pytest.mark.parametrize("how", ["autocast", "float16 activations"])
-def test_block(how, decay, cuda_backend):
+def test_the_block_equals_the_reference(how, decay, cuda_backend):
     """Out and every gradient, with autocast and without; nothing but hidden is kept for backward."""
     half = torch.bfloat16 if how == "autocast" else torch.float16
     activations, parameters = LIMITS[half]

@@ -32,14 +32,14 @@ def test_fast_path_is_the_same_function(bimamba_type, options):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"d_model": "16"}, "d_model='16' cannot be: use a whole number of at least 1"),
-        ({"expand": -1}, "expand=-1 cannot be: use a positive number"),
-        ({"expand": float("inf")}, "expand=inf cannot be: use a positive number"),
-        ({"expand": 0.001}, "expand=0.001 cannot be: use a number with expand * d_model >= 1, where d_model=16"),
-        ({"dt_min": 0}, "dt_min=0 cannot be: use a positive number"),
-        ({"dt_min": "a"}, "dt_min='a' cannot be: use a positive number"),
-        ({"dt_max": 1e-4}, "dt_max=0.0001 cannot be: use a number of at least dt_min=0.001"),
-        ({"dt_max": None}, "dt_max=None cannot be: use a number of at least dt_min=0.001"),
+        ({"d_model": "16"}, "d_model='16' is invalid: use a whole number of at least 1"),
+        ({"expand": -1}, "expand=-1 is invalid: use a positive number"),
+        ({"expand": float("inf")}, "expand=inf is invalid: use a positive number"),
+        ({"expand": 0.001}, "expand=0.001 is invalid: use a number with expand * d_model >= 1, where d_model=16"),
+        ({"dt_min": 0}, "dt_min=0 is invalid: use a positive number"),
+        ({"dt_min": "a"}, "dt_min='a' is invalid: use a positive number"),
+        ({"dt_max": 1e-4}, "dt_max=0.0001 is invalid: use a number of at least dt_min=0.001"),
+        ({"dt_max": None}, "dt_max=None is invalid: use a number of at least dt_min=0.001"),
         (
             {"dt_init_backward": "same", "bimamba_type": "v1"},
             "dt_init_backward='same' means nothing with bimamba_type='v1': leave it out, or use 'v2'",
@@ -290,10 +290,10 @@ def test_an_adapter_that_no_mixer_would_call_is_refused(name):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"stride": 2}, r"conv1d has stride=\(2,\), which this mixer would not heed: use \(1,\)"),
+        ({"stride": 2}, r"conv1d has stride=\(2,\), which this mixer ignores: use \(1,\)"),
         ({"dilation": 2, "padding": 6}, r"conv1d has dilation=\(2,\)"),
-        ({"padding": 0}, r"conv1d has padding=\(0,\), which this mixer would not heed: use \(3,\)"),
-        ({"groups": 1}, "conv1d has groups=1, which this mixer would not heed: use 32"),
+        ({"padding": 0}, r"conv1d has padding=\(0,\), which this mixer ignores: use \(3,\)"),
+        ({"groups": 1}, "conv1d has groups=1, which this mixer ignores: use 32"),
         ({"padding_mode": "circular"}, "conv1d has padding_mode='circular'"),
     ],
 )

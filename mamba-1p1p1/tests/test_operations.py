@@ -247,6 +247,29 @@ def test_block_registration(bf16_products):
     torch.library.opcheck(torch.ops.mamba_ssm.bimamba_block_backward.default, arguments)
 
 
+@pytest.mark.parametrize("save", [False, True])
+def test_a_graph_of_the_cpu_kernels_runs_where_they_are_not(save, monkeypatch):
+    """An exported model holds the operation for good; bfloat16 products are allowed there, not asked for."""
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "reference")
+    _, ahead, behind = mixer_inputs(D=32, dtype=torch.float32)
+    hidden, in_proj, out_proj = (torch.randn(s, requires_grad=True) for s in ((2, 5, 16), (64, 16), (16, 32)))
+    leaves = [t for t in (hidden, in_proj, out_proj, *ahead, *behind) if t is not None]
+    out, *_ = torch.ops.mamba_ssm.bimamba_block(hidden, in_proj, out_proj, *ahead, *behind, 0.5, True, save)
+    expected = F.linear(bimamba(F.linear(hidden, in_proj), ahead, behind), out_proj)
+    torch.testing.assert_close(out, expected)
+    if save:
+        dout = torch.randn_like(out)
+        for got, want in zip(*(torch.autograd.grad(one, leaves, dout) for one in (out, expected))):
+            torch.testing.assert_close(got, want)
+
+
+def test_a_graph_for_a_gpu_in_16_bits_is_refused_elsewhere_in_words():
+    _, ahead, behind = mixer_inputs(D=32, dtype=torch.float32)
+    hidden, in_proj, out_proj = (torch.randn(s) for s in ((2, 5, 16), (64, 16), (16, 32)))
+    with pytest.raises(RuntimeError, match=r"cannot run on cpu by .*: compile or export the model again"):
+        torch.ops.mamba_ssm.bimamba_half_block(hidden, in_proj, out_proj, *ahead, *behind, 0.5, "A")
+
+
 @needs_block
 def test_block_counts_the_flops_of_its_parts():
     _, ahead, behind = mixer_inputs(D=32, dtype=torch.float32)

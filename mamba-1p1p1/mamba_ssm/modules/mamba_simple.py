@@ -51,7 +51,7 @@ def check_values(table: Iterable[tuple[str, object, bool, str]]) -> None:
     """Raise ValueError at the first row (name, value, whether it is accepted, what is) that is not accepted."""
     for name, value, fits, accepted in table:
         if not fits:
-            raise ValueError(f"{name}={value!r} cannot be: use {accepted}")
+            raise ValueError(f"{name}={value!r} is invalid: use {accepted}")
 
 
 def _accepted(
@@ -228,7 +228,7 @@ class Mamba(nn.Module):
 
     def _is_one_block(self) -> bool:
         """Whether "v2" runs as one operation, its projections too."""
-        return self.use_fast_path and _is_plain(self.in_proj) and _is_plain(self.out_proj)
+        return self.use_fast_path and _is_bare(self.in_proj) and _is_bare(self.out_proj)
 
     def _block_parameters(self) -> tuple:
         """What that operation takes: both projections' weights, both directions' parameters with log(-A)."""
@@ -402,10 +402,10 @@ def _check_convolution(name: str, conv: nn.Conv1d) -> None:
     if given == needed:
         return
     what, value, right = next(three for three in zip(names, given, needed) if three[1] != three[2])
-    raise TypeError(f"{name} has {what}={value!r}, which this mixer would not heed: use {right!r}")
+    raise TypeError(f"{name} has {what}={value!r}, which this mixer ignores: use {right!r}")
 
 
-def _is_plain(linear: nn.Module) -> bool:
+def _is_bare(linear: nn.Module) -> bool:
     """Whether calling this projection is a product with its weight and nothing else: no adapter, bias or hook."""
     return runs_as_is(linear, nn.Linear) and linear.bias is None
 

@@ -7,6 +7,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -46,6 +47,16 @@ def _tensors(count: int) -> str:
 def _kernels(x: Tensor, direction: DirectionParameters):
     d_state, d_conv = direction.A.shape[1], direction.conv_weight.shape[1]
     return backend.choose("bimamba", x.device, x.dtype, d_state=d_state, d_conv=d_conv)
+
+
+def _half_block_kernels(x: Tensor, direction: DirectionParameters):
+    kernels = _kernels(x, direction)
+    if not hasattr(kernels, "half_block_forward"):
+        raise RuntimeError(
+            f"this graph was made for an NVIDIA GPU in 16 bits and cannot run on {x.device} by {kernels.__name__}: "
+            "compile or export the model again where it is to run"
+        )
+    return kernels
 
 
 def _saved_bytes(kernels, x: Tensor, direction: DirectionParameters) -> int:
@@ -143,7 +154,14 @@ _PROJECTED = f"Tensor hidden, Tensor in_proj, Tensor out_proj, {_BOTH}"
 def block(hidden, in_proj, out_proj, *rest):
     (forward, backward), (scale, bf16_products, save) = _directions(rest), rest[2 * COUNT :]
     kernels = _kernels(hidden, forward)
-    return kernels.block_forward(hidden, in_proj, out_proj, forward, backward, scale, save, bf16_products)
+    if hasattr(kernels, "block_forward"):
+        return kernels.block_forward(hidden, in_proj, out_proj, forward, backward, scale, save, bf16_products)
+    # A graph that was exported or compiled with the CPU kernels and runs where they are not. `bf16_products` allows
+    # 16 bits, it asks for none.
+    with torch.autocast(hidden.device.type, enabled=False):
+        xz = F.linear(hidden, in_proj)
+        y, saved = kernels.bimamba_forward(xz, forward, backward, scale, save)
+        return F.linear(y, out_proj), xz if save else hidden.new_empty(0), saved
 
 
 @block.register_fake
@@ -167,10 +185,22 @@ def block_backward(dout, hidden, in_proj, out_proj, *rest):
     kernels = _kernels(hidden, forward)
     check_saved(saved, _saved_bytes(kernels, hidden, forward))
     with torch.autocast(hidden.device.type, enabled=False):
-        *projections, forward_grads, backward_grads = kernels.block_backward(
-            dout, hidden, in_proj, out_proj, forward, backward, scale, xz, saved, bf16_products
-        )
+        if hasattr(kernels, "block_backward"):
+            *projections, forward_grads, backward_grads = kernels.block_backward(
+                dout, hidden, in_proj, out_proj, forward, backward, scale, xz, saved, bf16_products
+            )
+        else:
+            y, _ = kernels.bimamba_forward(xz, forward, backward, scale, False)
+            dxz, forward_grads, backward_grads = kernels.bimamba_backward(
+                dout @ out_proj, xz, forward, backward, scale, saved
+            )
+            projections = dxz @ in_proj, _over_tokens(dxz, hidden), _over_tokens(dout, y)
     return _op_results(hidden, (*projections, *forward_grads, *backward_grads))
+
+
+def _over_tokens(dout: Tensor, x: Tensor) -> Tensor:
+    """Gradient (F, E) of the weight of a projection x (B, L, E) -> (B, L, F), for dout (B, L, F)."""
+    return dout.flatten(0, 1).T @ x.flatten(0, 1)
 
 
 @block_backward.register_fake
@@ -215,7 +245,7 @@ def _block_backward_flops(dout_shape, *args, out_shape=None, **kwargs) -> int:
 )
 def half_block(hidden, in_proj, out_proj, *rest):
     (forward, backward), (scale, decay) = _directions(rest), rest[2 * COUNT :]
-    kernels = _kernels(hidden, forward)
+    kernels = _half_block_kernels(hidden, forward)
     return kernels.half_block_forward(hidden, in_proj, out_proj, forward, backward, scale, decay)
 
 
@@ -231,7 +261,7 @@ def _(hidden, *rest):
 )
 def half_block_backward(dout, hidden, in_proj, out_proj, *rest):
     (forward, backward), (scale, decay) = _directions(rest), rest[2 * COUNT :]
-    kernels = _kernels(hidden, forward)
+    kernels = _half_block_kernels(hidden, forward)
     with torch.autocast(hidden.device.type, enabled=False):
         *projections, forward_grads, backward_grads = kernels.half_block_backward(
             dout, hidden, in_proj, out_proj, forward, backward, scale, decay
@@ -273,7 +303,7 @@ NORMED = 3 + 2 * COUNT  # tensors of it
 )
 def norm_half_block(x, residual, norm_weight, in_proj, out_proj, *rest):
     directions, options = _directions(rest), rest[2 * COUNT :]
-    kernels = _kernels(x, directions[0])
+    kernels = _half_block_kernels(x, directions[0])
     return kernels.norm_half_block_forward(x, residual, norm_weight, in_proj, out_proj, *directions, *options)
 
 
@@ -289,7 +319,7 @@ def _(x, residual, *rest):
 )
 def norm_half_block_backward(dout, dtotal, total, norm_weight, in_proj, out_proj, *rest):
     directions, options = _directions(rest), rest[2 * COUNT :]
-    kernels = _kernels(dout, directions[0])
+    kernels = _half_block_kernels(dout, directions[0])
     with torch.autocast(dout.device.type, enabled=False):
         *others, forward_grads, backward_grads = kernels.norm_half_block_backward(
             dout, dtotal, total, norm_weight, in_proj, out_proj, *directions, *options

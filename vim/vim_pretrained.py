@@ -13,8 +13,6 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file
 
-from errors import one_line
-
 TAG = "hustvl_in1k"
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
@@ -78,7 +76,7 @@ def read_copy(overlay: dict | None) -> dict:
     except OSError:
         raise
     except Exception as error:  # a damaged file raises nearly anything
-        why = f"{type(error).__name__}: {one_line(error, 200)}"
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"{path} is damaged or no weight file ({why})") from error
     head = weights_in(content).get("head.weight")
     # timm makes a new head where this number is not the model's.
