@@ -21,8 +21,8 @@ from harness import ROOT
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "vim"))
 import models_mamba  # noqa: F401  (registers the Vim names)
-from dense import Backbone
-from seg.upernet import SCALES, Rescale
+from dense import SCALES, Backbone
+from seg.upernet import Rescale
 
 ATTENTION = {
     "eager": None,

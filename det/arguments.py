@@ -175,6 +175,8 @@ PROGRAM = Program(
     },
     notes={
         "finetune": "only those of the backbone, but all with --eval",
+        "decay_milestones": f"default: {MILESTONES[0]:.2%} and {MILESTONES[1]:.2%} of --epochs".replace("%", "%%"),
+        "decay_rate": "default: 1 for poly, else 0.1",
         "train_mode": "this program refuses that",
         "compile": "this program refuses that",
         "warmup_epochs": f"default: {WARMUP_EPOCHS} with --no-sched-on-updates, else --warmup-steps {WARMUP_STEPS}",

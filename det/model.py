@@ -56,7 +56,12 @@ class DetectorSettings:
 
     def __post_init__(self):
         check_choice("detector", self.detector, DETECTORS)
-        levels = len(self.pyramid_scales) + 1
+        scales = self.pyramid_scales
+        if not set(scales) <= set(SCALES) or list(scales) != sorted(set(scales), reverse=True) or not scales:
+            known = " ".join(f"{scale:g}" for scale in SCALES)
+            given = " ".join(f"{scale:g}" for scale in scales)
+            raise ValueError(f"pyramid_scales: {given}: use some of {known}, each once, the largest first")
+        levels = len(scales) + 1
         if len(self.anchor_sizes) != levels:
             raise ValueError(
                 f"{len(self.anchor_sizes)} anchor sizes for {levels} levels ({len(self.pyramid_scales)} pyramid "

@@ -169,7 +169,10 @@ PROGRAM = Program(
         "warmup_epochs": 1,
         "model_ema": False,
     },
-    notes={"finetune": "only those of the backbone, but all with --eval"},
+    notes={
+        "finetune": "only those of the backbone, but all with --eval",
+        "decay_rate": "default: 1 for poly, else 0.1",
+    },
 )
 
 

@@ -223,6 +223,9 @@ def test_the_model_by_default_is_said_to_be_deits():
 def test_of_both_lengths_of_a_warm_up_the_command_lines_counts(tmp_path):
     flags = ("--sched-on-updates", *config(tmp_path, "warmup_epochs: 5\nwarmup_steps: 250\n"))
     assert parse_args([*ON_CPU, *flags]).warmup_steps == 250
+    other_order = ("--sched-on-updates", *config(tmp_path, "warmup_steps: 250\nwarmup_epochs: 5\n"))
+    assert parse_args([*ON_CPU, *other_order]).warmup_steps == 250
+    assert parse_args([*ON_CPU, "--sched-on-updates", "--warmup-epochs", "2", "--warmup-steps=9"]).warmup_steps == 9
     args = parse_args([*ON_CPU, *flags, "--warmup-epochs", "10"])
     assert (args.warmup_epochs, args.warmup_steps) == (10, None)
     assert vars(round_trip(args, tmp_path)) == vars(args)
@@ -435,7 +438,7 @@ def test_a_bad_value_is_one_line(capsys, flags, words):
         (["--cutmix-minmax", "0.9", "0.2"], "--cutmix-minmax 0.9 0.2: the second must be larger"),
         (["--cutmix-minmax", "0.2", "0.21", "--input-size", "32"], "by a pixel at least"),
         (["--start_epoch", "5", "--epochs", "5"], "--start_epoch 5 of --epochs 5 leaves nothing to train"),
-        (["--warmup-epochs", "2", "--warmup-steps=9"], "--warmup-epochs 2 and --warmup-steps 9: give one of them"),
+        (["--sched", "step", "--decay-rate", "1"], "--decay-rate 1: --sched step cuts the rate by a factor below 1"),
         (["--report-to", "wandb"], "--report-to wandb keeps its files in --output_dir"),
         (["--device", "cpu:x"], "--device cpu:x is unknown: use one of cuda, cuda:N, cpu, mps, auto"),
         (["--device", "tpu"], "--device tpu is unknown: use one of cuda, cuda:N, cpu, mps, auto"),

@@ -298,8 +298,8 @@ def test_a_step_that_torch_cannot_take_deterministically_is_refused(flags, devic
         ("--compile", "--compile: a detector's boxes change in number"),
         ("--data-path= --flip-prob 0.5", "--flip-prob 0.5: the digits of generated scenes must not be mirrored; leave"),
         ("--anchor-sizes 8 16", "2 anchor sizes for 3 levels"),
-        ("--pyramid-scales 3 1", "pyramid_scales=3.0 is unknown: use one of 4.0, 2.0, 1.0, 0.5"),
-        ("--pyramid-scales 0.5 1", "pyramid scales (0.5, 1.0): use some of"),
+        ("--pyramid-scales 3 1", "--pyramid-scales 3 1: use some of 4 2 1 0.5, each once, the largest first"),
+        ("--pyramid-scales 0.5 1", "--pyramid-scales 0.5 1: use some of 4 2 1 0.5"),
         ("--input-size 50", "--model vim_two_blocks at --input-size 50: images filled up to (50, 50) pixels: take mul"),
         ("--data-path nowhere", "nowhere/annotations/instances_train2017.json cannot be read"),
         ("--model resnet999", "--model resnet999 is not registered with timm"),
@@ -376,15 +376,14 @@ def test_scenes_are_annotated_exactly():
 SCRIPTS = sorted((ROOT / "det" / "scripts").glob("*.sh"))
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("gpus", [1, 2, 8])
-def test_a_script_is_the_recipe_on_any_number_of_gpus(script, gpus, coco, tmp_path):
+def arguments_of(script, coco, tmp_path, gpus, *flags):
+    """What a script starts the program with."""
     weights = tmp_path / "classifier.pth"
     weights.touch()
     variables = {"DATA_PATH": coco, "CKPT": weights, "GPUS": gpus, "DRY_RUN": 1, "PYTHON": sys.executable}
     clean = {k: v for k, v in os.environ.items() if k not in ("BATCH", "NNODES", "OUTPUT_DIR", "NODE_RANK")}
     done = subprocess.run(
-        ["bash", str(script), "--device", "cpu"],
+        ["bash", str(script), "--device", "cpu", *flags],
         env=clean | {key: str(value) for key, value in variables.items()},
         capture_output=True,
         text=True,
@@ -394,13 +393,25 @@ def test_a_script_is_the_recipe_on_any_number_of_gpus(script, gpus, coco, tmp_pa
     words = shlex.split(done.stdout)
     program = next(i for i, word in enumerate(words) if word.endswith("train.py"))
     assert Path(words[program]).resolve() == ROOT / "det" / "train.py"
-    args = parse(words[program + 1 :])
+    return parse(words[program + 1 :])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("gpus", [1, 2, 8])
+def test_a_script_is_the_recipe_on_any_number_of_gpus(script, gpus, coco, tmp_path):
+    args = arguments_of(script, coco, tmp_path, gpus)
     assert args.batch_size * args.accum_steps * gpus == 64
-    assert args.finetune == str(weights) and args.data_path == str(coco)
-    assert args.warmup_steps == 250
+    assert args.finetune == str(tmp_path / "classifier.pth") and args.data_path == str(coco)
+    assert args.warmup_steps == 250 and args.decay_milestones == [88.89, 96.3]
     defaults = parse(["--device", "cpu", "--data-path", "x"])
-    for name in PROGRAM.defaults.keys() - {"model", "warmup_epochs"}:
+    for name in PROGRAM.defaults.keys() - {"model"}:
         assert getattr(args, name) == getattr(defaults, name), name
+
+
+def test_a_scripts_recipe_can_be_shortened(coco, tmp_path):
+    args = arguments_of(SCRIPTS[0], coco, tmp_path, 1, "--epochs", "12", "--warmup-epochs", "3")
+    assert args.decay_milestones == pytest.approx([10.6668, 11.556])
+    assert (args.warmup_epochs, args.warmup_steps) == (3, None)
 
 
 def test_there_is_a_script_for_each_size():

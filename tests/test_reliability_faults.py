@@ -42,7 +42,11 @@ def run(flags: str, folder: Path) -> int:
 
 
 def tensorboard(folder: Path, name: str) -> dict[int, float]:
-    """What TensorBoard shows under a name, by step."""
+    """What TensorBoard shows under a name, by step. It reads files in the order of their names, which hold the second
+    and a process's count without zeros: those of runs within a second are given names in order here."""
+    files = sorted(folder.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns)
+    for i, path in enumerate(files):
+        path.rename(path.with_name(f"events.out.tfevents.{i:03d}"))
     return {event.step: event.value for event in EventAccumulator(str(folder)).Reload().Scalars(name)}
 
 

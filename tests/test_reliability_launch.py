@@ -237,6 +237,13 @@ def test_a_process_leaves_without_waiting_for_a_loader_that_hangs():
     assert (done.returncode, done.stdout) == (3, "registered for the end\n"), done.stderr
 
 
+def test_a_process_without_standard_error_leaves_with_its_code():
+    """Where the descriptor is closed, Python has no such stream."""
+    program = "import sys; sys.path[:0] = ['vim']; import distributed; distributed.leave(3)"
+    done = subprocess.run(["bash", "-c", '"$0" -c "$1" 2>&-', sys.executable, program], cwd=ROOT, timeout=60)
+    assert done.returncode == 3
+
+
 BESIDE_TORCHRUN = """
 import os, signal, sys
 sys.path.insert(0, "vim")

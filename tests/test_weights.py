@@ -304,6 +304,8 @@ def test_arguments_that_no_shape_tells_are_those_of_the_exported_folder(tmp_path
     with torch.no_grad():
         found = load_classifier(predict.build_parser().parse_args(flags)).model(images)
         assert torch.equal(found, expected(images)) and not torch.equal(found, model(images))
+    assert hub.main(["export", str(tmp_path / "out"), str(tmp_path / "again")]) == 0
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["model_args"]["global_pool"] == "max"
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(3, "RGB"), (1, "L")])

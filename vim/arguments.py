@@ -170,7 +170,8 @@ class PublishedNonfinite(Switch):
 
 
 class WarmupEpochs(argparse.Action):
-    """Takes --warmup-steps back, so that of both the last one given counts: the command line's after a file's."""
+    """Takes --warmup-steps back, so that of both the last one given counts: the command line's after a file's or a
+    script's. In a file, which has no order, --warmup-steps."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, values)
@@ -685,17 +686,11 @@ def parse_args(argv: list[str] | None = None, program: Program | None = None) ->
     parser = build_parser(program)
     finder = OneLineParser(prog=program.prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config", action="append")
-    finder.add_argument("--warmup-epochs")
-    finder.add_argument("--warmup-steps")
     finder.set_defaults(config=[])
     found = finder.parse_known_args(argv)[0]
     *others, path = ["", *found.config]
     if others[1:]:
         raise ConfigError(f"--config {others[1]} and --config {path}: give one file")
-    if found.warmup_epochs is not None and found.warmup_steps is not None:
-        raise ConfigError(
-            f"--warmup-epochs {found.warmup_epochs} and --warmup-steps {found.warmup_steps}: give one of them"
-        )
     tokens = yaml_tokens(path, parser) if path else []
     args = parser.parse_args(tokens + argv)
     args.output_dir = os.path.expanduser(args.output_dir)
@@ -714,7 +709,7 @@ def yaml_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
     """
     known = yaml_keys(parser)
     tokens = []
-    for key, value in read_mapping(path).items():
+    for key, value in sorted(read_mapping(path).items(), key=lambda item: normalised(item[0]) == "warmup_steps"):
         action = known.get(normalised(key))
         if action is None:
             near = difflib.get_close_matches(normalised(key), known, n=3)
@@ -820,8 +815,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError(f"--report-to {args.report_to} keeps its files in --output_dir, which is not given")
     if args.sched == "plateau" and args.sched_on_updates:
         raise ConfigError("--sched plateau follows the evaluations, not the steps; give --no-sched-on-updates")
-    if args.sched == "plateau" and args.decay_rate >= 1:
-        raise ConfigError(f"--decay-rate {args.decay_rate:g}: --sched plateau cuts the rate by a factor below 1")
+    if args.sched in ("step", "multistep", "plateau") and args.decay_rate >= 1:
+        raise ConfigError(f"--decay-rate {args.decay_rate:g}: --sched {args.sched} cuts the rate by a factor below 1")
     if args.sched == "multistep" and not args.eval:
         check_milestones(args.decay_milestones, args.epochs)
     if args.layer_decay is not None and args.sched == "none":

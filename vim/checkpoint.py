@@ -282,6 +282,7 @@ def _take_description(checkpoint: Checkpoint, path: Path) -> None:
             "in_chans": int(channels),
             "num_classes": int(config["num_classes"]),
             "eval_crop_ratio": float(settings.get("crop_pct") or 0.875),
+            "model_args": dict(config.get("model_args") or {}),
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {_reason(error)}; export the folder again") from error

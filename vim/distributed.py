@@ -163,18 +163,18 @@ def from_main(item):
 
 
 def leave(code: int) -> NoReturn:
-    """End this process with `exit_code(code)`: with what is registered for its end, but without Python's own.
+    """End this process with `exit_code(code)`: with what `atexit` has to run, but without Python's own end.
 
     Python would search all memory for what can be given back, which takes seconds in which a signal kills the process
-    and gloo's threads may; and it would wait for a loader's process that hangs.
+    and gloo's threads may; and it would wait for a loader's process that hangs. No thread is waited for.
     """
     with StopSignal():  # a run that has ended is not stopped any more
         code = exit_code(code)
         for loader in multiprocessing.active_children():
             loader.kill()
         atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(BrokenPipeError):  # who read it has gone
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with suppress(OSError, ValueError):  # what it went to is gone: too late to say so
                 stream.flush()
         os._exit(code)
 

@@ -82,12 +82,16 @@ def export_folder(model: nn.Module, folder: Path, identity: Identity, source: Ch
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be created: {error.strerror}") from error
     config = {"label_names": names} if names else {}
-    save_for_hf(model, str(folder), model_config=config, model_args=_json_arguments(identity), safe_serialization=True)
+    arguments = _json_arguments(identity, source)
+    save_for_hf(model, str(folder), model_config=config, model_args=arguments, safe_serialization=True)
     card = model_card(model, identity, source)
     (folder / "README.md").write_text(generate_readme(card, identity.name), encoding="utf-8")
 
 
-def _json_arguments(identity: Identity) -> dict:
+def _json_arguments(identity: Identity, source: Checkpoint) -> dict:
+    """Arguments with which timm makes the model; an exported folder's own, since shapes do not tell all."""
+    if source.exported and identity.name == source.args.model:
+        return source.args.model_args
     return {name: value for name, value in identity.arguments.items() if value is not None}
 
 
@@ -145,7 +149,7 @@ def push_to_hub(model: nn.Module, repo: str, identity: Identity, source: Checkpo
     try:
         push_to_hf_hub(
             model, repo, model_config=config, model_card=model_card(model, identity, source),
-            model_args=_json_arguments(identity), safe_serialization=True,
+            model_args=_json_arguments(identity, source), safe_serialization=True,
         )  # fmt: skip
     except HFValidationError as error:
         raise CheckpointError(f"--push {repo}: expected OWNER/REPO, the name of a repository on the Hub") from error

@@ -123,7 +123,7 @@ def open_model(
     try:
         model = _create(checkpoint, identity)
         load_weights(model, state_dict)
-    except (TypeError, ValueError) as error:  # a TypeError where another model does not take the arguments
+    except (RuntimeError, TypeError, ValueError) as error:  # such as arguments that another model does not take
         raise CheckpointError(f"{checkpoint.path} is no {identity.name}: {one_line(error)}") from error
     model.pretrained_cfg = model.pretrained_cfg | preprocessing(model, checkpoint)
     return model.eval(), identity, entry

@@ -60,7 +60,7 @@ def load_classifier(args: argparse.Namespace) -> Classifier:
     """Model, preprocessing and class names of `--checkpoint`. Raises CheckpointError, ConfigError, DataError."""
     device = choose_device(args.device)
     checkpoint = read_checkpoint(args.checkpoint, args.trust_checkpoint)
-    if Path(args.checkpoint).is_dir() and not checkpoint.exported:
+    if Path(args.checkpoint).expanduser().is_dir() and not checkpoint.exported:
         raise CheckpointError(
             f"{args.checkpoint}/config.json does not describe a model: export the folder again with `checkpoint.py "
             f"export`, or give {checkpoint.path} itself"

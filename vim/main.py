@@ -2,7 +2,7 @@
 
 Exit codes: 0 done, 1 a fault that starting again may mend (a dead rank or loader process), 2 wrong flag,
 3 a loss or gradient was not finite, 4 data or configuration that cannot work (a full disk and too little
-memory among them), 75 stopped by a signal and saved, to be queued again.
+memory among them), 75 stopped by a signal and saved, to be queued again, 130 interrupted at once by a second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def run_program(argv: list[str] | None, parse: Callable, execute: Callable) -> i
                 code = execute(args, distributed.start(args))
         except KeyboardInterrupt:  # a second Ctrl-C
             code = 128 + signal.SIGINT
-            print("interrupted: --resume auto goes on from the last checkpoint", file=sys.stderr)
+            saved = args is not None and args.output_dir and not args.eval
+            print(f"interrupted{': --resume auto goes on from the last checkpoint' if saved else ''}", file=sys.stderr)
         except SystemExit as leaving:  # argparse, or who was asked to stop, has said why
             code = leaving.code
         except Exception as error:

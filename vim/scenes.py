@@ -13,6 +13,7 @@ from functools import cache
 import numpy as np
 
 from datasets import digits_sources
+from errors import check_choice
 
 CLASS_NAMES = [str(digit) for digit in range(10)]
 SPLITS = ("train", "val")
@@ -62,10 +63,8 @@ class Scenes:
     """
 
     def __init__(self, split: str, size: int = 96, count: int = 1000, seed: int = 0, ink: str = "any"):
-        if split not in SPLITS:
-            raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
-        if ink not in INKS:
-            raise ValueError(f"ink={ink!r}: expected one of {', '.join(INKS)}")
+        check_choice("split", split, SPLITS)
+        check_choice("ink", ink, INKS)
         if size < 48:
             raise ValueError(f"size={size}: digits are not told apart in scenes below 48 pixels")
         self.split, self.size, self.count, self.seed, self.ink = split, size, count, seed, ink

@@ -26,5 +26,5 @@ launch 64 8 \
     --model vim_tiny_patch16_224 \
     --finetune "$CKPT" \
     --lr 1e-4 --weight-decay 0.1 --layer-decay 0.837 --drop-path 0.1 \
-    --epochs 100 --sched multistep --decay-milestones 88.89 96.30 --warmup-steps 250 \
+    --epochs 100 --sched multistep \
     --input-size 1024 --scale-range 0.1 2.0 "$@"

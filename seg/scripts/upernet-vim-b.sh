@@ -31,5 +31,5 @@ launch "$whole" 4 \
     --data-set ADE20K \
     --model vim_base_patch16_224 \
     --finetune "$CKPT" \
-    --sched poly --decay-rate 1 --min-lr 0 --warmup-steps 1500 \
+    --sched poly --min-lr 0 --warmup-steps 1500 \
     --resize 512x2048 --crop-size 512 --window-stride 341 --dist-eval "${recipe[@]}" "$@"
