@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from arguments import build_parser
 
@@ -19,6 +20,18 @@ PLAIN = ("--aa", "none", "--color-jitter", "0", "--reprob", "0")
 def run_args(*flags: str) -> Namespace:
     """The program's own defaults with `flags` on top, in one process without loader workers."""
     return build_parser().parse_args(["--num_workers", "0", *flags])
+
+
+def scalars(folder: Path, name: str) -> dict[int, float]:
+    """What TensorBoard shows under a name, by step.
+
+    It reads files in the order of their names, which hold the second and a process's count without zeros: those of
+    runs within a second are given names in order here.
+    """
+    files = sorted(folder.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns)
+    for i, path in enumerate(files):
+        path.rename(path.with_name(f"events.out.tfevents.{i:03d}"))
+    return {event.step: event.value for event in EventAccumulator(str(folder)).Reload().Scalars(name)}
 
 
 def random_image(seed: int, width: int = 40, height: int = 32) -> Image.Image:

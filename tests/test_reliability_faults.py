@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoint as checkpoints
 import distributed
@@ -30,7 +29,7 @@ import report
 from checkpoint import CheckpointWriter, latest_checkpoint, read_checkpoint
 from datasets import ImageDataset
 from errors import CheckpointError
-from helpers import run_args, write_image_folder
+from helpers import run_args, scalars, write_image_folder
 from main import main
 from processes import QUICK, STEPS, end, fault, no_pictures, pieces, start, start_ranks, wait_for_a_step  # noqa: F401
 
@@ -39,15 +38,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(flags: str, folder: Path) -> int:
     return main([*flags.split(), "--output_dir", str(folder)])
-
-
-def tensorboard(folder: Path, name: str) -> dict[int, float]:
-    """What TensorBoard shows under a name, by step. It reads files in the order of their names, which hold the second
-    and a process's count without zeros: those of runs within a second are given names in order here."""
-    files = sorted(folder.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns)
-    for i, path in enumerate(files):
-        path.rename(path.with_name(f"events.out.tfevents.{i:03d}"))
-    return {event.step: event.value for event in EventAccumulator(str(folder)).Reload().Scalars(name)}
 
 
 def one_line(capsys) -> str:
@@ -218,7 +208,7 @@ def test_a_skipped_step_is_counted_in_every_row_and_at_the_end(tmp_path, capsys)
     with fault("nan@4"):
         assert run(f"{QUICK} --nonfinite skip", tmp_path) == 0
     assert [json.loads(line)["skipped_steps"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [1, 1]
-    assert tensorboard(tmp_path, "epoch/skipped_steps") == {STEPS: 1, 2 * STEPS: 1}
+    assert scalars(tmp_path, "epoch/skipped_steps") == {STEPS: 1, 2 * STEPS: 1}
     text = capsys.readouterr().out
     assert "step 5 left out: loss nan" in text and "1 left out" in text
 
@@ -238,7 +228,7 @@ def test_replaced_images_are_counted_over_a_resume(tmp_path, capsys):
     assert run(flags, tmp_path / "parts") == 0
     assert pieces(tmp_path / "whole") == pieces(tmp_path / "parts")
     assert json.loads((tmp_path / "whole" / "log.txt").read_text().splitlines()[-1])["replaced_images"] == 1
-    assert list(tensorboard(tmp_path / "parts", "epoch/replaced_images").values()) == [1, 1]
+    assert list(scalars(tmp_path / "parts", "epoch/replaced_images").values()) == [1, 1]
     assert "0 left out, 1 images replaced; " in capsys.readouterr().out
 
 
@@ -491,8 +481,8 @@ def test_a_fallback_is_said_and_counted(tmp_path, capsys):
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "incidents.txt").read_text().splitlines()]
     assert kinds == ["fallback", "resumed"]
     assert read_checkpoint(tmp_path / "checkpoint.pth").step == 2 * STEPS
-    assert tensorboard(tmp_path, "incidents/fallback") == {0: 0, 8: 1}
-    assert tensorboard(tmp_path, "incidents/resumed") == {0: 0, 8: 1}
+    assert scalars(tmp_path, "incidents/fallback") == {0: 0, 8: 1}
+    assert scalars(tmp_path, "incidents/resumed") == {0: 0, 8: 1}
 
 
 def test_a_start_that_repeats_one_without_a_checkpoint_is_counted_too(tmp_path, monkeypatch, capsys):
@@ -507,4 +497,4 @@ def test_a_start_that_repeats_one_without_a_checkpoint_is_counted_too(tmp_path, 
     text = capsys.readouterr().out
     assert "restart 1: no checkpoint to go on from" in text
     assert "on the way: 1 x started again from the beginning; see incidents.txt" in text
-    assert tensorboard(tmp_path, "incidents/restarted") == {0: 1}
+    assert scalars(tmp_path, "incidents/restarted") == {0: 1}

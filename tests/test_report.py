@@ -24,7 +24,7 @@ from datasets import build_datasets
 from engine import StepResult
 from errors import ConfigError
 from evaluation import Evaluation, Mistake
-from helpers import run_args
+from helpers import run_args, scalars
 
 
 def a_row(epoch, **more):
@@ -42,11 +42,6 @@ def write_epochs(log, first, last):
     for epoch in range(first, last):
         log.epoch(a_row(epoch))
     log.close()
-
-
-def scalars(folder, name):
-    events = EventAccumulator(str(folder)).Reload()
-    return {event.step: event.value for event in events.Scalars(name)}
 
 
 @pytest.fixture(scope="module")
