@@ -147,9 +147,9 @@ def test_a_rank_that_lost_one_which_no_restart_mends_is_not_restarted_either(tmp
 
 END = """
 import os, sys
+open(sys.argv[1], "a").write("x")  # before torch is imported: torchrun ends a rank whose peer has ended with 1
 sys.path[:0] = ["vim"]
 import distributed
-open(sys.argv[1], "a").write("x")
 rank, restart = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 """
 CLEAN_TMP = "__import__('shutil').rmtree(os.path.dirname(os.environ[distributed.EXIT_CODE_FILE]), ignore_errors=True)"
