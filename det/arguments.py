@@ -6,11 +6,11 @@ Defaults are ViTDet's for COCO, as Vim's authors used them: images of 1024 pixel
 from __future__ import annotations
 
 import argparse
-import math
 
 from arguments import (
     COMMON_FLAGS,
     Program,
+    check_scale_range,
     decay_rate_of,
     fraction,
     image_size,
@@ -135,9 +135,7 @@ def resolve(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     require_weights(args)
-    low, high = args.scale_range
-    if not 0 < low <= high < math.inf:
-        raise ConfigError(f"--scale-range {low:g} {high:g}: expected two scales above 0, the smaller one first")
+    check_scale_range(args)
     if args.compile:
         raise ConfigError("--compile: a detector's boxes change in number at every step; leave it out")
     if not args.train_mode:

@@ -99,9 +99,10 @@ class CocoSource:
         self.left_out: Counter = Counter()
         self.clipped = 0
         self.objects = Packed(self._instances(content))
+        self.truth = None
         if held_out:
             check_truth(title, content)
-        self.truth = ground_truth(content) if held_out else None
+            self.truth = ground_truth(content)
 
     def _instances(self, content: dict) -> list[list[Instance]]:
         label_of = {category: label for label, category in enumerate(self.category_ids, start=1)}

@@ -22,7 +22,7 @@ from torchvision.models.detection.roi_heads import RoIHeads, paste_masks_in_imag
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import resize_boxes
 
-from dense import SCALES, Backbone, DenseModel
+from dense import SCALES, Backbone, DenseModel, are_falling
 from det.cascade import AgnosticPredictor, CascadeRoIHeads, PyramidRoIAlign
 from det.pyramid import SimpleFeaturePyramid
 from errors import check_choice
@@ -57,7 +57,7 @@ class DetectorSettings:
     def __post_init__(self):
         check_choice("detector", self.detector, DETECTORS)
         scales = self.pyramid_scales
-        if not set(scales) <= set(SCALES) or list(scales) != sorted(set(scales), reverse=True) or not scales:
+        if not scales or not set(scales) <= set(SCALES) or not are_falling(scales):
             known = " ".join(f"{scale:g}" for scale in SCALES)
             given = " ".join(f"{scale:g}" for scale in scales)
             raise ValueError(f"pyramid_scales: {given}: use some of {known}, each once, the largest first")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from dense import SCALES
+from dense import SCALES, are_falling
 from errors import check_choice
 
 
@@ -52,7 +52,7 @@ class SimpleFeaturePyramid(nn.Module):
 
     def __init__(self, channels: int, out_channels: int = 256, stride: int = 16, scales: tuple = SCALES):
         super().__init__()
-        if list(scales) != sorted(set(scales), reverse=True) or not scales:
+        if not scales or not are_falling(scales):
             raise ValueError(f"pyramid scales {scales}: use some of {SCALES}, each once, the largest first")
         if stride & (stride - 1):
             raise ValueError(f"a backbone of stride {stride}: the pyramid's levels need a power of two")

@@ -9,6 +9,7 @@ from arguments import (
     COMMON_FLAGS,
     Program,
     Switch,
+    check_scale_range,
     decay_rate_of,
     fraction,
     image_size,
@@ -135,9 +136,7 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--data-set {args.data_set} needs --data-path DIR; without --data-path only SCENES can be used"
         )
-    low, high = args.scale_range
-    if not 0 < low <= high < math.inf:
-        raise ConfigError(f"--scale-range {low:g} {high:g}: expected two scales above 0, the smaller one first")
+    check_scale_range(args)
     wrong = [scale for scale in args.eval_scales if not 0 < scale < math.inf]
     if wrong:
         raise ConfigError(f"--eval-scales {wrong[0]:g}: expected scales above 0")

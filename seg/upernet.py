@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dense import SCALES, Backbone, DenseModel, resize_maps
+from dense import SCALES, Backbone, DenseModel, are_falling, resize_maps
 from errors import check_choice
 
 # Sizes of the grids that the coarsest level is averaged over.
@@ -125,7 +125,7 @@ class UPerNet(DenseModel):
         maps = len(backbone.channels)
         if backbone.plain and len(scales) != maps:
             raise ValueError(f"{len(scales)} scales for {maps} maps: give one scale per map")
-        if backbone.plain and list(scales) != sorted(set(scales), reverse=True):
+        if backbone.plain and not are_falling(scales):
             given = " ".join(f"{scale:g}" for scale in scales)
             raise ValueError(f"{given}: give each scale once, the largest first")
         if maps < 2:

@@ -687,8 +687,7 @@ def parse_args(argv: list[str] | None = None, program: Program | None = None) ->
     finder = OneLineParser(prog=program.prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config", action="append")
     finder.set_defaults(config=[])
-    found = finder.parse_known_args(argv)[0]
-    *others, path = ["", *found.config]
+    *others, path = ["", *finder.parse_known_args(argv)[0].config]
     if others[1:]:
         raise ConfigError(f"--config {others[1]} and --config {path}: give one file")
     tokens = yaml_tokens(path, parser) if path else []
@@ -837,6 +836,13 @@ def check_milestones(milestones: list[float], epochs: int) -> None:
 def decay_rate_of(sched: str) -> float:
     """The default of `--decay-rate` where it is not DeiT's for all schedules: poly's exponent, or a factor."""
     return 1.0 if sched == "poly" else 0.1
+
+
+def check_scale_range(args: argparse.Namespace) -> None:
+    """Raise ConfigError for a `--scale-range`, segmentation's and detection's, that is none."""
+    low, high = args.scale_range
+    if not 0 < low <= high < math.inf:
+        raise ConfigError(f"--scale-range {low:g} {high:g}: expected two scales above 0, the smaller one first")
 
 
 def require_weights(args: argparse.Namespace, size: str = "--input-size") -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,11 @@ from models_mamba import cls_token_positions
 # Sizes of the levels that are made of a plain backbone's one map, over the map's, unless flags say others.
 SCALES = (4.0, 2.0, 1.0, 0.5)
 PREFIX = DENSE_BACKBONE.removesuffix("model.")
+
+
+def are_falling(scales: Sequence[float]) -> bool:
+    """Whether each is there once, the largest first."""
+    return list(scales) == sorted(set(scales), reverse=True)
 
 
 class Backbone(nn.Module):

@@ -17,7 +17,7 @@ from arguments import OneLineParser
 from checkpoint import ENTRIES, Checkpoint, read_checkpoint
 from errors import CheckpointError, one_line
 from failures import run_cli
-from identity import Identity, dense_program, identify, open_model
+from identity import Identity, dense_program, describes, identify, open_model
 
 # Modules that register names with timm, which has none of them.
 OWN_MODELS = ("models_mamba", "models_baseline")
@@ -90,7 +90,7 @@ def export_folder(model: nn.Module, folder: Path, identity: Identity, source: Ch
 
 def _json_arguments(identity: Identity, source: Checkpoint) -> dict:
     """Arguments with which timm makes the model; an exported folder's own, since shapes do not tell all."""
-    if source.exported and identity.name == source.args.model:
+    if describes(source, identity):
         return source.args.model_args
     return {name: value for name, value in identity.arguments.items() if value is not None}
 

@@ -131,9 +131,14 @@ def open_model(
 
 def _create(checkpoint: Checkpoint, identity: Identity) -> nn.Module:
     """The model of `identity`, for an exported folder with the arguments in its config.json: shapes do not tell all."""
-    if checkpoint.exported and identity.name == checkpoint.args.model:
+    if describes(checkpoint, identity):
         return timm.create_model(f"local-dir:{checkpoint.path.parent}")
     return identity.create()
+
+
+def describes(checkpoint: Checkpoint, identity: Identity) -> bool:
+    """Whether an exported folder's config.json, and not the shapes alone, says how the model of `identity` is made."""
+    return checkpoint.exported and identity.name == checkpoint.args.model
 
 
 def choose_entry(checkpoint: Checkpoint, identity: Identity, weights: str = "auto") -> str:

@@ -194,11 +194,11 @@ def block_backward(dout, hidden, in_proj, out_proj, *rest):
             dxz, forward_grads, backward_grads = kernels.bimamba_backward(
                 dout @ out_proj, xz, forward, backward, scale, saved
             )
-            projections = dxz @ in_proj, _over_tokens(dxz, hidden), _over_tokens(dout, y)
+            projections = dxz @ in_proj, _weight_gradient(dxz, hidden), _weight_gradient(dout, y)
     return _op_results(hidden, (*projections, *forward_grads, *backward_grads))
 
 
-def _over_tokens(dout: Tensor, x: Tensor) -> Tensor:
+def _weight_gradient(dout: Tensor, x: Tensor) -> Tensor:
     """Gradient (F, E) of the weight of a projection x (B, L, E) -> (B, L, F), for dout (B, L, F)."""
     return dout.flatten(0, 1).T @ x.flatten(0, 1)
 
