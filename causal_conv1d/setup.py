@@ -1,20 +1,29 @@
 """Compiles csrc/ into a shared library without torch's headers, once per instruction set. Metadata: pyproject.toml.
 
 The library has a plain C interface and no Python init function; causal_conv1d/cpu.py loads it with ctypes. It is
-optional: without a C++ compiler or OpenMP the install succeeds, says so, and the reference runs instead.
+optional: without a C++ compiler the install succeeds, says so, and the reference runs instead. g++ and clang compile
+it; on macOS OpenMP's functions are those of the library that torch brings, found when cpu.py loads this one.
 """
 
 import os
 import platform
+import sys
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FLAGS = [
-    "-O3", "-g0", "-std=gnu++17", "-fopenmp", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden",
+    "-O3", "-g0", "-std=gnu++17", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden",
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
     "-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas",
+    "-Wno-unknown-warning-option",
 ]  # fmt: skip
+if sys.platform == "darwin":  # Apple's compiler refuses -fopenmp, but not to its parts
+    FLAGS += ["-Xpreprocessor", "-fopenmp"]
+    LINK_FLAGS = ["-Wl,-undefined,dynamic_lookup"]
+else:
+    FLAGS += ["-fopenmp"]
+    LINK_FLAGS = ["-fopenmp"]
 ISA_FLAGS = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
@@ -43,7 +52,7 @@ class BuildKernels(build_ext):
             objects += compile(kernels, isa, [("ISA", isa)], flags)
         target = self.get_ext_fullpath(extension.name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        self.compiler.link_shared_object(objects, target, extra_postargs=["-fopenmp"], target_lang="c++")
+        self.compiler.link_shared_object(objects, target, extra_postargs=LINK_FLAGS, target_lang="c++")
 
     def get_export_symbols(self, extension):
         return []

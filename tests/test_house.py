@@ -1,13 +1,16 @@
 """The house: packaging from any folder, licence files, the Makefile, and the README's commands."""
 
 import os
+import platform
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,6 +106,37 @@ def test_a_wheel_holds_the_package_and_needs_only_torch(folder, tmp_path):
     assert [name for name in names if re.search(r"/_cpu_kernels\..*so$", name)]
     assert not [name for name in names if name.split("/")[0] == "tests"]
     assert "torch" in required and required <= {"torch", "triton", "causal-conv1d", "causal_conv1d"}
+
+
+# clang's name of a system: (sys.platform, platform.machine())
+CLANG_TARGETS = {
+    "aarch64-macos": ("darwin", "arm64"),
+    "aarch64-linux-gnu": ("linux", "aarch64"),
+    "x86_64-linux-gnu": ("linux", "x86_64"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", CLANG_TARGETS)
+@pytest.mark.parametrize("folder", PACKAGES)
+def test_clang_compiles_the_kernels(folder, target, monkeypatch, tmp_path):
+    """With the flags of setup.py there, OpenMP's among them, for all instruction sets. It is macOS's compiler."""
+    system, machine = CLANG_TARGETS[target]
+    monkeypatch.chdir(ROOT / folder)
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    build = runpy.run_path(str(ROOT / folder / "setup.py"))
+    monkeypatch.undo()
+    assert len(build["ISA_FLAGS"]) == (3 if machine == "x86_64" else 1)
+    clang = [sys.executable, "-m", "ziglang", "c++", "-target", target, "-Werror", "-fPIC"]
+    for isa, flags in build["ISA_FLAGS"].items():
+        optimised = [flag for flag in build["FLAGS"] if flag != "-O3"]  # without, in a third of the time
+        for source in ("library.cpp", "kernels.cpp"):
+            command = [*clang, *optimised, *flags, f"-DISA={isa}", "-c", ROOT / folder / "csrc" / source]
+            run = subprocess.run([*command, "-o", tmp_path / source], capture_output=True, text=True)
+            assert run.returncode == 0, run.stderr
+        assert b"__kmpc_fork_call" in (tmp_path / "kernels.cpp").read_bytes()
 
 
 # --- files

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import importlib.machinery
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -51,14 +52,29 @@ def _library_path() -> Path | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
+    if sys.platform == "darwin":  # OpenMP's functions are looked for among those that every library may use
+        ctypes.CDLL(str(_openmp_of_torch()), mode=ctypes.RTLD_GLOBAL)
     return ctypes.CDLL(str(_library_path()))
+
+
+def _openmp_of_torch() -> Path:
+    """The OpenMP library that torch on macOS brings, or that of torch's environment."""
+    ours = Path(torch.__file__).parent / "lib" / "libomp.dylib"
+    return ours if ours.exists() else Path(sys.prefix) / "lib" / "libomp.dylib"
 
 
 def unavailable_reason() -> str | None:
     """None if the kernels can run; else why not and how to mend it."""
     if _library_path() is None:
-        return "its C++ kernels were not compiled: install g++ with OpenMP, then `pip install` the package again"
-    if getattr(_library(), "causal_conv1d_interface", int)() != INTERFACE:
+        return (
+            "its C++ kernels were not compiled: install a C++ compiler (g++, or on macOS Xcode's command line tools), "
+            "then `pip install` the package again"
+        )
+    try:
+        library = _library()
+    except OSError as error:
+        return f"its C++ kernels cannot be loaded ({error}): `pip install` the package again"
+    if getattr(library, "causal_conv1d_interface", int)() != INTERFACE:
         return "its C++ kernels are those of another version: `pip install` the package again"
     _isa()
     return None

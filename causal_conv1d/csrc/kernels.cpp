@@ -3,8 +3,6 @@
 //
 // Everything but the exported functions is in an unnamed namespace and no standard-library template is used: a
 // shared inline function compiled for AVX-512 could otherwise be the copy that the linker keeps.
-#include <omp.h>
-
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>

@@ -379,7 +379,7 @@ def test_without_a_compiler_the_install_works_and_says_so_once(tmp_path):
     )
     used = run([sys.executable, "-c", script], cwd=tmp_path)
     assert used.stdout == f"{tmp_path / 'lib'} True\n"
-    assert used.stderr.count("reference backend, slow") == used.stderr.count("install g++ with OpenMP") == 1
+    assert used.stderr.count("reference backend, slow") == used.stderr.count("install a C++ compiler") == 1
 
 
 def test_second_derivatives_are_refused_in_words():

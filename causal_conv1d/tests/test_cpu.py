@@ -2,6 +2,9 @@
 this processor has, in every memory layout.
 """
 
+import ctypes
+import re
+
 import pytest
 import torch
 
@@ -102,6 +105,26 @@ def test_unknown_instruction_set_raises(monkeypatch):
 def test_without_a_compiled_library_the_reason_says_how_to_mend_it(monkeypatch):
     monkeypatch.setattr(cpu, "_library_path", lambda: None)
     assert "g++" in cpu.unavailable_reason()
+
+
+def test_a_library_that_cannot_be_loaded_is_no_reason_to_fail(monkeypatch, tmp_path):
+    """Such as one whose OpenMP is not there: the reference runs, and the reason tells the loader's words."""
+    damaged = tmp_path / "_cpu_kernels.so"
+    damaged.write_bytes(b"no library")
+    monkeypatch.setattr(cpu, "_library_path", lambda: damaged)
+    monkeypatch.setattr(cpu, "_library", cpu._library.__wrapped__)  # which knows none from before
+    assert re.search(rf"cannot be loaded \({damaged}: .+\): `pip install` the package again", cpu.unavailable_reason())
+
+
+def test_on_macos_openmp_is_that_of_torch(monkeypatch):
+    """Whose functions the kernels find only if every library may use them."""
+    loaded = []
+    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda *arguments, **options: loaded.append((arguments, options)))
+    monkeypatch.setattr(cpu.sys, "platform", "darwin")
+    cpu._library.__wrapped__()
+    (openmp, options), (kernels, _) = loaded
+    assert openmp[0].endswith("libomp.dylib") and options == {"mode": ctypes.RTLD_GLOBAL}
+    assert kernels == (str(cpu._library_path()),)
 
 
 def test_a_library_of_another_version_is_refused(monkeypatch):

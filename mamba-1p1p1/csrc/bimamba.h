@@ -11,12 +11,11 @@
 // computed twice, which is cheaper than to write it to memory and read it again.
 #pragma once
 
-#include <omp.h>
-
 #include "arguments.h"
 #include "gemm.h"
 #include "schedule.h"
 #include "state.h"
+#include "threads.h"
 #include "workspace.h"
 
 namespace {

@@ -10,9 +10,8 @@
 // gemm_over_rows: the gradient of such a weight, a sum over all tokens, dealt out to threads.
 #pragma once
 
-#include <omp.h>
-
 #include "simd.h"
+#include "threads.h"
 
 namespace {
 

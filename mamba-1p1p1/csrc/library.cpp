@@ -24,9 +24,10 @@ thread_local Workspace workspace;
 float* mamba_ssm_workspace(size_t floats) {
     if (floats > workspace.floats) {
         free(workspace.data);
-        workspace.floats = 0;
-        workspace.data = static_cast<float*>(aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64));
-        if (workspace.data) workspace.floats = floats;
+        workspace.data = nullptr, workspace.floats = 0;
+        void* data;
+        if (posix_memalign(&data, 64, floats * sizeof(float)) == 0)
+            workspace.data = static_cast<float*>(data), workspace.floats = floats;
     }
     return workspace.data;
 }

@@ -2,12 +2,11 @@
 // computed in float32.
 #pragma once
 
-#include <omp.h>
-
 #include <cmath>
 
 #include "arguments.h"
 #include "simd.h"
+#include "threads.h"
 #include "workspace.h"
 
 namespace {

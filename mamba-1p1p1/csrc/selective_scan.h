@@ -3,11 +3,10 @@
 // loaded and stored through a transposition where they are.
 #pragma once
 
-#include <omp.h>
-
 #include "arguments.h"
 #include "schedule.h"
 #include "state.h"
+#include "threads.h"
 #include "workspace.h"
 
 namespace {

@@ -10,9 +10,15 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
 #define UNROLL _Pragma("GCC unroll 32")
+#endif
 #define INLINE inline __attribute__((always_inline))
 
 namespace {
@@ -25,6 +31,9 @@ constexpr int VL = 16;
 constexpr int VL = 8;
 #else
 constexpr int VL = 4;  // SSE2 or NEON registers; plain C++ elsewhere
+#if defined(__aarch64__)
+#define SIMD_NEON 1
+#endif
 #endif
 
 typedef float vf __attribute__((vector_size(VL * 4)));
@@ -61,12 +70,14 @@ INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-// Both return the second operand where one is not a number, as the x86 instructions do.
+// Of a constant a and any b: what is not a number stays so.
 INLINE vf vmax(vf a, vf b) {
 #if SIMD_AVX512
     return (vf)_mm512_max_ps((__m512)a, (__m512)b);
 #elif SIMD_AVX2
     return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif SIMD_NEON
+    return (vf)vmaxq_f32((float32x4_t)a, (float32x4_t)b);
 #else
     return a > b ? a : b;
 #endif
@@ -77,6 +88,8 @@ INLINE vf vmin(vf a, vf b) {
     return (vf)_mm512_min_ps((__m512)a, (__m512)b);
 #elif SIMD_AVX2
     return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#elif SIMD_NEON
+    return (vf)vminq_f32((float32x4_t)a, (float32x4_t)b);
 #else
     return a < b ? a : b;
 #endif
@@ -300,22 +313,35 @@ INLINE vf softplus_slope(vf x, vf e) {
     return x < 0.f ? e * s : s;
 }
 
-// Sixteen-by-sixteen (VL by VL) transposition in registers: VL rows in, VL columns out.
-template <int H> INLINE void interleave(vf a, vf b, vf& low, vf& high) {
-    vi low_order{}, high_order{};
-    UNROLL for (int i = 0; i < VL; ++i) {
-        low_order[i] = i / 2 + (i % 2) * VL;
-        high_order[i] = VL / 2 + i / 2 + (i % 2) * VL;
-    }
-    low = __builtin_shuffle(a, b, low_order);
-    high = __builtin_shuffle(a, b, high_order);
+// Both operands' lanes in turn: of their first halves (low), of their second halves (high). A lane of b counts from VL on.
+#if SIMD_AVX512
+#define LOW_LANES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH_LANES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif SIMD_AVX2
+#define LOW_LANES 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH_LANES 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define LOW_LANES 0, 4, 1, 5
+#define HIGH_LANES 2, 6, 3, 7
+#endif
+INLINE void interleave(vf a, vf b, vf& low, vf& high) {
+#if defined(__clang__)
+    low = __builtin_shufflevector(a, b, LOW_LANES);
+    high = __builtin_shufflevector(a, b, HIGH_LANES);
+#else
+    low = __builtin_shuffle(a, b, vi{LOW_LANES});
+    high = __builtin_shuffle(a, b, vi{HIGH_LANES});
+#endif
 }
+#undef LOW_LANES
+#undef HIGH_LANES
 
+// Transposition in registers: VL rows in, VL columns out.
 INLINE void transpose(vf* rows) {
     vf other[VL];
     UNROLL for (int round = 1; round < VL; round *= 2) {
         UNROLL for (int i = 0; i < VL / 2; ++i)
-            interleave<0>(rows[i], rows[i + VL / 2], other[2 * i], other[2 * i + 1]);
+            interleave(rows[i], rows[i + VL / 2], other[2 * i], other[2 * i + 1]);
         UNROLL for (int i = 0; i < VL; ++i) rows[i] = other[i];
     }
 }
