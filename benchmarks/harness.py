@@ -178,8 +178,9 @@ def processor() -> str:
         lines = cpuinfo.read_text().splitlines()
         pairs = (line.partition(":") for line in lines if ":" in line)
         fields = {key.strip(): value.strip() for key, _, value in pairs}
-        widest = [name for name in ("avx512f", "avx2", "asimd") if name in fields.get("flags", "").split()]
-        return ", ".join([fields.get("model name", platform.processor()), *widest[:1]])
+        features = (fields.get("flags") or fields.get("Features", "")).split()  # of x86, of ARM
+        widest = [name for name in ("avx512f", "avx2", "asimd") if name in features]
+        return ", ".join([fields.get("model name") or platform.machine(), *widest[:1]])
     return platform.processor() or platform.machine()
 
 

@@ -11,6 +11,7 @@ Python calls it); one that cannot be captured is timed eagerly, and its record s
         --attention eager flash cudnn efficient
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ class Settings:
 
 
 class Ready(NamedTuple):
-    """A subject that can be timed; `call` and `peak` are None where it did not fit in memory."""
+    """A subject that can be timed. `call` is None where it did not fit in memory, `peak` where it is not known."""
 
     call: Callable[[], object] | None
     peak: int | None
@@ -64,8 +65,12 @@ def rivals(size: str, px: int, batch: int, mode: str, settings: Settings) -> lis
 
 
 def peaks_beforehand(groups: Sequence[Sequence[Subject]], settings: Settings) -> dict[Subject, int | None]:
-    """On a CPU, where each subject needs a process of its own; on a GPU `measure_case` finds them."""
+    """On a CPU, where each subject needs a process of its own; on a GPU `measure_case` finds them. Empty where a CPU's
+    cannot be measured: then all subjects are timed."""
     if settings.device.type == "cuda":
+        return {}
+    if sys.platform != "linux":
+        print("  peak memory is left out: it is read from /proc, which Linux alone has", flush=True)
         return {}
     everyone = [subject for group in groups for subject in group]
     print(f"  peak memory of {len(everyone)} runs, each in a process of its own", flush=True)
@@ -75,8 +80,8 @@ def peaks_beforehand(groups: Sequence[Sequence[Subject]], settings: Settings) ->
 def ready_on_cpu(case: Sequence[Subject], peaks: Mapping[Subject, int | None]) -> dict[Subject, Ready]:
     missing = Ready(None, None, None)
     return {
-        subject: missing if peaks[subject] is None else Ready(subjects.build(subject), peaks[subject], "eager")
-        for subject in case
+        subject: missing if peak is None else Ready(subjects.build(subject), peak or None, "eager")
+        for subject, peak in ((subject, peaks.get(subject, 0)) for subject in case)
     }
 
 
@@ -143,8 +148,10 @@ def growth(size: str, settings: Settings, low: int = 512, high: int = 1248) -> d
 # --- tables and figure
 
 
-def _megabytes(peak: int | None) -> str:
-    return "does not fit" if peak is None else f"{peak / 1e6:.0f}"
+def _megabytes(record: dict) -> str:
+    if record["seconds"] is None:
+        return "does not fit"
+    return "" if record["peak_memory"] is None else f"{record['peak_memory'] / 1e6:.0f}"
 
 
 def _label(record: dict) -> str:
@@ -161,7 +168,7 @@ def table(records: list[dict], mode: str) -> str:
     for record in (record for record in records if record["mode"] == mode):
         row = [record["px"], record["batch"], _label(record)]
         if record["seconds"] is None:
-            rows.append([*row, "", "", "", _megabytes(record["peak_memory"])])
+            rows.append([*row, "", "", "", _megabytes(record)])
             continue
         low, high = (record["batch"] / record[key] for key in ("seconds_q3", "seconds_q1"))
         faster = record.get("first_faster_by")
@@ -171,7 +178,7 @@ def table(records: list[dict], mode: str) -> str:
                 harness.number(record["images_per_second"]),
                 f"{harness.number(low)} to {harness.number(high)}",
                 f"{faster['median']:.2f}x" if faster else "",
-                _megabytes(record["peak_memory"]),
+                _megabytes(record),
             ]
         )
     header = ["px", "batch", "model", "images/s", "quartiles", "Vim faster by", "peak beyond weights, MB"]

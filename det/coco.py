@@ -14,17 +14,17 @@ import itertools
 import json
 import math
 import os
-import pickle
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as rle
 
-from datasets import read_image
+from datasets import Packed, read_image
 from det.coco_checks import check_content, check_entry, check_files, check_truth
 from errors import DataError
 
@@ -47,25 +47,6 @@ class Instance:
 
     label: int
     segmentation: list | dict
-
-
-class Packed:
-    """A list of picklable items in one block of bytes.
-
-    Half a million small objects would be copied page by page into every loader process, because reading an object
-    touches its reference count.
-    """
-
-    def __init__(self, items: list):
-        blobs = [pickle.dumps(item, protocol=pickle.HIGHEST_PROTOCOL) for item in items]
-        self.ends = np.cumsum([0, *map(len, blobs)])
-        self.bytes = np.frombuffer(b"".join(blobs), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def __getitem__(self, index: int):
-        return pickle.loads(self.bytes[self.ends[index] : self.ends[index + 1]].data)
 
 
 class CocoSource:
@@ -103,6 +84,9 @@ class CocoSource:
         if held_out:
             check_truth(title, content)
             self.truth = ground_truth(content)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"truth": None}  # loader processes, to which it may be sent, evaluate nothing
 
     def _instances(self, content: dict) -> list[list[Instance]]:
         label_of = {category: label for label, category in enumerate(self.category_ids, start=1)}
@@ -288,16 +272,17 @@ def coco_source(root: Path, split: str, categories: dict[int, str] | None = None
         raise DataError(f"{file}: category {strange} is not one of the training file's; the two must agree")
     check_files(file, folder, [image["file_name"] for image in content["images"]])
 
-    def read(entry: dict) -> Image.Image:
-        return read_image(folder / entry["file_name"])
+    return CocoSource(str(file), content, partial(read_entry, folder), categories or own, held_out=split == "val")
 
-    return CocoSource(str(file), content, read, categories or own, held_out=split == "val")
+
+def read_entry(folder: Path, entry: dict) -> Image.Image:
+    return read_image(folder / entry["file_name"])
 
 
 def read_content(root: Path, file: Path) -> dict:
     layout = "--data-path takes COCO's folder: annotations/instances_{train,val}2017.json, train2017/, val2017/"
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_bytes())
     except OSError as error:
         held = ", ".join(sorted(entry.name for entry in os.scandir(root))[:5]) if root.is_dir() else "no folder"
         raise DataError(f"{file} cannot be read ({error.strerror}); {layout}; {root} holds: {held}") from error

@@ -78,7 +78,7 @@ def crop_corner(label: np.ndarray, settings: ViewSettings) -> tuple[int, int]:
         if settings.class_share >= 1:
             break
         counts = np.bincount(label[top : top + height, left : left + width].ravel(), minlength=256)[:IGNORED]
-        if np.count_nonzero(counts) > 1 and counts.max() < settings.class_share * counts.sum():
+        if counts.max() < settings.class_share * counts.sum():
             break
     return top, left
 

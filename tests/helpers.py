@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 from argparse import Namespace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,12 @@ PLAIN = ("--aa", "none", "--color-jitter", "0", "--reprob", "0")
 def run_args(*flags: str) -> Namespace:
     """The program's own defaults with `flags` on top, in one process without loader workers."""
     return build_parser().parse_args(["--num_workers", "0", *flags])
+
+
+def sent(thing):
+    """`thing` as it arrives in a process that is not forked, and the bytes that were sent."""
+    pickled = bytes(ForkingPickler.dumps(thing))
+    return pickle.loads(pickled), pickled
 
 
 def scalars(folder: Path, name: str) -> dict[int, float]:

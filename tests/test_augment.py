@@ -13,6 +13,7 @@ import augment
 from augment import (
     MIXUP_STREAM,
     SAMPLE_STREAM,
+    CountedMixup,
     ResizeToCover,
     _operations,
     build_mixup,
@@ -203,6 +204,39 @@ def test_random_erasing_fills_one_rectangle():
     assert not any((view == 0).any() for view in augmented(whole, white, 5))
 
 
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
+def test_an_erased_box_is_filled_as_told(mode):
+    """With grey, with one colour, or with another one at every pixel."""
+    args = arguments(*PLAIN, "--reprob", "1", "--remode", mode, input_size=64)
+    white = Image.new("RGB", (64, 64), (255, 255, 255))
+    normalised_white = build_transform(args, train=False)(white)
+    for view in augmented(build_transform(args, train=True), white, 3):
+        hole = view[:, (view != normalised_white).any(dim=0)]  # (3, erased pixels)
+        colours = hole.unique(dim=1)
+        assert colours.shape[1] == (hole.shape[1] if mode == "pixel" else 1)
+        assert colours.any() == (mode != "const")
+
+
+def test_as_many_boxes_are_erased_as_told():
+    args = arguments(*PLAIN, "--reprob", "1", "--remode", "const", "--recount", "3", input_size=64)
+    views = augmented(build_transform(args, train=True), Image.new("RGB", (64, 64), (255, 255, 255)), 10)
+    holes = [(view == 0).all(dim=0) for view in views]
+    assert any(hole.sum() < hole.any(dim=0).sum() * hole.any(dim=1).sum() for hole in holes)
+
+
+def test_the_crops_interpolation_is_the_one_asked_for():
+    views = [
+        augmented(build_transform(arguments(*PLAIN, "--train-interpolation", name), train=True), random_image(9), 1)[0]
+        for name in ("bilinear", "bicubic")
+    ]
+    assert not torch.equal(*views)
+
+
+def test_three_augment_jitters_brightness_contrast_and_saturation():
+    jitter = augment.three_augment((32, 32), 0.3, simple_crop=False)[-1]
+    assert jitter.brightness == jitter.contrast == jitter.saturation == (0.7, 1.3) and jitter.hue is None
+
+
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m9", "augmix-m9", "original", "v0"])
 def test_every_magnitude_of_a_policy_can_be_drawn(policy):
     """Posterising to no bit at all, the end of the recipe's range, is what Pillow refuses from version 13 on."""
@@ -288,10 +322,44 @@ def test_mixing_follows_from_seed_step_and_rank(mode):
     assert np.array_equal(np.random.get_state()[1], state)
 
 
+def test_mixing_shares_no_number_with_the_view_of_an_image():
+    mixing = CountedMixup(lambda images, labels: draws(), seed=0)
+    with counter_randomness(0, 1, 2, 0):  # seed, epoch, index, repeat
+        assert not set(draws()) & set(mixing(torch.zeros(2), None, step=1, rank=2))
+
+
 def test_mixed_labels_share_out_one_image_each():
-    _, targets = mixed(0)
+    _, targets = mixed(0, 0, "--smoothing", "0.4")
     assert targets.shape == (6, 5)
     assert torch.allclose(targets.sum(dim=1), torch.ones(6))
+    assert targets.min() == pytest.approx(0.4 / 5)
+
+
+def test_images_may_stay_unmixed():
+    images, _ = mixed(0, 0, "--mixup-prob", "0")
+    assert torch.equal(images, torch.arange(images.numel()).reshape(images.shape))
+
+
+def test_switching_is_between_mixup_and_cutmix():
+    """Cutmix alone leaves every pixel that of one of the two images."""
+    for step in range(5):
+        for share, whole in (("0", False), ("1", True)):
+            images, _ = mixed(step, 0, "--mixup-switch-prob", share)
+            original = torch.arange(images.numel()).reshape(images.shape)
+            assert ((images == original) | (images == original.flip(0))).all() == whole
+
+
+@pytest.mark.parametrize(("mode", "number"), [("batch", 1), ("pair", 2), ("elem", 4)])
+def test_a_ratio_is_of_a_batch_a_pair_or_an_image(mode, number):
+    _, targets = mixed(0, 0, "--mixup-mode", mode, "--cutmix", "0", "--smoothing", "0")
+    assert len({round(float(targets[i, i]), 5) for i in range(1, 5)}) == number  # images 0 and 5 are of one class
+
+
+def test_cutmixs_box_is_as_large_as_told():
+    for step in range(10):
+        images, _ = mixed(step, 0, "--mixup", "0", "--cutmix-minmax", "0.25", "0.5")
+        changed = (images != torch.arange(images.numel()).reshape(images.shape))[:, 0].sum(dim=(1, 2))
+        assert (changed >= 4 * 4).all() and (changed <= 8 * 8).all()
 
 
 def test_mixup_alone_is_a_weighted_sum_of_the_batch_and_its_reverse():

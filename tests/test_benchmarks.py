@@ -241,6 +241,18 @@ def test_backbones_with_a_pyramid_are_measured_into_a_table(tmp_path):
 
 
 @pytest.mark.slow
+def test_where_no_peak_can_be_measured_the_times_are(tmp_path, monkeypatch):
+    import dense_backbones
+    from vim_vs_deit import Case, Settings
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    settings = Settings(CPU, "float32", "none", ("sdpa",), seconds=0.0)
+    result = dense_backbones.run([Case("infer", "tiny", 64)], settings, tmp_path)
+    assert all(record["peak_memory"] is None and record["seconds"] > 0 for record in result["measurements"])
+    assert "does not fit" not in (tmp_path / "dense_cpu.md").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_peak_memory_sees_the_attention_matrix():
     """Eager attention at 640 px holds at least two 1601 x 1601 matrices of 3 heads: 61 MB."""
@@ -330,6 +342,33 @@ def test_stability_counts_for_a_run_long_enough_of_that_model():
     for change in ({"steps": 100}, {"px": 64}, {"model": "vim_small_patch16_224"}):
         assert goal.measure({"stability": run | change}) is None
     assert goal.measure({}) is None
+
+
+# --- figures of Vim against DeiT
+
+
+def test_a_figure_follows_from_its_times():
+    from harness import Timing
+    from vim_vs_deit import Ready, Settings, record_of, rivals, table
+
+    vim, deit = rivals("tiny", 224, 8, "infer", Settings(CPU, "float32", "none", ("eager",), seconds=0.0))
+    timings = {vim: Timing((1.0, 2.0, 4.0)), deit: Timing((3.0, 4.0, 12.0))}
+    record = record_of(deit, Ready(None, 5_000_000, "eager"), timings, vim)
+    assert (record["tokens"], record["seconds"], record["images_per_second"]) == (14 * 14 + 1, 4.0, 2.0)
+    assert (record["seconds_q1"], record["seconds_q3"]) == (3.5, 8.0)
+    assert record["first_faster_by"]["median"] == 3.0  # of the turns' 3, 2 and 3
+    assert "| 224 | 8 | deit_tiny, eager | 2 | 1 to 2.29 | 3.00x | 5 |" in table([record], "infer")
+
+
+def test_growth_is_the_time_of_a_token_over_that_of_another(monkeypatch):
+    import vim_vs_deit
+    from harness import Timing
+
+    monkeypatch.setattr(vim_vs_deit.subjects, "build", lambda subject: subject.px)
+    times = {512: Timing((1.0, 2.0, 1.0)), 1248: Timing((6.0, 12.0, 9.0))}
+    monkeypatch.setattr(vim_vs_deit.harness, "interleave", lambda calls, device, seconds: times)
+    settings = vim_vs_deit.Settings(CPU, "float32", "none", (), seconds=0.0)
+    assert vim_vs_deit.growth("tiny", settings)["median"] == pytest.approx(6.0 * (32**2 + 1) / (78**2 + 1))
 
 
 # --- a whole run, small

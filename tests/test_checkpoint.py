@@ -357,6 +357,25 @@ def stop_before(path: Path, replace):
     return interrupted
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Else the name could outlive a power failure, and what it stands for could not."""
+    synced, true_sync, true_replace = set(), os.fsync, os.replace
+
+    def sync(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        true_sync(descriptor)
+
+    def replace(source, target):
+        assert os.stat(source).st_ino in synced
+        synced.discard(tmp_path.stat().st_ino)
+        true_replace(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", sync)
+    monkeypatch.setattr(checkpoint.os, "replace", replace)
+    save_checkpoint(tmp_path / "a.pth", state_of(1))
+    assert tmp_path.stat().st_ino in synced, "the folder with the new name"
+
+
 def test_one_flipped_bit_is_found(tmp_path):
     save_checkpoint(tmp_path / "a.pth", state_of(1))
     content = bytearray((tmp_path / "a.pth").read_bytes())

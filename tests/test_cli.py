@@ -21,6 +21,7 @@ from arguments import Switch, build_parser, parse_args, save_arguments
 from distributed import EXIT_CONFIG
 from errors import ConfigError as Refused
 from failures import explain, run_cli
+from inference import choose_device
 
 # Flag (with its other spellings, a switch with its negation): default. DeiT's and Vim's, as published; a
 # change here breaks somebody's script.
@@ -231,6 +232,14 @@ def test_of_both_lengths_of_a_warm_up_the_command_lines_counts(tmp_path):
     assert vars(round_trip(args, tmp_path)) == vars(args)
 
 
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_auto_is_no_device_that_vim_has_no_kernels_for(kind, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+    assert parse_args(["--device", "auto"]).device == choose_device("auto").type == "cpu"
+
+
 def test_every_switch_can_be_turned_on_and_off():
     switches = [action for action in build_parser()._actions if isinstance(action, Switch)]
     assert len(switches) > 20
@@ -241,12 +250,18 @@ def test_every_switch_can_be_turned_on_and_off():
 
 def test_open_defaults_are_resolved():
     args = parse_args(["--device", "auto"])
-    assert args.device in ("cpu", "cuda", "mps")
+    assert args.device in ("cpu", "cuda")
     assert args.if_amp == (args.device == "cuda")
     assert (args.data_set, args.nonfinite) == ("DIGITS", "stop")
     assert parse_args([*ON_CPU, "--data-path", "x"]).data_set == "IMNET"
     assert parse_args([*ON_CPU, "--if_amp"]).if_amp
     assert parse_args([*ON_CPU, "--if_continue_inf"]).nonfinite == "skip"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_mixed_precision_is_on_with_any_gpu(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert parse_args(["--device", device]).if_amp
 
 
 def test_the_published_switch_wins_over_a_saved_policy(tmp_path):
@@ -438,6 +453,10 @@ def test_a_bad_value_is_one_line(capsys, flags, words):
         (["--cutmix-minmax", "0.9", "0.2"], "--cutmix-minmax 0.9 0.2: the second must be larger"),
         (["--cutmix-minmax", "0.2", "0.21", "--input-size", "32"], "by a pixel at least"),
         (["--start_epoch", "5", "--epochs", "5"], "--start_epoch 5 of --epochs 5 leaves nothing to train"),
+        (
+            ["--sched", "multistep", "--decay-milestones", "5", "--epochs", "5"],
+            "--decay-milestones 5: --epochs 5 ends before the rate is first cut",
+        ),
         (["--sched", "step", "--decay-rate", "1"], "--decay-rate 1: --sched step cuts the rate by a factor below 1"),
         (["--report-to", "wandb"], "--report-to wandb keeps its files in --output_dir"),
         (["--device", "cpu:x"], "--device cpu:x is unknown: use one of cuda, cuda:N, cpu, mps, auto"),

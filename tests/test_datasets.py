@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import time
 import traceback
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
+import datasets
 from augment import counter_randomness
 from datasets import (
     BrokenImage,
@@ -29,7 +31,7 @@ from datasets import (
     build_loader,
     read_image,
 )
-from helpers import random_image, run_args, write_cifar, write_image_folder, write_inat
+from helpers import random_image, run_args, sent, write_cifar, write_image_folder, write_inat
 from samplers import EvalSampler, SampleKey, TrainSampler
 
 IMNET = ("--data-set", "IMNET", "--input-size", "32")
@@ -431,6 +433,25 @@ def test_batches_are_the_same_bytes_with_any_number_of_workers(workers, recipe):
     assert loaded(args) == expected
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_batches_are_the_same_bytes_from_workers_that_are_not_forked(method, recipe, monkeypatch):
+    """On macOS and Windows none are."""
+    args, expected = recipe
+    monkeypatch.setattr(datasets, "START_METHOD", method)
+    args = argparse.Namespace(**vars(args) | {"num_workers": 2})
+    assert loaded(args) == expected
+    assert loaded(args, start_batch=2) == expected[2:]
+
+
+def test_a_data_set_arrives_whole_in_a_process_that_is_not_forked(recipe):
+    for here in (build_datasets(recipe[0]).train, build_datasets(run_args("--data-set", "DIGITS")).val):
+        there, _ = sent(here)
+        assert torch.equal(there[5][0], here[5][0]) and there.name(5) == here.name(5)
+        there.replaced[3] = True
+        assert here.num_replaced == 1, "what a worker could not read is counted here"
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_epoch_gives_the_same_bytes(workers, recipe):
     args, expected = recipe
@@ -492,6 +513,7 @@ def hang(ready) -> None:
     time.sleep(1000)
 
 
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="who sent a signal cannot be asked, as on macOS")
 def test_a_worker_is_ended_by_its_parent_alone():
     """SIGTERM goes to every process of a job; a worker is needed until its parent has saved."""
     context = multiprocessing.get_context("fork")

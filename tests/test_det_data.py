@@ -12,12 +12,14 @@ from pycocotools import mask as rle
 
 import det_sets
 from augment import counter_randomness
+from datasets import Packed
 from det.arguments import parse
-from det.coco import Instance, Packed, coco_source, has_area, run_lengths
+from det.coco import Instance, coco_source, has_area, run_lengths
 from det.coco_checks import FARTHEST, decompressed
 from det.data import EvalDataset, TrainDataset, build_datasets, collate, read
 from det.views import View, large_scale_jitter, scaled_size, targets, whole
 from errors import DataError
+from helpers import sent
 from samplers import SampleKey
 
 
@@ -322,6 +324,19 @@ def test_packed_items_come_back():
     items = [{"a": [1, 2]}, None, "text", []]
     packed = Packed(items)
     assert len(packed) == 4 and [packed[i] for i in range(4)] == items
+    assert len(Packed([])) == 0
+
+
+@pytest.mark.parametrize("kind", ["coco", "scenes"])
+def test_loader_processes_need_not_be_forked(kind, tmp_path):
+    flags = ["--data-path", str(det_sets.write_tiny(tmp_path))] if kind == "coco" else ["--train-scenes", "2"]
+    data = build_datasets(parse(["--device", "cpu", "--input-size", "48", "--val-scenes", "2", *flags]))
+    for here, key in ((data.train, SampleKey(1, 1, 0)), (data.val, 1)):
+        there, _ = sent(here)
+        (image, described), (expected, about) = there[key], here[key]
+        assert torch.equal(image, expected) and described.keys() == about.keys()
+        assert there.source.truth is None, "annotations that evaluation alone compares with"
+    assert data.val.source.truth
 
 
 # --- views
@@ -343,6 +358,9 @@ def test_the_jitter_scales_from_a_tenth_to_double_and_never_exceeds_the_size():
     assert all(0 <= corner <= own - side for v in views for corner, own, side in zip(v.corner, v.scaled, v.size))
     assert 100 < sum(view.flip for view in views) < 200
     assert all(view.size == view.scaled for view in views if max(view.scaled) <= 128)
+    corners = [large_scale_jitter((480, 640), (128, 128), (2.0, 2.0), 0.5).corner for _ in range(300)]
+    for places, last in zip(zip(*corners), (192 - 128, 256 - 128)):
+        assert min(places) < 5 and max(places) > last - 5, "a window may be anywhere"
 
 
 def block_image(height, width, box):
@@ -392,14 +410,23 @@ def test_a_training_item_follows_from_its_key_alone(tmp_path):
     data = TrainDataset(source, (32, 48), (0.5, 2.0), 0.5, seed=3)
     first = data[SampleKey(2, 1, 0)]
     random.seed(99)
-    again, other = data[SampleKey(2, 1, 0)], data[SampleKey(3, 1, 0)]
+    again, others = data[SampleKey(2, 1, 0)], [data[SampleKey(3, 1, 0)], data[SampleKey(2, 1, 1)]]
     assert torch.equal(first[0], again[0]) and torch.equal(first[1]["boxes"], again[1]["boxes"])
-    assert first[0].shape != other[0].shape or not torch.equal(first[0], other[0])
+    others.append(TrainDataset(source, (32, 48), (0.5, 2.0), 0.5, seed=4)[SampleKey(2, 1, 0)])
+    for other in others:
+        assert first[0].shape != other[0].shape or not torch.equal(first[0], other[0])
     assert first[0].shape[1] <= 32 and first[0].shape[2] <= 48
     with counter_randomness(1):
         before = random.getstate()
         data[SampleKey(2, 1, 0)]
         assert random.getstate() == before
+
+
+def test_the_flags_say_how_a_view_is_drawn(tmp_path):
+    det_sets.write_tiny(tmp_path)
+    flags = "--device cpu --seed 3 --input-size 32x48 --scale-range 0.5 1.5 --flip-prob 0.2 --data-path"
+    train = build_datasets(parse([*flags.split(), str(tmp_path)])).train
+    assert (train.seed, train.size, train.scales, train.flip_prob) == (3, (32, 48), (0.5, 1.5), 0.2)
 
 
 def test_evaluation_numbers_classes_as_training_did(tmp_path):

@@ -163,9 +163,10 @@ def test_evaluation_maps_detections_back_to_the_files(source):
     data = EvalDataset(source, (32, 32))
     loader = torch.utils.data.DataLoader(data, batch_size=2, collate_fn=collate)
     args = SimpleNamespace(if_amp=False, amp_dtype="bfloat16", dist_eval=False)
-    model = Knowing(source, range(3)).train()
+    model, modes = Knowing(source, range(3)).train(), []
+    model.register_forward_pre_hook(lambda module, _: modes.append((module.training, torch.is_grad_enabled())))
     result = evaluate(model, loader, args, CPU)
-    assert not model.training
+    assert modes == [(False, False)] * 2
     assert result.box["AP"] == pytest.approx(100)
     assert result.mask["AP50"] == pytest.approx(100)  # a full mask in its box
     assert sorted(result.shown) == [0, 1, 2] and [len(result.shown[i]) for i in range(3)] == [0, 2, 2]

@@ -111,6 +111,12 @@ def test_pooling_knows_the_strides_of_a_small_image_in_a_large_square():
     assert torch.equal(ours(features, boxes, [(32, 32)]), ours(features, boxes, [(128, 128)]))
 
 
+def test_a_box_of_the_canonical_side_is_read_at_stride_16():
+    pool = PyramidRoIAlign(["p2", "p3", "p4", "p5"], [4, 8, 16, 32], 7, canonical_side=100)
+    boxes = torch.tensor([[0.0, 0.0, side, side] for side in (51, 101, 201)])
+    assert pool.map_levels([boxes]).tolist() == [1, 2, 3]  # p3, p4, p5
+
+
 # --- cascade
 
 
@@ -206,6 +212,17 @@ def test_later_stages_ask_for_more_overlap():
     coded = [match(stage, [boxes], [truth])[1][0][3] for stage in heads.stages]
     torch.testing.assert_close(coded[1], 2 * coded[0])
     torch.testing.assert_close(coded[2], 3 * coded[0])
+
+
+def test_each_stage_is_trained_by_its_own_overlap():
+    """No box but the truth's own overlaps enough for the second, and where none moves those are right."""
+    stages, (features, proposals, sizes, targets) = (torchvision_heads(), torchvision_heads()), heads_input()
+    for stage in stages:
+        nn.init.zeros_(stage.box_predictor.bbox_pred.weight)
+        nn.init.zeros_(stage.box_predictor.bbox_pred.bias)
+    stages[1].proposal_matcher.high_threshold = stages[1].proposal_matcher.low_threshold = 0.99
+    _, losses = cascade_of(*stages)(features, list(proposals), sizes, targets)
+    assert losses["loss_box_reg_0"] > 0 and losses["loss_box_reg_1"] == 0
 
 
 def test_scores_are_averaged_over_stages():
@@ -442,6 +459,10 @@ def test_the_defaults_are_vitdets():
     assert heads.stages[0].box_predictor.cls_score.in_features == 1024
     assert heads.stages[0].box_predictor.bbox_pred.out_features == 4
     assert len(rpn.head.conv) == 2 and heads.stages[-1].score_thresh == 0.05
+    assert heads.stages[-1].detections_per_img == 100 and heads.stages[-1].nms_thresh == 0.5
+    for training, (before, after) in ((True, (2000, 1000)), (False, (1000, 1000))):
+        rpn.train(training)
+        assert (rpn.pre_nms_top_n(), rpn.post_nms_top_n()) == (before, after)
 
 
 @pytest.mark.slow

@@ -200,6 +200,22 @@ def test_a_process_without_launcher_is_alone(monkeypatch):
     assert distributed.read_ranks(run_args()) == (0, 1, 0)
 
 
+def test_a_launch_is_known_by_its_number_and_its_restarts(monkeypatch):
+    names = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+
+    def found(**environment):
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return distributed.launch_name(), distributed.num_restarts()
+
+    assert found() == found(TORCHELASTIC_RUN_ID="none") == ("", 0)
+    assert found(TORCHELASTIC_RUN_ID="mine", TORCHELASTIC_RESTART_COUNT="2") == ("mine", 2)
+    both = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "2"}
+    assert found(SLURM_JOB_ID="17", SLURM_RESTART_COUNT="3", **both) == ("17", 5)
+
+
 def test_torchruns_environment_is_read(monkeypatch):
     for name, value in {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -216,6 +232,13 @@ def test_too_few_gpus_are_every_ranks_error(rank, monkeypatch):
         monkeypatch.setenv(name, str(value))
     with pytest.raises(ConfigError, match=r"--device cuda with 2 rank\(s\) on this machine needs 2 GPUs of 1"):
         distributed.start(run_args("--device", "cuda"))
+
+
+def test_several_ranks_on_an_apple_gpu_are_refused(monkeypatch):
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ConfigError, match="--device mps: torch connects no ranks on it; start one"):
+        distributed.start(run_args("--device", "mps"))
 
 
 def test_slurms_environment_is_read_where_several_processes_are_asked_for(monkeypatch):

@@ -119,11 +119,13 @@ def test_finetuning_to_other_channels_fits_the_first_convolution(name, conv):
         load_weights(timm.create_model(name), filled(grey), "finetune")
 
 
-def test_finetuning_is_strict_about_the_rest():
+@pytest.mark.parametrize("num_classes", [10, 7])
+def test_finetuning_is_strict_about_the_rest(num_classes):
+    """Beside a head that is made anew, too."""
     weights = filled(vim())
     del weights["layers.0.mixer.A_b_log"]
     with pytest.raises(CheckpointError, match=r"1 missing: layers\.0\.mixer\.A_b_log$"):
-        load_weights(vim(), weights, "finetune")
+        load_weights(vim(num_classes=num_classes), weights, "finetune")
 
 
 # Position embeddings at another grid

@@ -139,3 +139,10 @@ def test_a_recipe_gets_its_loss(flags, mixup, kind, setting):
     base = build_criterion(run_args(*flags), mixup, C).base
     assert type(base) is kind
     assert getattr(base, "smoothing", getattr(base, "floor", None)) == setting
+
+
+def test_distillation_is_as_the_flags_say():
+    teacher = torch.nn.Identity()
+    flags = ("--distillation-type", "soft", "--distillation-alpha", "0.3", "--distillation-tau", "2")
+    loss = build_criterion(run_args(*flags), False, C, teacher)
+    assert (loss.kind, loss.alpha, loss.tau, loss.teacher) == ("soft", 0.3, 2.0, teacher)

@@ -236,6 +236,31 @@ def test_drop_path_rates_are_shifted_by_one():
     assert VisionMamba(**NANO | {"depth": 1, "drop_path_rate": 0.3}).drop_path.drop_prob == 0.3
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_stochastic_depth_drops_what_a_block_gave(number):
+    """Where it is certain to, the block might as well give nothing; in evaluation nothing is dropped."""
+    model, images = fill(VisionMamba(**NANO | {"depth": 3, "drop_path_rate": 0.5})).train(), torch.randn(2, 3, 32, 32)
+    for of_block, drop in ((1, model.layers[2].drop_path), (2, model.drop_path)):
+        drop.drop_prob = float(of_block == number)
+    dropped = model(images), model.forward_intermediates(images)[0]
+    assert not torch.allclose(dropped[0], model.eval()(images))
+    torch.nn.init.zeros_(model.layers[number].mixer.out_proj.weight)
+    torch.testing.assert_close(dropped, (model(images), model.forward_features(images)))
+
+
+def test_patches_are_embedded_in_float32_under_autocast():
+    embed, images = VisionMamba(**NANO).patch_embed, torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = embed(images)
+    assert torch.equal(found, embed(images)) and found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("pos_embed", [True, False])
+def test_dropout_is_of_the_embedded_tokens(pos_embed):
+    model, images = VisionMamba(**NANO | {"drop_rate": 1.0, "pos_embed": pos_embed}), torch.randn(2, 3, 32, 32)
+    assert not model.train()._embed(images).any() and model.eval()._embed(images).any()
+
+
 def test_initialisation_is_the_published_one():
     torch.manual_seed(0)
     mixer = VisionMamba(**NANO | {"embed_dim": 128}).layers[0].mixer
@@ -248,6 +273,20 @@ def test_initialisation_is_the_published_one():
     assert bound * 0.9 < mixer.out_proj.weight.abs().max() <= bound
     same = VisionMamba(**NANO | {"dt_init_backward": "same"}).layers[0].mixer
     assert same.dt_proj_b.bias.any()
+
+
+def test_what_surrounds_the_mixers_starts_as_published():
+    torch.manual_seed(0)
+    model = VisionMamba(**NANO | {"embed_dim": 128, "num_classes": 100, "bias": True})
+    heads = [model.head]
+    model.reset_classifier(50)
+    heads.append(model.head)
+    for values in (model.pos_embed, model.cls_token, *(head.weight for head in heads)):
+        assert values.std().item() == pytest.approx(0.02, rel=0.2)
+    assert model.patch_embed.proj.weight.std().item() == pytest.approx((3 * 8 * 8) ** -0.5, rel=0.05)
+    mixers = [block.mixer for block in model.layers]
+    for module in (model.patch_embed.proj, *heads, *(m.in_proj for m in mixers), *(m.out_proj for m in mixers)):
+        assert not module.bias.any()
 
 
 @pytest.mark.parametrize(
@@ -270,6 +309,13 @@ def test_intermediates_are_the_residual_stream_without_class_tokens(cls_token, p
     torch.testing.assert_close(raw, models_mamba.split_cls_tokens(hidden + residual, cls_token)[0])
 
 
+def test_blocks_in_pairs_are_pruned_in_pairs():
+    model, images = VisionMamba(**NANO | {"depth": 6, "bidirectional": "layer"}).eval(), torch.randn(2, 3, 32, 32)
+    expected = model.forward_intermediates(images, [1], intermediates_only=True)
+    assert model.prune_intermediate_layers([1]) == [1] and len(model.layers) == 4
+    torch.testing.assert_close(model.forward_intermediates(images, [1], intermediates_only=True), expected)
+
+
 def test_features_only():
     model = timm.create_model("vim_nano_patch4_32", features_only=True, out_indices=(0, 2))
     features = model(torch.randn(2, 3, 32, 32))
@@ -282,8 +328,8 @@ def test_classifier_can_be_reset():
     model = timm.create_model("vim_nano_patch4_32", num_classes=7)
     images = torch.randn(2, 3, 32, 32)
     assert model(images).shape == (2, 7) and model.get_classifier().out_features == 7
-    model.reset_classifier(3)
-    assert model(images).shape == (2, 3)
+    model.double().reset_classifier(3)
+    assert model(images).shape == (2, 3) and model(images).dtype == torch.float64
     model.reset_classifier(0)
     torch.testing.assert_close(model(images), model.forward_head(model.forward_features(images), pre_logits=True))
 

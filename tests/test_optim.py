@@ -138,6 +138,19 @@ def test_plateau_lowers_the_rate_when_the_metric_stalls_and_its_state_can_be_sav
     assert resumed.timm.lr_scheduler.best == 60
 
 
+def test_noise_on_a_plateaus_rate_does_not_add_up_over_a_resume():
+    flags = ("--sched", "plateau", "--warmup-epochs", "0", "--lr-noise", "0")
+    whole, resumed = schedule(*flags), schedule(*flags)
+    for epoch in range(3):
+        whole.observe(epoch, 50)
+    assert whole.lr != 1e-3, "noise is on"
+    resumed.optimizer.load_state_dict(whole.optimizer.state_dict())
+    resumed.load_state_dict(whole.state_dict())
+    for each in (whole, resumed):
+        each.observe(3, 50)
+    assert resumed.lr == whole.lr
+
+
 def test_no_schedule_leaves_the_rate_alone():
     assert schedule("--sched", "none").set(17, 170) == 1e-3
 

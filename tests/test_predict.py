@@ -1,5 +1,6 @@
 """Predictions as users ask for them: what is printed, what it equals, and what a mistake reads like."""
 
+import argparse
 import csv
 import io
 import json
@@ -130,6 +131,11 @@ def test_preprocessing_is_that_of_the_evaluation(photos):
     assert image.shape == (3, 16, 16)
     torch.testing.assert_close(image[:, 3, 3], (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
         [0.229, 0.224, 0.225]))  # fmt: skip
+
+
+def test_a_model_of_grey_images_is_given_such():
+    transform = inference.evaluation_transform(small_model(in_chans=1), argparse.Namespace())
+    assert transform(random_image(0)).shape == (1, 16, 16)
 
 
 def test_a_place_for_the_output_that_is_not_there_is_said_before_the_work(photos, capsys):

@@ -78,6 +78,7 @@ def test_the_derived_numbers_are_printed_with_their_inputs(capsys):
     assert "0.002 = 0.004 x 256 / 512" in text
     assert "5 steps = 10 batches / 2" in text
     assert "M trainable parameters" in text and "backend" in text and "step 5/5" in text
+    assert "no best top-1 is known" not in text, "there are no epochs before"
 
 
 def test_evaluation_repeats_what_training_measured(trained, capsys, tmp_path):
@@ -130,6 +131,14 @@ def test_the_best_checkpoint_survives_a_resume_that_does_worse(tmp_path):
     assert run(ruined, "--output_dir", tmp_path, "--resume", "auto") == 0
     assert (tmp_path / "best_checkpoint.pth").resolve() == best
     assert (tmp_path / "checkpoint.pth").resolve() != best
+
+
+def test_the_best_of_a_published_run_may_be_where_it_was_taken_up(trained, tmp_path):
+    torch.save({"model": read_checkpoint(trained / "checkpoint.pth").model, "epoch": 1}, tmp_path / "published.pth")
+    ruined = f"{VIM} --epochs 3 --no-model-ema --unscale-lr --lr 9 --min-lr 9 --warmup-lr 9 --warmup-epochs 0"
+    assert run(ruined, "--output_dir", tmp_path / "run", "--resume", tmp_path / "published.pth") == 0
+    steps = [read_checkpoint(tmp_path / "run" / f"{name}.pth").step for name in ("best_checkpoint", "checkpoint")]
+    assert steps == [22, 33]
 
 
 @pytest.mark.slow
@@ -341,10 +350,11 @@ def stop_without_moving(run) -> engine.StepResult:
 
 def test_fine_tuning_re_makes_the_head_for_other_classes_and_says_so(tmp_path, capsys):
     other = timm.create_model("vim_nano_patch4_32", img_size=16, num_classes=7)
-    torch.save({"model": other.state_dict()}, tmp_path / "seven.pth")
+    torch.save({"model": other.state_dict(), "class_names": list("abcdefg")}, tmp_path / "seven.pth")
     assert run(f"{VIM} --epochs 1", "--finetune", tmp_path / "seven.pth") == 0
     text = capsys.readouterr().out
     assert "head re-made: 7 classes in the file, 10 classes in the model" in text and "pos_embed" in text
+    assert "its head was trained on other classes" not in text, "it is not taken"
 
 
 # --- any timm model

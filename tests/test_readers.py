@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import subsets
 from classification import Classification
 from datasets import build_datasets
 from errors import DataError
-from helpers import random_image, run_args
+from helpers import random_image, run_args, sent
 from main import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,6 +118,16 @@ def test_readers_find_images_labels_and_names(flags):
     image, label = data.val[2]
     assert image.shape == (3, 16, 16) and label == 102 % 3
     assert data.train.name(3)
+
+
+def test_loader_processes_that_are_not_forked_are_sent_no_images(flags):
+    """All images of a data set, as often as there are processes, would fill the memory."""
+    data = build_datasets(run_args(*flags))
+    there, pickled = sent(data.train)
+    for i in (0, len(data.train) - 1):
+        assert np.array_equal(np.asarray(there.raw(i)), np.asarray(random_image(i, 20, 20)))
+        assert data.train.source.read_bytes(i) not in pickled
+    assert there.name(1) == data.train.name(1) and there.source.labels.tolist() == data.train.source.labels.tolist()
 
 
 def test_shards_by_their_names_alone(tmp_path):
@@ -341,6 +352,14 @@ def test_evaluation_on_some_of_the_models_classes(relatives, capsys):
         assert evaluate(relatives, "--valid-labels", str(relatives / "valid.txt")) == 0
         text = capsys.readouterr().out
         assert f"top-1 {share} %" in text and "no val/, its folders are classes" in text
+
+
+def test_rows_of_a_selection_are_read_in_its_order():
+    pyarrow = pytest.importorskip("pyarrow")
+    images = [{"bytes": data, "path": None} for data in (b"a", b"b", b"c")]
+    table = SimpleNamespace(table=pyarrow.table({"image": images}))
+    selected = readers.ArrowSource("selected", table, "image", [0, 1], np.array([2, 0]))
+    assert [selected.read_bytes(i) for i in range(2)] == [b"c", b"a"]
 
 
 def test_real_labels(relatives, capsys):

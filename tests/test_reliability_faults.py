@@ -178,6 +178,7 @@ def test_a_signal_to_the_process_group_spares_the_loader(tmp_path):
     assert step > 0 and f"stopped by SIGTERM at epoch {1 + step // STEPS}" in out.read_text()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="on macOS it does not")
 def test_a_sigterm_to_every_process_spares_the_loader(tmp_path):
     """As systemd and SLURM send it; here it comes to the loader long before the run."""
     out = tmp_path / "out"
@@ -456,6 +457,22 @@ def test_the_state_that_is_written_is_that_of_the_call(tmp_path, monkeypatch):
     writer.wait()
     found = read_checkpoint(tmp_path / "checkpoint.pth")
     assert found.model["weight"].eq(1).all() and found.extra["list"][0].eq(1).all() and found.args.lr == 1.0
+
+
+def test_checkpoints_are_written_one_after_the_other(tmp_path, monkeypatch):
+    events = []
+
+    def store(folder, state, *options):
+        events.append(f"begin {state['step']}")
+        time.sleep(0.05)
+        events.append(f"end {state['step']}")
+
+    monkeypatch.setattr(checkpoints, "store_checkpoint", store)
+    writer = CheckpointWriter()
+    for step in (1, 2):
+        writer.store(tmp_path, {"step": step}, 2, False)
+    writer.wait()
+    assert events == ["begin 1", "end 1", "begin 2", "end 2"]
 
 
 def test_an_error_of_the_writer_is_kept_and_nothing_is_written_after_it(tmp_path):

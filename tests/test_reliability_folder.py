@@ -5,6 +5,7 @@ Promises and their numbers: docs/RELIABILITY.md.
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -107,6 +108,31 @@ def test_looking_into_the_lock_does_not_let_it_go(tmp_path):
     second = subprocess.run([sys.executable, "-c", claim, tmp_path / "run.lock"], capture_output=True, text=True)
     first.release()
     assert "BlockingIOError" in second.stderr
+
+
+WINDOWS = """
+import os, signal, sys, tiny, main  # and what is not ours with them
+for name in [name for name in sys.modules if getattr(sys.modules[name], "__file__", None)]:
+    if os.path.dirname(sys.modules[name].__file__) == os.path.dirname(main.__file__):
+        del sys.modules[name]
+for place, name in ((signal, "SIGUSR1"), (signal, "SIGHUP"), (signal, "SIGKILL"), (os, "setpgid")):
+    delattr(place, name)
+sys.modules["fcntl"] = None
+import checkpoint, export, main, predict, visualize
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_without_locks_and_unix_signals_all_but_training_into_a_folder_works(tmp_path):
+    """A system such as Windows: the programs start, train without a folder, and refuse one in a line."""
+    flags = f"{QUICK} --epochs 1 --report-to="
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    for more, code in ((["--output_dir", str(tmp_path / "run")], EXIT_CONFIG), ([], 0)):
+        command = [sys.executable, "-c", WINDOWS, *flags.split(), *more]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code, done.stderr
+        assert done.stderr.count("in WSL, the Windows Subsystem for Linux\n") == (code != 0)
 
 
 def test_a_new_folder_without_a_lock_in_the_place_of_a_moved_one_is_another(tmp_path):
@@ -219,16 +245,33 @@ def test_another_launch_is_not_a_start_again(first, tmp_path, monkeypatch, capsy
     assert f"resuming (restart 1) {first}" in text and f"moved it to {tmp_path / 'earlier-1'}" in text
 
 
+def test_a_teacher_that_would_be_moved_aside_is_refused(tmp_path):
+    file = tmp_path / "checkpoint.pth"
+    file.touch()
+    args = argparse.Namespace(output_dir=str(tmp_path), finetune="", teacher_path=str(file))
+    with pytest.raises(ConfigError, match=r"^--teacher-path .* is a file of the run in --output_dir"):
+        run_folder.RunFolder(args, True, print).make_room("it is another run's")
+    assert file.exists()
+
+
+def test_what_is_moved_aside_has_a_number_above_all_that_are_there(tmp_path):
+    assert run_folder.num_earlier(tmp_path) == 0
+    for name in ("earlier-3", "earlier-notes"):
+        (tmp_path / name).mkdir()
+    assert run_folder.num_earlier(tmp_path) == 3
+
+
 def test_going_back_in_a_folder_moves_later_checkpoints_aside(tmp_path, capsys):
     """The best one among them would be overwritten, at an equal step, by a worse one."""
     assert run(f"{QUICK} --checkpoint-steps 6 --keep-checkpoints 6", tmp_path) == 0
     assert step_of(tmp_path / "best_checkpoint.pth") == 2 * STEPS
-    best, rows = (tmp_path / "best_checkpoint.pth").read_bytes(), (tmp_path / "log.txt").read_text()
+    best, *rows = ((tmp_path / name).read_bytes() for name in ("best_checkpoint.pth", "log.txt", "metrics.csv"))
     flags = f"{QUICK} --epochs 1 --lr 0 --resume {tmp_path / 'checkpoint-00000006.pth'}"
     assert run(flags, tmp_path) == 0
     aside = tmp_path / "earlier-1"
     assert f"moved later checkpoints to {aside}" in capsys.readouterr().out
-    assert (aside / "best_checkpoint.pth").read_bytes() == best and (aside / "log.txt").read_text() == rows
+    assert (aside / "best_checkpoint.pth").read_bytes() == best
+    assert [(aside / name).read_bytes() for name in ("log.txt", "metrics.csv")] == rows
     assert step_of(latest_checkpoint(aside)) == 2 * STEPS
     assert step_of(tmp_path / "best_checkpoint.pth") == step_of(tmp_path / "checkpoint.pth") == STEPS
 

@@ -1,5 +1,6 @@
 """Labelled images: the formats of ADE20K and of folders, views for training, and what a wrong data set says."""
 
+import colorsys
 import random
 import shutil
 
@@ -9,9 +10,10 @@ import torch
 from PIL import Image
 
 from errors import ConfigError, DataError
+from helpers import sent
 from samplers import SampleKey
 from seg.arguments import parse
-from seg.data import SCENE_CLASSES, build_datasets, collate, read_label
+from seg.data import SCENE_CLASSES, build_datasets, collate, read_label, view_settings
 from seg.views import IGNORED, ViewSettings, crop_corner, distorted, fitting, normalised, training_view
 from seg_sets import picture, write_ade20k, write_folder, write_grey
 
@@ -117,6 +119,15 @@ def test_scenes_are_new_each_epoch_and_held_out_ones_are_fixed():
     assert image.shape == (3, 48, 48) and label.shape == (48, 48) and 0 < label.max() <= 10
     other = build_datasets(arguments("--scene-size", 48, "--val-scenes", 4, "--seed", 9))
     assert torch.equal(other.val[3][0], image), "the held-out scenes are the same for every seed"
+
+
+@pytest.mark.parametrize("kind", ["FOLDER", "SCENES"])
+def test_loader_processes_need_not_be_forked(kind, folder):
+    scenes = build_datasets(arguments("--scene-size", 48, "--train-scenes", 2, "--val-scenes", 2))
+    data = build(folder) if kind == "FOLDER" else scenes
+    for here, key in ((data.train, SampleKey(1, 1, 0)), (data.val, 1)):
+        there, _ = sent(here)
+        assert all(torch.equal(*pair) for pair in zip(there[key], here[key], strict=True))
 
 
 # --- what is wrong is one line
@@ -369,6 +380,25 @@ def test_colours_are_distorted_and_stay_in_range():
     assert all(view.dtype == torch.uint8 and view.shape == pixels.shape for view in views)
     unchanged = sum(torch.equal(view, pixels) for view in views)
     assert 0 < unchanged < 12  # one of sixteen on average
+
+
+def test_colours_are_distorted_within_their_ranges():
+    """Red's hue turns by a tenth at most; grey, which has none, shows 32 of brightness and half of contrast, once."""
+    random.seed(0)
+    red, grey = (torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1) for colour in ((100, 0, 0), (128, 128, 128)))
+    hues = [colorsys.rgb_to_hsv(*distorted(red).flatten().tolist())[0] for _ in range(300)]
+    turns = [(hue + 0.5) % 1 - 0.5 for hue in hues]
+    assert -0.11 < min(turns) < -0.08 and 0.08 < max(turns) < 0.11
+    values = [distorted(grey)[0].item() for _ in range(2000)]
+    assert 0.5 * 96 - 1 <= min(values) < 58 and 225 < max(values) <= 1.5 * 160
+
+
+def test_the_flags_say_how_a_view_is_drawn():
+    args = arguments(
+        "--resize", "300x200", "--crop-size", "24x48", "--scale-range", 0.7, 1.3, "--crop-class-share", 0.6,
+        "--flip-prob", 0.2, "--no-photometric", "--data-set", "FOLDER", "--data-path", "x",
+    )  # fmt: skip
+    assert view_settings(args) == ViewSettings((24, 48), (200, 300), (0.7, 1.3), 0.6, 0.2, False)
 
 
 def test_a_view_follows_from_its_counters(folder):

@@ -16,8 +16,8 @@ from errors import DataError
 from seg import pictures
 from seg.arguments import parse
 from seg.data import SegmentationDataset, collate
-from seg.evaluation import EvalSettings, Sample, Segmented, count, evaluate, predict, starts
-from seg.task import pixel_loss
+from seg.evaluation import EvalSettings, Sample, Segmented, count, eval_settings, evaluate, logits_of, predict, starts
+from seg.task import Segmentation, pixel_loss
 from seg.views import IGNORED
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -108,6 +108,24 @@ def test_overlapping_windows_are_averaged():
     assert found.tolist() == [0] * 8 + [1] * 2 + [0] * 6 + [0] * 2 + [1] * 8
 
 
+def test_logits_of_windows_are_averaged_whatever_their_number():
+    """Added up they would outvote views of fewer windows where the views are averaged."""
+    images = torch.randn(1, 3, 16, 36)
+    slide = EvalSettings(sides=None, mode="slide", window=(16, 16), stride=10)
+    torch.testing.assert_close(logits_of(Pointwise(), images, slide), Pointwise()(images))
+
+
+def test_views_are_averaged_by_their_probabilities():
+    """One that is all but certain does not outvote two that are fairly so, as its logits would."""
+    views = iter([(0.0, 20.0), (2.0, 0.0), (2.0, 0.0)])
+
+    def model(images):
+        return torch.tensor(next(views)).view(1, 2, 1, 1).expand(1, 2, *images.shape[-2:])
+
+    thrice = EvalSettings(**(vars(WHOLE) | {"scales": (1.0, 1.0, 1.0)}))
+    assert (predict(model, torch.zeros(1, 3, 4, 4), thrice) == 0).all()
+
+
 def test_mirrors_are_mirrored_back():
     images = torch.randn(1, 3, 16, 24)
     flip = EvalSettings(**(vars(WHOLE) | {"flip": True}))
@@ -129,6 +147,21 @@ def test_several_scales_are_averaged_at_the_images_size():
     assert seen == [(32, 48), (64, 96), (96, 144)]
     expected = predict(Pointwise(), images, WHOLE)
     assert (found == expected)[:, 8::16, 8::16].all()
+
+
+def test_every_pixel_of_an_image_that_shrinks_is_seen():
+    images, seen = torch.zeros(1, 3, 16, 16), []
+    images[..., ::4] = 1.0
+    model = Pointwise()
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    predict(model, images, EvalSettings(**(vars(WHOLE) | {"scales": (0.25,)})))
+    assert seen[0].shape[-1] == 4 and (seen[0] > 0.1).all()
+
+
+def test_the_flags_say_how_an_image_is_shown():
+    flags = "--device cpu --data-set FOLDER --data-path x --resize 300x200 --crop-size 24x48 --window-stride 10"
+    args = parse([*flags.split(), "--eval-mode", "whole", "--eval-scales", "0.5", "1.5", "--eval-flip"])
+    assert eval_settings(args) == EvalSettings((200, 300), "whole", (24, 48), 10, (0.5, 1.5), True)
 
 
 def test_an_image_is_shown_at_the_sides_that_it_is_made_to_fit():
@@ -192,6 +225,14 @@ def test_evaluation_counts_every_pixel_of_every_image(sizes):
     assert (found.samples[1].predicted == pairs[1][0][:, :, 0] // 20).all()
 
 
+def test_an_evaluation_is_no_training():
+    data, _ = a_set([(12, 16)] * 3)
+    model, modes = Reads().train(), []
+    model.register_forward_pre_hook(lambda module, _: modes.append((module.training, torch.is_grad_enabled())))
+    evaluate(model, DataLoader(data, collate_fn=collate), parse(["--device", "cpu", "--data-set", "SCENES"]), WORLD, 4)
+    assert modes == [(False, False)] * 3
+
+
 class Damaged(Reads):
     """Logits that are not finite for the pixels of the left half."""
 
@@ -230,6 +271,15 @@ def test_the_loss_is_the_mean_over_pixels_that_count():
     expected = F.cross_entropy(logits, labels, ignore_index=IGNORED)
     torch.testing.assert_close(pixel_loss(logits, labels), expected)
     assert pixel_loss(logits, torch.full_like(labels, IGNORED)).item() == 0.0
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_the_auxiliary_loss_has_its_weight(weight):
+    logits, auxiliary = torch.randn(2, 2, 4, 6, 5)
+    images, labels = torch.zeros(2, 3, 6, 5), torch.randint(0, 4, (2, 6, 5))
+    run = SimpleNamespace(world=WORLD, net=lambda images, with_auxiliary: (logits, auxiliary))
+    expected = pixel_loss(logits, labels) + weight * pixel_loss(auxiliary, labels)
+    torch.testing.assert_close(Segmentation(4, weight).loss(run, (images, labels), 0), expected)
 
 
 # --- pictures

@@ -322,6 +322,14 @@ def test_the_demo_trains_and_then_evaluates_its_own_checkpoint():
     assert evaluate.eval and Path(evaluate.resume).parent == Path(train.output_dir)
 
 
+def test_the_defaults_are_the_published_recipe():
+    args = parse(["--device", "cpu", "--data-path", "x"])
+    assert (args.opt, args.lr, args.unscale_lr, args.weight_decay) == ("adamw", 6e-5, True, 0.01)
+    assert (args.sched, args.decay_rate, args.min_lr, args.warmup_epochs) == ("poly", 1.0, 0.0, 1)
+    assert (args.batch_size, args.crop_size, args.resize, args.aux_weight) == (16, 512, (512, 2048), 0.4)
+    assert args.epochs * (20210 // 16) == pytest.approx(160_000, rel=5e-3), "iterations on ADE20K"
+
+
 @pytest.mark.parametrize(("sched", "rate"), [("poly", 1.0), ("step", 0.1), ("multistep", 0.1), ("plateau", 0.1)])
 def test_a_schedule_that_cuts_the_rate_does_not_cut_it_by_polys_exponent(sched, rate):
     flags = ["--no-sched-on-updates"] if sched == "plateau" else []

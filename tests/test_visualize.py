@@ -50,12 +50,22 @@ def test_each_direction_reads_its_own_side(model):
         assert (matrix[sign * (reader - read) >= 0] > 0).all() and not matrix[sign * (reader - read) < 0].any()
 
 
-def test_the_receptive_field_covers_the_image_and_peaks_at_its_patch(model):
-    fields = visualize.receptive_fields(model, torch.randn(2, 3, 16, 16, dtype=torch.float64))
+@pytest.mark.parametrize("height, width", [(16, 16), (8, 24)])
+def test_the_receptive_field_covers_the_image_and_peaks_at_its_patch(height, width):
+    model = fill(VisionMamba(**SIZES | {"img_size": (height, width)})).double().eval()
+    fields = visualize.receptive_fields(model, torch.randn(2, 3, height, width, dtype=torch.float64))
     field = fields["the middle patch"]
-    assert field.shape == (16, 16) and field.max() == 1 and (field > 0).all()
-    peak = divmod(int(field.argmax()), 16)
-    assert (peak[0] // 4, peak[1] // 4) == (2, 2), "patches are 4 x 4 pixels and the middle one is (2, 2)"
+    assert field.shape == (height, width) and field.max() == 1 and (field > 0).all()
+    peak = divmod(int(field.argmax()), width)
+    assert (peak[0] // 4, peak[1] // 4) == (height // 8, width // 8), "patches are 4 x 4 pixels"
+
+
+def test_the_receptive_field_is_of_gradients_whatever_their_sign():
+    weight = torch.zeros(3, 4, 4)
+    weight[0, 1, 2], weight[1, 1, 2], weight[2, 3, 0] = 1, -3, 2
+    model = types.SimpleNamespace(forward_features=lambda images: (images * weight).sum((1, 2, 3))[:, None])
+    found = visualize.receptive_field(model, torch.randn(2, 3, 4, 4), lambda tokens: tokens)
+    assert (found[1, 2], found[3, 0], found.sum()) == (1, 0.5, 1.5)
 
 
 def test_grad_cam_sees_only_what_the_class_depends_on(model):
@@ -68,14 +78,12 @@ def test_grad_cam_sees_only_what_the_class_depends_on(model):
 
 
 def test_grad_cam_weighs_features_by_the_mean_gradient_of_their_channel(model):
-    """On a stream whose gradients are known: of the score w . (sum of the patches) they are w at every patch."""
+    """On a stream whose gradients are known, another one at every patch."""
     cls = torch.zeros(1, 1, 16, dtype=torch.float64)
-    patches = torch.randn(1, 16, 16, dtype=torch.float64)
-    stream = insert_cls_tokens(patches, cls, model.cls_token_design)
-    weight = torch.randn(16, dtype=torch.float64)
-    gradient = insert_cls_tokens(weight.expand(1, 16, 16), cls, model.cls_token_design)
+    patches, gradients = torch.randn(2, 1, 16, 16, dtype=torch.float64)  # (B, M, E) each
+    stream, gradient = (insert_cls_tokens(each, cls, model.cls_token_design) for each in (patches, gradients))
     record = types.SimpleNamespace(stream=stream, gradient_of=types.SimpleNamespace(grad=gradient))
-    expected = (patches[0] @ weight).clamp(min=0).view(4, 4)
+    expected = (patches[0] @ gradients[0].mean(0)).clamp(min=0).view(4, 4)
     assert expected.any() and torch.allclose(visualize.grad_cam(model, record), expected)
 
 
@@ -89,6 +97,18 @@ def test_saliency_is_the_gradient_at_the_pixels_that_the_score_reads():
 
     found = visualize.saliency(score, torch.randn(1, 3, 8, 8), 0)
     assert found[2, 5] == 3 and found[7, 0] == 2 and found.sum() == 5
+
+
+def test_saliencys_noise_is_a_share_of_the_images_range():
+    """A quadratic score's gradient is the noisy image: it grows as the image does."""
+
+    def score(images: torch.Tensor) -> torch.Tensor:
+        return images.square().sum((1, 2, 3))[:, None]
+
+    image = torch.randn(1, 3, 4, 4)
+    found = visualize.saliency(score, image, 0)
+    torch.testing.assert_close(visualize.saliency(score, 100 * image, 0), 100 * found)
+    assert not torch.allclose(found, visualize.saliency(score, image, 0, noise=0.0), rtol=0.01)
 
 
 def test_a_picture_for_every_image(tmp_path, capsys):

@@ -74,6 +74,8 @@ def test_pretrained_weights_adapt_to_classes_channels_and_size(hub_cache):
     expected = models_mamba.resample_pos_embed(state["pos_embed"], (4, 6))
     assert torch.equal(model.pos_embed, expected) and torch.equal(model.norm_f.weight, state["norm_f.weight"])
     assert model(torch.randn(2, 1, 64, 96)).shape == (2, 7)
+    wide = timm.create_model(name, pretrained=True, img_size=(112, 448), **SMALL)  # as many patches, another grid
+    assert torch.equal(wide.pos_embed, models_mamba.resample_pos_embed(state["pos_embed"], (7, 28)))
 
 
 def test_offline_says_what_to_do(hub_cache):

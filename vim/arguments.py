@@ -313,7 +313,13 @@ def add_data_flags(parser) -> None:
 
 def add_loader_flags(parser) -> None:
     add = section(parser, "data loading").add_argument
-    add("--num_workers", "--num-workers", default=10, type=natural_int, help="loader processes per rank")
+    add(
+        "--num_workers",
+        "--num-workers",
+        default=10 if sys.platform == "linux" else 4,  # not forked, each takes 0.4 GB (datasets.START_METHOD)
+        type=natural_int,
+        help="loader processes per rank; outside Linux the default is 4",
+    )
     add(
         "--loader-timeout",
         default=600.0,
@@ -615,7 +621,8 @@ def add_device_flags(parser) -> None:
     add(
         "--device",
         default=UNNAMED_DEVICE,
-        help="cuda, cpu, mps, or auto, the fastest there is; if not given and there is no GPU: cpu",
+        help="cuda (ROCm's GPUs too), cpu, auto, the first of them that there is, or mps, where Vim has no kernels; "
+        "if not given and there is no GPU: cpu",
     )
     add(
         "--if_amp",
@@ -780,8 +787,8 @@ def resolve_defaults(args: argparse.Namespace) -> None:
 
 
 def fastest_device() -> str:
-    """What "auto" stands for: the accelerator if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    """What "auto" stands for: the GPU that there are kernels for, if there is one, else the CPU, which has some too."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def resolve_classifier(args: argparse.Namespace) -> None:

@@ -252,4 +252,6 @@ def kernel_backend(device: torch.device) -> str:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} ({device})"
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    if device.type == "cpu":
+        return f"cpu, {torch.get_num_threads()} threads"
+    return f"{device.type}, where this program has not been tested; Vim's kernels are for cuda and cpu"

@@ -8,11 +8,12 @@ step is found by `build_datasets` and raised as one `DataError` line that names 
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ from errors import BrokenImage, DataError, one_line, some_of
 from samplers import SampleKey
 
 IMAGENET_CLASSES = 1000
+# How loader processes are started; None: as Python does, which does not fork on macOS and Windows. On Linux Python 3.14
+# would start them from a fork server, which dies of a signal to the run, and they with it.
+START_METHOD = "fork" if sys.platform == "linux" else None
 DIGITS_HELD_OUT = 0.2
 
 
@@ -200,6 +204,29 @@ class FileSource:
         return os.path.join(self.root, os.fsdecode(bytes(self.files[index])))
 
 
+class Packed:
+    """A list of picklable items in one block of bytes.
+
+    Half a million small objects would be copied page by page into every loader process, because reading an object
+    touches its reference count. A tensor's memory is shared even by processes that are not forked, to which anything
+    else is sent.
+    """
+
+    def __init__(self, items: Iterable):
+        block, ends = bytearray(), [0]
+        for item in items:
+            block += pickle.dumps(item, protocol=pickle.HIGHEST_PROTOCOL)
+            ends.append(len(block))
+        self.ends = np.array(ends)
+        self.bytes = torch.frombuffer(block or bytearray(1), dtype=torch.uint8)  # torch takes no empty one
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int):
+        return pickle.loads(self.bytes[self.ends[index] : self.ends[index + 1]].numpy().data)
+
+
 class ArraySource:
     """Images in memory: uint8 array (size, H, W) grey or (size, H, W, 3), labels (size,)."""
 
@@ -345,7 +372,7 @@ def inat_sources(root: Path, year: int, category: str, need_train: bool) -> Sour
 
 def _read_json(path: Path):
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except OSError as error:
         hint = "--data-path takes the folder with iNaturalist's JSON files"
         raise DataError(f"{path} cannot be read ({error.strerror}); {hint}") from error
@@ -493,8 +520,7 @@ def build_loader(dataset: Dataset, sampler: Sampler, args, train: bool, collate=
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # else each epoch would draw its workers' seeds from the global one
         worker_init_fn=_outlive_signals,
-        # A fork server, from which Python 3.14 would start workers, dies of a signal to the run, and they with it.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        multiprocessing_context=START_METHOD if workers else None,
     )
 
 
@@ -504,7 +530,8 @@ def _outlive_signals(worker: int) -> None:
 
     It has to live on while the training process finishes its step and saves.
     """
-    os.setpgid(0, 0)
+    if hasattr(os, "setpgid"):  # not on Windows
+        os.setpgid(0, 0)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # torch's handler would end the worker
         threading.Thread(target=_end_when_asked_to, daemon=True).start()

@@ -42,6 +42,9 @@ EXIT_CODE_FILE = "VIM_EXIT_CODE_FILE"
 LAUNCHER = "VIM_LAUNCHER"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal at the end of the parent
 
+# Windows has neither.
+SIGUSR1, SIGHUP = (getattr(signal, name, None) for name in ("SIGUSR1", "SIGHUP"))
+
 # See samplers.ORDER_STREAM: one stream of random numbers per purpose.
 MODEL_STREAM = 4
 
@@ -70,6 +73,8 @@ def start(args) -> World:
     end_with_launcher()
     rank, size, local_rank = read_ranks(args)
     device = torch.device(args.device)
+    if device.type == "mps" and size > 1:
+        raise ConfigError(f"--device {args.device}: torch connects no ranks on it; start one, or take --device cpu")
     if device.type == "cuda":
         here = local_rank + 1
         if size > 1:
@@ -290,7 +295,7 @@ class StopSignal:
     not stopped by signals.
     """
 
-    HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    HANDLED = tuple(filter(None, (signal.SIGTERM, SIGUSR1, signal.SIGINT, SIGHUP)))
 
     def __init__(self):
         self.received: str | None = None
@@ -299,7 +304,7 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
             for number in self.HANDLED:
-                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                if number != SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._remember)
         return self
 
@@ -310,7 +315,7 @@ class StopSignal:
     def _remember(self, number, frame) -> None:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if number == signal.SIGHUP:
+        if number == SIGHUP:
             let_go_of_terminal()
         self.received = signal.Signals(number).name
 

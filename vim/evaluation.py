@@ -94,7 +94,7 @@ def summarise(rows: torch.Tensor, indices: list, num_classes: int, world: World,
     confusion = None
     if num_classes <= LARGEST_CONFUSION:
         confusion = torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
-    if shared:
+    if shared and world.size > 1:  # an Apple GPU, which has no second rank, takes no float64
         sums = sum_over_ranks(sums.to(world.device)).cpu()
         confusion = None if confusion is None else sum_over_ranks(confusion.to(world.device)).cpu()
         mistakes = list(itertools.chain(*gather_objects(most_confident(mistakes))))

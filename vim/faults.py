@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 
 VARIABLE = "VIM_FAULT"
-SIGNALS = {"sigterm": signal.SIGTERM, "sigusr1": signal.SIGUSR1, "sigint": signal.SIGINT, "kill": signal.SIGKILL}
+SIGNALS = {"sigterm": "SIGTERM", "sigusr1": "SIGUSR1", "sigint": "SIGINT", "kill": "SIGKILL"}  # Windows lacks two
 BEFORE = ("raise-before", "oom", "hang", *SIGNALS)
 WRITING = ("disk-full", "kill-writing")
 KINDS = (*BEFORE, "raise-inside", "raise-after", "nan", *WRITING, "kill-evaluating")
@@ -74,7 +74,7 @@ def before_exchange(step: int, rank: int, loss: torch.Tensor) -> torch.Tensor:
     """Break what comes before the ranks exchange gradients, or while they do; returns the loss to go on with."""
     kind = due((*BEFORE, "raise-inside", "nan"), step, rank)
     if kind in SIGNALS:
-        signal.raise_signal(SIGNALS[kind])
+        signal.raise_signal(signal.Signals[SIGNALS[kind]])
     elif kind == "raise-before":
         raise InjectedError(f"{VARIABLE}: before the exchange of step {step}")
     elif kind == "oom":

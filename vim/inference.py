@@ -53,7 +53,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto, the fastest there is")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: cuda if there is one, else cpu")
 
 
 def load_classifier(args: argparse.Namespace) -> Classifier:
@@ -83,7 +83,7 @@ def load_classifier(args: argparse.Namespace) -> Classifier:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the accelerator if there is one. Raises ConfigError."""
+    """The device called `name`, or the one that "auto" stands for. Raises ConfigError."""
     if name == "auto":
         name = fastest_device()
     try:

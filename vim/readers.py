@@ -12,6 +12,7 @@ import importlib
 import io
 import json
 import os
+import pickle
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from datasets import Sources, as_broken_image, decode_image
+from datasets import Packed, Sources, as_broken_image, decode_image
 from errors import DataError, one_line, some_of
 
 WDS_IMAGES = tuple(ending.removeprefix(".") for ending in IMG_EXTENSIONS)
@@ -93,11 +94,25 @@ class TarSource(BytesSource):
 
 
 class ArrowSource(BytesSource):
-    """An Arrow table's column of images, each {"bytes", "path"}; rows by number, in the data set's order."""
+    """An Arrow table's column of images, each {"bytes", "path"}; rows by number, in the data set's order.
 
-    def __init__(self, title: str, images, labels, rows: np.ndarray | None):
+    table: of the `datasets` package, which pickles the names of the files that it maps. The column alone would be
+    sent with all its images to every loader process that is not forked.
+    """
+
+    def __init__(self, title: str, table, key: str, labels, rows: np.ndarray | None):
         super().__init__(labels)
-        self.title, self.images, self.rows = title, images, rows
+        self.title, self.table, self.key, self.rows = title, table, key, rows
+        self.images = table.table.column(key)
+
+    def __getstate__(self) -> dict:
+        with huggingface_datasets():
+            return self.__dict__ | {"table": pickle.dumps(self.table), "images": None}
+
+    def __setstate__(self, state: dict) -> None:
+        with huggingface_datasets():
+            table = pickle.loads(state["table"])
+        self.__dict__ |= state | {"table": table, "images": table.table.column(state["key"])}
 
     def read_bytes(self, index: int) -> bytes:
         row = index if self.rows is None else int(self.rows[index])
@@ -111,7 +126,7 @@ class ArrowSource(BytesSource):
 class MemorySource(BytesSource):
     """Compressed images in memory."""
 
-    def __init__(self, title: str, images: list[bytes], labels):
+    def __init__(self, title: str, images: Packed, labels):
         super().__init__(labels)
         self.title, self.images = title, images
 
@@ -270,10 +285,11 @@ def _open_hfds(args, split: str) -> tuple[ArrowSource, list[str]]:
     with huggingface_datasets():
         keys = {"input_key": args.image_key, "target_key": args.label_key or "label"}
         reader = _reader(args, split, args.data_path or None, **keys)
-        images = reader.dataset.data.table.column(args.image_key)
+        table = reader.dataset.data
+        images = table.table.column(args.image_key)
         # timm has added what it was told to take for images
         empty = {args.image_key} if images.null_count == len(images) else set()
-        there = [name for name in reader.dataset.data.column_names if name not in empty]
+        there = [name for name in table.column_names if name not in empty]
         _check_column(args, split, "--image-key", args.image_key, there)
         _check_column(args, split, "--label-key", keys["target_key"], there)
         labels = _whole_numbers(args, split, reader.dataset.with_format(None)[keys["target_key"]])
@@ -281,7 +297,7 @@ def _open_hfds(args, split: str) -> tuple[ArrowSource, list[str]]:
         rows = None if rows is None else rows.column(0).to_numpy()
         # The table alone goes on: the package's own code would import `datasets` again while it reads.
         names = [name for name, _ in sorted(reader.class_to_idx.items(), key=lambda item: item[1])]
-    return ArrowSource(f"{args.data_set} {split}", images, labels, rows), names
+    return ArrowSource(f"{args.data_set} {split}", table, args.image_key, labels, rows), names
 
 
 def _open_hfids(args, split: str) -> tuple[MemorySource, list[str]]:
@@ -291,7 +307,7 @@ def _open_hfids(args, split: str) -> tuple[MemorySource, list[str]]:
         keys = {"input_key": args.image_key, "target_key": args.label_key or "label"}
         # The number of samples only serves the reader's own loop.
         reader = _reader(args, split, args.data_path or None, num_samples=1, **keys)
-        images, labels = [], []
+        labels = []
         stream = reader.builder.as_streaming_dataset(split=split)
         # Files of unknown columns tell them when the first of them is read.
         features = stream.features or stream._resolve_features().features
@@ -299,10 +315,14 @@ def _open_hfids(args, split: str) -> tuple[MemorySource, list[str]]:
         _check_column(args, split, "--image-key", args.image_key, pictures)
         _check_column(args, split, "--label-key", keys["target_key"], features)
         stream = stream.cast_column(args.image_key, huggingface.Image(decode=False))
-        for item in stream:
-            image = item[args.image_key] or {"bytes": None, "path": os.devnull}  # none is a broken one
-            images.append(image["bytes"] or Path(image["path"]).read_bytes())
-            labels.append(item[keys["target_key"]])
+
+        def read() -> Iterator[bytes]:
+            for item in stream:
+                image = item[args.image_key] or {"bytes": None, "path": os.devnull}  # none is a broken one
+                labels.append(item[keys["target_key"]])
+                yield image["bytes"] or Path(image["path"]).read_bytes()
+
+        images = Packed(read())
     labels = _whole_numbers(args, split, labels)
     names = list(getattr(features[keys["target_key"]], "names", []))
     return MemorySource(f"{args.data_set} {split}", images, labels), names

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -15,6 +14,11 @@ from typing import TextIO
 import distributed
 from checkpoint import digest_path, set_back
 from errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 # What a run leaves in its output folder, and by what it is recognised there.
 RUN_SIGNS = ("checkpoint.pth", "checkpoint-[0-9]*.pth*", "log.txt", "incidents.txt")
@@ -68,6 +72,11 @@ class RunFolder:
         """
         if not self.path:
             return False
+        if fcntl is None:
+            raise ConfigError(
+                f"--output_dir {self.path}: its lock, links and signals are those of Linux and macOS; on Windows train "
+                "in WSL, the Windows Subsystem for Linux"
+            )
         path = self.path / "run.lock"
         try:
             self.lock = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open to the end, as long as held

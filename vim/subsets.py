@@ -109,7 +109,7 @@ def evaluate_real(model: nn.Module, loader, args, world: World, real: list[set[i
     for index, answer in zip(loader.sampler, torch.cat(answers).tolist() if answers else []):
         right += answer in real[index]
         counted += bool(real[index])
-    sums = torch.tensor([right, counted], dtype=torch.float64, device=world.device)
+    sums = torch.tensor([right, counted], device=world.device)
     right, counted = (sum_over_ranks(sums) if args.dist_eval else sums).tolist()
     return 100 * right / max(counted, 1), int(counted)
 

@@ -130,6 +130,6 @@ def report() -> str:
         module, reason = load(name)
         lines.append(f"  {name:<10} {'available' if module else 'not available: ' + reason}")
     lines.append(f"  {ENVIRONMENT_VARIABLE} = {forced() or 'unset (the tensor device decides)'}")
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    devices = ["cpu"] + ([torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else [])
     lines += [f"  {device} tensors -> {_choice(device)}" for device in devices]
     return "\n".join(lines)

@@ -139,6 +139,15 @@ def test_a_split_sequence_equals_the_whole():
     torch.testing.assert_close(buffer, x[..., -3:].detach())
 
 
+def test_pieces_shorter_than_the_filter_equal_the_whole():
+    x, weight, bias, _ = random_inputs(L=7)
+    outs, states = [], None
+    for piece in x.split(2, dim=-1):
+        out, states = causal_conv1d_fn(piece, weight, bias, initial_states=states, return_final_states=True)
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, -1), causal_conv1d_fn(x, weight, bias))
+
+
 def test_packed_sequences_equal_separate_ones():
     x, weight, bias, _ = random_inputs(B=1, L=12)
     lengths = [1, 4, 7]

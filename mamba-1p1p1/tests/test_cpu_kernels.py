@@ -424,6 +424,9 @@ def test_scan_mixed_dtypes_keep_each_inputs_dtype():
     grads = cpu.selective_scan_backward(torch.ones_like(out), None, *inputs, True, saved)
     assert out.dtype == torch.bfloat16
     assert [g.dtype for g in grads if g is not None] == [t.dtype for t in inputs if t is not None]
+    expected = reference.selective_scan_backward(*widened([torch.ones_like(out), None, *inputs]), True, None)
+    # delta is not rounded to u's 16 bits
+    torch.testing.assert_close(grads[1].double(), expected[1], rtol=1e-4, atol=1e-5)
 
 
 def test_slow_and_fast_states(isa):
@@ -600,3 +603,4 @@ def test_a_library_of_another_version_is_refused(monkeypatch):
 def test_what_the_kernels_do_not_serve_is_named(arguments, word):
     assert word in cpu.unsupported(*arguments)
     assert cpu.unsupported("bimamba", torch.bfloat16, 16, 4) is None
+    assert cpu.unsupported("selective_scan", torch.float32, 256) is None

@@ -52,6 +52,17 @@ def test_bad_layer_options(options, words):
         Mamba(**{"d_model": 16} | options)
 
 
+def test_time_steps_start_as_told():
+    torch.manual_seed(0)
+    steps = {"dt_min": 1e-6, "dt_max": 1e-2, "dt_init_floor": 1e-3}
+    constant = Mamba(64, dt_rank=4, dt_init="constant", dt_scale=3.0, **steps).dt_proj
+    assert (constant.weight == 3.0 * 4**-0.5).all()
+    first = torch.nn.functional.softplus(constant.bias)
+    assert first.min().item() == pytest.approx(1e-3, rel=1e-3) and 5e-3 < first.max() < 1.001e-2
+    largest = Mamba(64, dt_rank=4, dt_scale=3.0).dt_proj.weight.abs().max()
+    assert 0.95 < largest / (3.0 * 4**-0.5) <= 1.0
+
+
 @pytest.mark.parametrize("use_fast_path", [True, False])
 def test_a_lone_token_gives_every_parameter_a_gradient(use_fast_path):
     """A's is zero: there is no state to decay. None would stop ranks that wait for it."""
@@ -152,9 +163,10 @@ def test_a_bfloat16_layer_steps_with_any_cache(cache_dtype):
     torch.testing.assert_close(outs, layer(tokens), rtol=0.05, atol=0.02)
 
 
-def test_cached_generation_equals_the_whole_sequence():
+@pytest.mark.parametrize("options", [{}, {"init_layer_scale": 0.5}, {"conv_bias": False, "bias": True}], ids=str)
+def test_cached_generation_equals_the_whole_sequence(options):
     torch.manual_seed(0)
-    module = Mamba(16, d_state=4, layer_idx=3).double()
+    module = Mamba(16, d_state=4, layer_idx=3, **options).double()
     tokens = torch.randn(2, 9, 16, dtype=torch.float64)
     memory, outs = Memory(), []
     outs.append(module(tokens[:, :5], inference_params=memory))

@@ -11,8 +11,15 @@ from inputs import BF16, direction, mixer_inputs, needs_block, scan_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
 from mamba_ssm import Mamba, selective_scan_fn
-from mamba_ssm.ops import backend, reference, selective_scan_interface
-from mamba_ssm.ops.bimamba import DirectionParameters, _half_block_dtype, bimamba, bimamba_block
+from mamba_ssm.ops import backend, bimamba_ops, reference, selective_scan_interface
+from mamba_ssm.ops.bimamba import (
+    DirectionParameters,
+    _half_block_dtype,
+    bimamba,
+    bimamba_block,
+    negative_exp,
+    negative_exps,
+)
 from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn_no_out_proj, selective_scan_ref
 from mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, layer_norm_ref, rms_norm_fn, rms_norm_ref
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
@@ -285,6 +292,17 @@ def test_block_counts_the_flops_of_its_parts():
     assert whole == parts
 
 
+@needs_block
+@pytest.mark.parametrize(("dtype", "allowed"), [(BF16, True), (torch.float16, False)], ids=str)
+def test_a_block_may_multiply_in_bfloat16_where_autocast_says_so(dtype, allowed, monkeypatch):
+    given, block = [], bimamba_ops.block
+    monkeypatch.setattr(bimamba_ops, "block", lambda *values: (given.append(values[-2]), block(*values))[1])
+    _, ahead, behind = mixer_inputs(D=32, dtype=torch.float32)
+    with torch.autocast("cpu", dtype):
+        bimamba_block(torch.randn(2, 5, 16), torch.randn(64, 16), torch.randn(16, 32), ahead, behind)
+    assert given == [allowed]
+
+
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("with_residual", [True, False])
 def test_norm_registration(kind, with_residual):
@@ -310,6 +328,17 @@ def test_flops_count_both_directions():
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() == 4 * one_direction
+
+
+def test_flops_of_a_scan():
+    B, L, D, N = 2, 50, 8, 4
+    u = torch.randn(B, D, L, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        y = selective_scan_fn(u, torch.rand(B, D, L), -torch.rand(D, N), *torch.randn(2, B, N, L))
+    assert counter.get_total_flops() == 9 * B * L * D * N
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * 9 * B * L * D * N
 
 
 # --- symmetries
@@ -372,6 +401,13 @@ def test_results_may_be_changed_in_place():
 
 
 # --- precision
+
+
+@pytest.mark.parametrize(("dtype", "wide"), [(BF16, torch.float32), (torch.float64, torch.float64)], ids=str)
+def test_A_is_at_least_float32_whatever_its_logarithm_is(dtype, wide):
+    A_log = torch.randn(4, 3).to(dtype)
+    for A in (negative_exp(A_log), *negative_exps([A_log, A_log])):
+        torch.testing.assert_close(A, -A_log.to(wide).exp(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
