@@ -522,7 +522,7 @@ def test_a_worker_is_ended_by_its_parent_alone():
     worker.start()
     try:
         assert ready.wait(60)
-        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+        subprocess.run(["sh", "-c", f"kill -TERM {worker.pid}"], check=True)
         worker.join(1)
         assert worker.is_alive()
         worker.terminate()

@@ -34,9 +34,15 @@ ROWS = 8  # of the element-wise kernels
 
 
 @triton.jit
-def _token(x, token, inside, stride_l, live):
+def _live(d, channels, inside):
+    """Which channels there are of a token. Not `inside & (d < channels)`: Triton 3.9's interpreter makes it a number."""
+    return d < tl.where(inside, channels, 0)
+
+
+@triton.jit
+def _token(x, token, inside, stride_l, d, channels):
     """One token's channels in float32, zero outside the sequence."""
-    return tl.load(x + int64(token) * stride_l, mask=inside & live, other=0.0).to(tl.float32)
+    return tl.load(x + int64(token) * stride_l + d, mask=_live(d, channels, inside), other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -71,23 +77,23 @@ def conv_both_kernel(
     if bias is not None:
         start += tl.load(bias + d, mask=live, other=0.0).to(tl.float32)
         start_b += tl.load(bias_b + d, mask=live, other=0.0).to(tl.float32)
-    x = xz + b * stride_b + d
+    x = xz + b * stride_b
     u += b * length * channels + d
     u_b = u + int64(tl.num_programs(0) // strips) * length * channels
     x_rows = ()  # tokens - (W - 1) ... tokens + GROUP + W - 2 of the group
     for k in tl.static_range(2 * W - 2):
         early = first + (k - (W - 1))
-        x_rows = x_rows + (_token(x, early, (early >= 0) & (early < length), stride_l, live),)
+        x_rows = x_rows + (_token(x, early, (early >= 0) & (early < length), stride_l, d, channels),)
     for token in range(first, end, GROUP):
         for k in tl.static_range(GROUP):
             late = token + (k + W - 1)
-            x_rows = x_rows + (_token(x, late, late < length, stride_l, live),)
+            x_rows = x_rows + (_token(x, late, late < length, stride_l, d, channels),)
         for k in tl.static_range(GROUP):
             ahead, behind = start, start_b
             for tap in tl.static_range(W):
                 ahead += taps[tap] * x_rows[k + tap]
                 behind += taps_b[W - 1 - tap] * x_rows[k + W - 1 + tap]
-            at, inside = int64(token + k) * channels, live & (token + k < end)
+            at, inside = int64(token + k) * channels, _live(d, channels, token + k < end)
             tl.store(u + at, _silu(ahead).to(u.dtype.element_ty), mask=inside)
             tl.store(u_b + at, _silu(behind).to(u.dtype.element_ty), mask=inside)
         kept = ()
