@@ -653,9 +653,7 @@ def test_no_register_is_spilled_and_no_barrier_is_numbered_by_one(package_launch
         (file, defines): runtime.compile_cubin(runtime.read_source(file), defines, arch)
         for file, defines in {(file, defines) for file, _, defines in package_launches}
     }
-    used = {
-        (name, defines): gpu_code.resources(code[file, defines], name) for file, name, defines in package_launches
-    }
+    used = {(name, defines): gpu_code.resources(code[file, defines], name) for file, name, defines in package_launches}
     spilling = {key: use for key, use in used.items() if use["spill_bytes"]}
     assert not spilling, "\n".join(f"{name} {dict(defines)}: {use}" for (name, defines), use in spilling.items())
     barriers = {

@@ -134,9 +134,7 @@ def bimamba_block(
         return _block((hidden.float(), *inputs[1:]), forward, backward, scale, bf16_products)
 
 
-def takes_norm(
-    x: Tensor, residual: Tensor, width: int, channels: int, d_state: int, rank: int, d_conv: int
-) -> bool:
+def takes_norm(x: Tensor, residual: Tensor, width: int, channels: int, d_state: int, rank: int, d_conv: int) -> bool:
     """Whether `norm_bimamba_block` runs here: on an NVIDIA GPU in 16 bits, x being in them, the residual stream in
     float32, at the widths that the kernel has registers for. `width` to `d_conv`: E, D, N, R and W of the mixer.
     """
