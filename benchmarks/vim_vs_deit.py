@@ -79,9 +79,10 @@ def peaks_beforehand(groups: Sequence[Sequence[Subject]], settings: Settings) ->
 
 def ready_on_cpu(case: Sequence[Subject], peaks: Mapping[Subject, int | None]) -> dict[Subject, Ready]:
     missing = Ready(None, None, None)
+    too_large = {subject for subject, peak in peaks.items() if peak is None}
     return {
-        subject: missing if peak is None else Ready(subjects.build(subject), peak or None, "eager")
-        for subject, peak in ((subject, peaks.get(subject, 0)) for subject in case)
+        subject: missing if subject in too_large else Ready(subjects.build(subject), peaks.get(subject), "eager")
+        for subject in case
     }
 
 

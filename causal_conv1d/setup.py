@@ -18,7 +18,7 @@ FLAGS = [
     "-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas",
     "-Wno-unknown-warning-option",
 ]  # fmt: skip
-if sys.platform == "darwin":  # Apple's compiler refuses -fopenmp, but not to its parts
+if sys.platform == "darwin":  # Apple's clang takes -fopenmp only in this form
     FLAGS += ["-Xpreprocessor", "-fopenmp"]
     LINK_FLAGS = ["-Wl,-undefined,dynamic_lookup"]
 else:

@@ -34,7 +34,7 @@ PUBLISHED = {
     "--data-set": None,
     "--inat-category": "name",
     "--input-size": 224,
-    "--num_workers --num-workers": 10,
+    "--num_workers --num-workers": 10 if sys.platform == "linux" else 4,
     "--pin-mem --no-pin-mem": True,
     "--repeated-aug --no-repeated-aug": True,
     "--train-mode --no-train-mode": True,
@@ -238,6 +238,12 @@ def test_auto_is_no_device_that_vim_has_no_kernels_for(kind, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
     assert parse_args(["--device", "auto"]).device == choose_device("auto").type == "cpu"
+
+
+@pytest.mark.parametrize(("system", "number"), [("linux", 10), ("darwin", 4), ("win32", 4)])
+def test_loader_processes_are_fewer_where_they_are_not_forked(system, number, monkeypatch):
+    monkeypatch.setattr(sys, "platform", system)
+    assert build_parser().get_default("num_workers") == number
 
 
 def test_every_switch_can_be_turned_on_and_off():

@@ -111,7 +111,7 @@ def test_looking_into_the_lock_does_not_let_it_go(tmp_path):
 
 
 WINDOWS = """
-import os, signal, sys, tiny, main  # and what is not ours with them
+import os, signal, sys, tiny, main  # with all that is not ours, which may need what is deleted here
 for name in [name for name in sys.modules if getattr(sys.modules[name], "__file__", None)]:
     if os.path.dirname(sys.modules[name].__file__) == os.path.dirname(main.__file__):
         del sys.modules[name]

@@ -621,7 +621,7 @@ def add_device_flags(parser) -> None:
     add(
         "--device",
         default=UNNAMED_DEVICE,
-        help="cuda (ROCm's GPUs too), cpu, auto, the first of them that there is, or mps, where Vim has no kernels; "
+        help="cuda (ROCm's GPUs too), cpu, auto (cuda if there is one, else cpu), or mps, where Vim has no kernels; "
         "if not given and there is no GPU: cpu",
     )
     add(
@@ -779,14 +779,14 @@ def resolve_defaults(args: argparse.Namespace) -> None:
         if args.device == "cpu" and not getattr(args, "summary", False) and os.environ.get("RANK", "0") == "0":
             print("no GPU and no --device: on the CPU", file=sys.stderr)
     if args.device == "auto":
-        args.device = fastest_device()
+        args.device = automatic_device()
     if args.if_amp is None:
         args.if_amp = args.device.startswith("cuda")
     if args.nonfinite is None:
         args.nonfinite = "stop"
 
 
-def fastest_device() -> str:
+def automatic_device() -> str:
     """What "auto" stands for: the GPU that there are kernels for, if there is one, else the CPU, which has some too."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 

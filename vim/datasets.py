@@ -224,7 +224,7 @@ class Packed:
         return len(self.ends) - 1
 
     def __getitem__(self, index: int):
-        return pickle.loads(self.bytes[self.ends[index] : self.ends[index + 1]].numpy().data)
+        return pickle.loads(self.bytes.numpy()[self.ends[index] : self.ends[index + 1]])
 
 
 class ArraySource:

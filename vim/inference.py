@@ -11,7 +11,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from arguments import fastest_device
+from arguments import automatic_device
 from augment import build_transform
 from checkpoint import read_checkpoint
 from datasets import IMAGENET_CLASSES, read_image, walk
@@ -85,7 +85,7 @@ def load_classifier(args: argparse.Namespace) -> Classifier:
 def choose_device(name: str) -> torch.device:
     """The device called `name`, or the one that "auto" stands for. Raises ConfigError."""
     if name == "auto":
-        name = fastest_device()
+        name = automatic_device()
     try:
         device = torch.device(name)
     except RuntimeError as error:

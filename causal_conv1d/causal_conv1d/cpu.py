@@ -52,7 +52,7 @@ def _library_path() -> Path | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    if sys.platform == "darwin":  # OpenMP's functions are looked for among those that every library may use
+    if sys.platform == "darwin":  # where the kernels find OpenMP: among global symbols (setup.py)
         ctypes.CDLL(str(_openmp_of_torch()), mode=ctypes.RTLD_GLOBAL)
     return ctypes.CDLL(str(_library_path()))
 
@@ -67,8 +67,8 @@ def unavailable_reason() -> str | None:
     """None if the kernels can run; else why not and how to mend it."""
     if _library_path() is None:
         return (
-            "its C++ kernels were not compiled: install a C++ compiler (g++, or on macOS Xcode's command line tools), "
-            "then `pip install` the package again"
+            "its C++ kernels were not compiled: install a C++ compiler (g++, clang with libomp, or on macOS Xcode's "
+            "command line tools), then `pip install` the package again"
         )
     try:
         library = _library()

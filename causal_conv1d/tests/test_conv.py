@@ -373,6 +373,13 @@ def test_report_of_an_unknown_choice_is_one_line(variable):
     assert run.stderr.startswith(f"{variable}='fastest' is unknown: use ")
 
 
+def test_the_report_tells_what_tensors_of_another_gpu_get(monkeypatch):
+    monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert backend.report().endswith("mps tensors -> reference")
+
+
 @pytest.mark.slow
 def test_without_a_compiler_the_install_works_and_says_so_once(tmp_path):
     tools = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "PYTHONPATH": str(tmp_path / "lib")}

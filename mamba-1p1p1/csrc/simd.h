@@ -70,7 +70,7 @@ INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-// Of a constant a and any b: what is not a number stays so.
+// For a constant a: the result is NaN where b is. (With x86's instructions not where a alone is.)
 INLINE vf vmax(vf a, vf b) {
 #if SIMD_AVX512
     return (vf)_mm512_max_ps((__m512)a, (__m512)b);

@@ -170,7 +170,7 @@ def _choice(device_type: str) -> str:
 
 
 def report() -> str:
-    """One line per backend: what can run here and why the others cannot; then what CPU and CUDA tensors get."""
+    """One line per backend: what can run here and why the others cannot; then what a CPU's and a GPU's tensors get."""
     lines = []
     for name in MODULES:
         module, reason = load(name)

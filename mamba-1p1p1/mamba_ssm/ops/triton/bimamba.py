@@ -35,7 +35,7 @@ ROWS = 8  # of the element-wise kernels
 
 @triton.jit
 def _live(d, channels, inside):
-    """Which channels there are of a token. Not `inside & (d < channels)`, a number for Triton 3.9's interpreter."""
+    """The mask of a token's channels. A scalar & a vector would be no mask for Triton 3.9's interpreter."""
     return d < tl.where(inside, channels, 0)
 
 
