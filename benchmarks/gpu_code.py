@@ -114,9 +114,7 @@ def launch_everything(embed_dim: int, dtype: torch.dtype = torch.bfloat16) -> No
     rows, residual = empty(BATCH * LENGTH, embed_dim, dtype=dtype), empty(BATCH * LENGTH, embed_dim)
     weight, rstd = empty(embed_dim), empty(BATCH * LENGTH)
     norm_kernels.add_norm_forward(rows, residual, weight, None, 1e-5, "rms", torch.float32)
-    norm_kernels.add_norm_backward(
-        rows, residual, residual, weight, None, None, rstd, "rms", dtype, torch.float32
-    )
+    norm_kernels.add_norm_backward(rows, residual, residual, weight, None, None, rstd, "rms", dtype, torch.float32)
 
 
 def launch_convolution(embed_dim: int) -> None:

@@ -220,9 +220,7 @@ def write(folder: Path) -> str:
     sections = []
     for device, goals in GOALS.items():
         results = load(folder, device)
-        machines = [
-            f"Of the {name}:\n\n{harness.describe(part['environment'])}" for name, part in results.items()
-        ]
+        machines = [f"Of the {name}:\n\n{harness.describe(part['environment'])}" for name, part in results.items()]
         sections.append("\n\n".join([f"## {device.upper()}", table(goals, results), *machines]))
     text = "\n\n".join(sections) + "\n"
     (folder / "targets.md").write_text(text)
