@@ -149,10 +149,8 @@ def growth(size: str, settings: Settings, low: int = 512, high: int = 1248) -> d
 # --- tables and figure
 
 
-def _megabytes(record: dict) -> str:
-    if record["seconds"] is None:
-        return "does not fit"
-    return "" if record["peak_memory"] is None else f"{record['peak_memory'] / 1e6:.0f}"
+def _megabytes(peak: int | None) -> str:
+    return "" if peak is None else f"{peak / 1e6:.0f}"
 
 
 def _label(record: dict) -> str:
@@ -169,7 +167,7 @@ def table(records: list[dict], mode: str) -> str:
     for record in (record for record in records if record["mode"] == mode):
         row = [record["px"], record["batch"], _label(record)]
         if record["seconds"] is None:
-            rows.append([*row, "", "", "", _megabytes(record)])
+            rows.append([*row, "", "", "", "does not fit"])
             continue
         low, high = (record["batch"] / record[key] for key in ("seconds_q3", "seconds_q1"))
         faster = record.get("first_faster_by")
@@ -179,7 +177,7 @@ def table(records: list[dict], mode: str) -> str:
                 harness.number(record["images_per_second"]),
                 f"{harness.number(low)} to {harness.number(high)}",
                 f"{faster['median']:.2f}x" if faster else "",
-                _megabytes(record),
+                _megabytes(record["peak_memory"]),
             ]
         )
     header = ["px", "batch", "model", "images/s", "quartiles", "Vim faster by", "peak beyond weights, MB"]

@@ -103,20 +103,18 @@ class ArrowSource(BytesSource):
     def __init__(self, title: str, table, key: str, labels, rows: np.ndarray | None):
         super().__init__(labels)
         self.title, self.table, self.key, self.rows = title, table, key, rows
-        self.images = table.table.column(key)
 
     def __getstate__(self) -> dict:
         with huggingface_datasets():
-            return self.__dict__ | {"table": pickle.dumps(self.table), "images": None}
+            return self.__dict__ | {"table": pickle.dumps(self.table)}
 
     def __setstate__(self, state: dict) -> None:
         with huggingface_datasets():
-            table = pickle.loads(state["table"])
-        self.__dict__ |= state | {"table": table, "images": table.table.column(state["key"])}
+            self.__dict__ |= state | {"table": pickle.loads(state["table"])}
 
     def read_bytes(self, index: int) -> bytes:
         row = index if self.rows is None else int(self.rows[index])
-        image = self.images[row].as_py()
+        image = self.table.table.column(self.key)[row].as_py()
         return image["bytes"] or Path(image["path"]).read_bytes()
 
     def name(self, index: int) -> str:
