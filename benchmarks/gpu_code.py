@@ -26,9 +26,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "mamba-1p1p1"), str(ROOT / "causal_conv1d")]
+sys.path[:0] = [str(ROOT / "mamba-1p1p1"), str(ROOT / "causal_conv1d"), str(ROOT / "benchmarks")]
 
 from causal_conv1d import triton_kernels as conv  # noqa: E402
+from harness import commit  # noqa: E402
 from mamba_ssm.ops.cuda import bimamba as cuda_mixer  # noqa: E402
 from mamba_ssm.ops.cuda import runtime as cuda_runtime  # noqa: E402
 from mamba_ssm.ops.triton import bimamba, norm_kernels, selective_scan  # noqa: E402
@@ -333,11 +334,12 @@ def main(argv: list[str] | None = None) -> None:
     print(text)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        record = {"triton": triton.__version__, "results": results}
+        record = {"triton": triton.__version__, "commit": commit(), "results": results}
         (args.out / "gpu_code.json").write_text(json.dumps(record, indent=1) + "\n")
         nvrtc = ".".join(map(str, cuda_runtime.nvrtc_version()))
         header = f"# Machine code of the GPU kernels\n\nTriton {triton.__version__}, NVRTC {nvrtc}, bf16, N 16, L 197, "
-        header += "compiled without a GPU by `python benchmarks/gpu_code.py`. Speeds: `vim_vs_deit_cuda.md`.\n\n"
+        header += f"commit {record['commit']}, compiled without a GPU by `python benchmarks/gpu_code.py`. Speeds: "
+        header += "`vim_vs_deit_cuda.md`.\n\n"
         (args.out / "gpu_code.md").write_text(header + text + "\n")
 
 

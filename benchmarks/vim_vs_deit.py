@@ -11,6 +11,7 @@ Python calls it); one that cannot be captured is timed eagerly, and its record s
         --attention eager flash cudnn efficient
 """
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -198,7 +199,7 @@ def figure(records: list[dict], path: Path, size: str, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    chosen = [r for r in records if r["mode"] == "infer" and r["name"].partition("/")[0] in SIZES[size]]
+    chosen = [r for r in records if r["mode"] == "infer" and re.split(r"/| \(", r["name"])[0] in SIZES[size]]
     panels = (
         ("images per second", "log", lambda r: r.get("images_per_second")),
         ("peak memory, MB per image", "linear",
@@ -209,9 +210,8 @@ def figure(records: list[dict], path: Path, size: str, title: str) -> None:
         for line in dict.fromkeys(_label(record) for record in chosen):
             of_line = [r for r in reversed(chosen) if _label(r) == line and value(r) is not None]
             points = {r["px"]: value(r) for r in of_line}  # of two batches at one resolution, the first
-            axis.plot(
-                *zip(*sorted(points.items())), marker="o", linewidth=2.5 if line.startswith("vim") else 1.5, label=line
-            )
+            width = 2.5 if line == _label({"name": SIZES[size][0]}) else 1.5
+            axis.plot(*zip(*sorted(points.items())), marker="o", linewidth=width, label=line)
         axis.set(xlabel="resolution, px", ylabel=label, yscale=scale)
         axis.set_xticks(sorted({record["px"] for record in chosen}))
         axis.tick_params(axis="x", rotation=45)

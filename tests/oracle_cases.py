@@ -25,7 +25,7 @@ def load_arrays(name: str) -> dict[str, torch.Tensor]:
 @functools.cache
 def op_arrays() -> dict[str, torch.Tensor]:
     """Outputs and gradients of all op cases, under `case/what`."""
-    return load_arrays("ops-scan.npz") | load_arrays("ops-rest.npz")
+    return load_arrays("ops-scan-real.npz") | load_arrays("ops-scan-complex.npz") | load_arrays("ops-rest.npz")
 
 
 def _normal(name: str, shape) -> np.ndarray:

@@ -252,6 +252,14 @@ def test_a_copied_file_that_is_damaged_is_named(name, tmp_path):
         )
 
 
+def test_a_copied_file_that_may_run_code_is_not_loaded(tmp_path):
+    torch.save({"model": {}, "extra": print}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="its pickle asks for print, which may run code"):
+        timm.create_model(
+            "vim_nano_patch4_32", pretrained=True, depth=1, pretrained_cfg_overlay={"file": str(tmp_path / "x.pth")}
+        )
+
+
 @pytest.mark.parametrize("entries", [("model", "model_ema"), ("model_ema",), ()], ids=str)
 def test_a_copied_file_gives_its_head(entries, tmp_path):
     """timm makes a new one where the classes are not the registered ones, if it is not told the file's."""

@@ -22,6 +22,7 @@ from distributed import EXIT_CONFIG
 from errors import ConfigError as Refused
 from failures import explain, run_cli
 from inference import choose_device
+from main import run_program
 
 # Flag (with its other spellings, a switch with its negation): default. DeiT's and Vim's, as published; a
 # change here breaks somebody's script.
@@ -504,6 +505,43 @@ def test_a_command_whose_reader_has_enough_ends_quietly():
 
 def test_a_file_that_may_not_be_read_is_one_line():
     assert explain(PermissionError(13, "Permission denied", "w.pth")) == (EXIT_CONFIG, "w.pth: Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            RuntimeError(
+                "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+                "RuntimeError: unable to allocate shared memory(shm) for file </torch_1>: No space left (28)\n"
+            ),
+            "too little shared memory for --num_workers 3 --batch-size 7: give it more (`docker run --shm-size 16g`, "
+            "or a larger /dev/shm), or take fewer loader processes (unable to allocate shared memory(shm) for file "
+            "</torch_1>: No space left (28))",
+        ),
+        (
+            OSError(24, "Too many open files"),
+            "too little room for open files for --num_workers 3 --batch-size 7: allow more (`ulimit -n 65536`), or "
+            "take fewer loader processes ([Errno 24] Too many open files)",
+        ),
+        (
+            OSError(28, "No space left on device"),
+            "out or /dev/shm (--num_workers) or the program's output: No space left on device; --resume auto goes on "
+            "from the last checkpoint, if there is one",
+        ),
+    ],
+    ids=["shared memory", "open files", "no name"],
+)
+def test_what_a_container_has_too_little_of_is_named(error, line):
+    """The first two as torch says them."""
+    args = argparse.Namespace(num_workers=3, batch_size=7, output_dir="out")
+    assert explain(error, args) == (EXIT_CONFIG, line)
+
+
+def test_a_program_whose_output_is_closed_goes_on(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert run_program([], lambda argv: parse_args(["--device", "cpu"]), lambda args, world: print("x") or 7) == 7
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -332,6 +332,28 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(tmp_path, capsy
     assert not list(tmp_path.glob(".*"))
 
 
+def main_and_leave(flags):
+    distributed.leave(main(flags))
+
+
+def test_the_end_of_a_run_whose_loaders_are_at_work_is_one_line(tmp_path):
+    """They are killed at its end, which torch takes for a fault of theirs."""
+    flags = f"{QUICK} --num_workers 2 --checkpoint-steps 4 --output_dir {tmp_path / 'run'}"
+    assert end([start(flags, tmp_path / "out", program=main_and_leave, VIM_FAULT="disk-full@8")]) == [4]
+    _, _, last = (tmp_path / "out").read_text().rpartition("error: ")
+    assert "No space left on device" in last and last.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EFBIG, errno.ENAMETOOLONG, errno.EOPNOTSUPP])
+def test_storage_that_never_takes_a_checkpoint_is_an_end(number, tmp_path, monkeypatch, capsys):
+    def write(path, text):  # the digest beside a checkpoint
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(checkpoints, "_write_text", write)
+    assert run(f"{QUICK} --epochs 1", tmp_path) == distributed.EXIT_CONFIG
+    assert f"{os.strerror(number)}; the last checkpoint is untouched\n" in one_line(capsys)
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
 def test_storage_that_fails_for_now_is_no_end(number, tmp_path, monkeypatch, capsys):
     """A launcher starts again what ends with 1."""
@@ -363,7 +385,7 @@ def test_a_log_that_cannot_be_written_is_one_line(number, tmp_path, monkeypatch,
 
     monkeypatch.setattr(report, "replace_text", write)
     assert run(f"{QUICK} --epochs 1 --checkpoint-steps 4", tmp_path) == distributed.EXIT_CONFIG
-    assert f"log.txt: {os.strerror(number)}; the last checkpoint is whole" in one_line(capsys)
+    assert f"log.txt: {os.strerror(number)}; --resume auto goes on from the last checkpoint" in one_line(capsys)
     assert read_checkpoint(latest_checkpoint(tmp_path, on_rejected=pytest.fail)).step == 8
 
 
@@ -376,7 +398,8 @@ def test_a_log_on_storage_that_fails_for_now_is_one_line_and_started_again(name,
 
     monkeypatch.setattr(report, "replace_text", write)
     assert run(f"{QUICK} --epochs 1", tmp_path) == distributed.EXIT_FAILED
-    assert f"error: {tmp_path}/log.txt: {os.strerror(errno.ESTALE)}; the last checkpoint is whole" in one_line(capsys)
+    expected = f"error: {tmp_path}/log.txt: {os.strerror(errno.ESTALE)}; --resume auto goes on from the last checkpoint"
+    assert expected in one_line(capsys)
 
 
 def test_a_folder_in_the_place_of_a_log_is_one_line(tmp_path, capsys):

@@ -4,6 +4,7 @@ Promises and their numbers: docs/RELIABILITY.md.
 """
 
 import argparse
+import errno
 import json
 import os
 import shutil
@@ -149,6 +150,17 @@ def test_a_new_folder_without_a_lock_in_the_place_of_a_moved_one_is_another(tmp_
 def test_a_run_goes_on_where_its_lock_was_deleted(tmp_path, whenever_an_epoch_is_logged):
     whenever_an_epoch_is_logged((tmp_path / "run.lock").unlink)
     assert run(f"{QUICK} --epochs 1", tmp_path) == 0
+
+
+def test_a_folder_without_links_is_refused_at_once(tmp_path, monkeypatch, capsys):
+    """Not by the first checkpoint, an epoch later."""
+
+    def symlink_to(self, target):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(Path, "symlink_to", symlink_to)
+    assert run(QUICK, tmp_path) == EXIT_CONFIG
+    assert f"--output_dir {tmp_path}: no symbolic link can be made there" in capsys.readouterr().err
 
 
 def test_a_folder_is_free_as_soon_as_its_run_was_killed(busy, monkeypatch):

@@ -180,7 +180,7 @@ sys.path[:0] = ["vim"]
 import distributed
 distributed.tell(None)
 with distributed.StopSignal() as stop:
-    print("in a step", flush=True)
+    sys.stdout.write("in a step\\n")  # at once: with print, two ranks' lines may run together
     while stop.received is None:
         time.sleep(0.1)
     time.sleep(3)

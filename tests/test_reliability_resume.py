@@ -77,6 +77,25 @@ def test_a_run_in_the_folder_of_another_is_never_taken_for_it(tmp_path, capsys, 
     assert differing(tmp_path / "whole", folder / "earlier-2") == []
 
 
+@pytest.mark.parametrize("left", ["neither link", "the link to a checkpoint of the same step", "another best one"])
+def test_a_run_killed_before_the_best_checkpoint_was_linked_links_it(left, tmp_path):
+    """Resumed from that very checkpoint, it does not repeat the epoch."""
+    assert run(f"{QUICK} --lr 0 --min-lr 0 --epochs 2 --keep-checkpoints 6", tmp_path) == 0
+    best = tmp_path / "best_checkpoint.pth"
+    first, second = tmp_path / f"checkpoint-{STEPS:08d}.pth", tmp_path / f"checkpoint-{2 * STEPS:08d}.pth"
+    assert best.resolve() == first and [read_checkpoint(file).is_best for file in (first, second)] == [True, False]
+    for file in tmp_path.glob(f"{second.name}*"):
+        file.unlink()
+    best.unlink()
+    (tmp_path / "checkpoint.pth").unlink()
+    if left != "neither link":
+        (tmp_path / "checkpoint.pth").symlink_to(first.name)
+    if left == "another best one":
+        best.symlink_to("checkpoint-00000001.pth")
+    assert run(f"{QUICK} --lr 0 --min-lr 0 --epochs 2", tmp_path) == 0
+    assert best.resolve() == first and read_checkpoint(tmp_path / "checkpoint.pth").step == 2 * STEPS
+
+
 @pytest.mark.parametrize("name", ["best_checkpoint.pth", "checkpoint.pth"])
 def test_weights_that_would_be_moved_are_refused(name, tmp_path, capsys):
     """A restart would not find them, or would take this run's own."""

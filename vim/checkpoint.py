@@ -31,7 +31,7 @@ from torch import nn
 
 import faults
 from errors import CheckpointError, ConfigError, StorageError, check_choice, first_sentence, some_of
-from vim_pretrained import PUBLISHED, unwrap_state_dict
+from vim_pretrained import PUBLISHED, refused_name, unwrap_state_dict
 
 # The published weights that `hf-hub:REPO` alone stands for (`hf-hub:REPO/FILE` names any file).
 HUB_FILES = {weights.repo: weights.file for name, weights in PUBLISHED.items() if "stride8" not in name}
@@ -44,8 +44,10 @@ ENTRIES = {"raw": "model", "ema": "model_ema"}
 PLAIN_TYPES = (type(None), bool, int, float, complex, str, torch.Size, torch.device, torch.dtype)
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)\.pth")
 
-# System errors after which writing again cannot succeed; others, of a network's storage, may pass.
+# System errors after which writing again cannot succeed: no room, or none for such a file. Others, of storage on a
+# network, may pass.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+LASTING = (*FULL, errno.EFBIG, errno.EPERM, errno.ENAMETOOLONG, errno.EOPNOTSUPP)
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Checkpoint:
     """What a weight file holds; what it lacks is None.
 
     `model` and `model_ema` are state dicts without the prefixes of DistributedDataParallel and torch.compile.
+    `is_best`: it was the best of its run when it was written, None where the file does not tell.
     `extra` are entries under other names, `keys` all names on the top level (none in a bare state dict). `exported`:
     a config.json beside the file describes it, as in a folder that `checkpoint.py export` wrote.
     """
@@ -68,6 +71,7 @@ class Checkpoint:
     step: int | None = None
     args: argparse.Namespace | None = None
     best_metric: float | None = None
+    is_best: bool | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     keys: list[str] = field(default_factory=list)
     exported: bool = False
@@ -215,9 +219,8 @@ def _load_pickle(path: Path, trust: bool) -> Any:
 
 def _refused_names(path: Path, message: str) -> str:
     """What the safe loader would not build, "" if that was not the reason to fail."""
-    named = re.search(r"GLOBAL ([\w.]+)", message)
-    if named:
-        return named[1]
+    if named := refused_name(message):
+        return named
     if "Unsupported operand" not in message or zipfile.is_zipfile(path):
         return ""
     return ", ".join(_pickle_globals(path))
@@ -254,7 +257,7 @@ def _as_checkpoint(content: Any, path: Path, digest: str) -> Checkpoint:
     checkpoint.keys = [str(key) for key in entries]
     for name, aliases in (("model", ("model", "state_dict")), ("model_ema", ("model_ema", "state_dict_ema"))):
         setattr(checkpoint, name, _take_state_dict(entries, aliases, path))
-    for name in ("epoch", "step", "args", "best_metric"):
+    for name in ("epoch", "step", "args", "best_metric", "is_best"):
         setattr(checkpoint, name, entries.pop(name, None))
     for name in ("optimizer", "lr_scheduler", "scaler"):  # a published file says "none" of what its run did without
         found = entries.pop(name, None)
@@ -345,7 +348,7 @@ def save_checkpoint(path: str | Path, state: dict) -> str:
 def _not_written(path: Path, error: Exception) -> CheckpointError:
     """What to raise for it. torch's writer hides the system's error behind one of its own."""
     system = error if isinstance(error, OSError) else error.__context__
-    transient = isinstance(system, OSError) and system.errno not in FULL
+    transient = isinstance(system, OSError) and system.errno not in LASTING
     kind = StorageError if transient else CheckpointError
     return kind(f"{path} was not written: {_reason(system or error)}; the last checkpoint is untouched")
 
@@ -439,8 +442,8 @@ def store_checkpoint(output_dir: str | Path, state: dict, keep: int = 2, best: b
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"checkpoint-{state['step']:08d}.pth"
     _remove_leftovers(folder)
-    save_checkpoint(path, state)
-    if best:  # first: killed in between, a resumed run repeats the epoch and comes here again
+    save_checkpoint(path, state | {"is_best": best})
+    if best:  # first: killed in between, a resumed run repeats the epoch and comes here again, or goes by `keep_best`
         _point(folder / "best_checkpoint.pth", path.name)
     _point(folder / "checkpoint.pth", path.name)
     best_path = (folder / "best_checkpoint.pth").resolve()
@@ -532,6 +535,16 @@ def own_checkpoint(output_dir: str | Path, file: Path) -> bool:
     file = file.resolve()
     named = _step_of(file.name) is not None or file.name in ("checkpoint.pth", "best_checkpoint.pth")
     return bool(output_dir) and named and file.parent == Path(output_dir).resolve()
+
+
+def keep_best(checkpoint: Checkpoint) -> None:
+    """Point `best_checkpoint.pth` at a run's own file that is the best, in case its process died before it did so."""
+    file = checkpoint.path.resolve()
+    link = file.with_name("best_checkpoint.pth")
+    if not checkpoint.is_best or _step_of(file.name) is None:
+        return
+    if not link.exists() or (link.is_symlink() and link.resolve() != file):
+        _point(link, file.name)
 
 
 def set_back(file: Path, trust: bool = False) -> list[Path]:

@@ -175,6 +175,8 @@ def leave(code: int) -> NoReturn:
     """
     with StopSignal():  # a run that has ended is not stopped any more
         code = exit_code(code)
+        if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for each loader that is killed here
         for loader in multiprocessing.active_children():
             loader.kill()
         atexit._run_exitfuncs()

@@ -38,6 +38,8 @@ def explain(error: Exception, args=None) -> tuple[int, str] | None:
         return EXIT_CONFIG, str(error)
     if isinstance(error, torch.OutOfMemoryError) or main_memory_is_full(error):
         return EXIT_CONFIG, out_of_memory(error, args)
+    if args and (line := too_little(error, args)):
+        return EXIT_CONFIG, line
     if isinstance(error, PermissionError):
         return EXIT_CONFIG, f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and (found := unwritable(error, getattr(args, "output_dir", ""))):
@@ -57,7 +59,9 @@ def unwritable(error: OSError, output_dir: str) -> tuple[int, str] | None:
     if inside and isinstance(error, IsADirectoryError | NotADirectoryError):
         return EXIT_CONFIG, f"{file}: {error.strerror}; move it away, or take another --output_dir"
     if error.errno in FULL or (inside and error.errno in PASSING):
-        line = f"{file or output_dir}: {error.strerror}; the last checkpoint is whole, --resume auto goes on from it"
+        # Without a name: of a file that was open, or of what the system made for a loader.
+        where = file or " or ".join(filter(None, (output_dir, "/dev/shm (--num_workers)", "the program's output")))
+        line = f"{where}: {error.strerror}; --resume auto goes on from the last checkpoint, if there is one"
         return EXIT_CONFIG if error.errno in FULL else EXIT_FAILED, line
     return None
 
@@ -106,6 +110,21 @@ def out_of_memory(error: Exception, args) -> str:
     _, *reason = str(error).rpartition(CPU_ALLOCATOR)
     reason = first_sentence("".join(reason)) or type(error).__name__
     return f"out of {what}: {', '.join(advice) or 'take smaller images or a smaller model'} ({reason})"
+
+
+def too_little(error: Exception, args) -> str:
+    """Shared memory or open files that loader processes lack, as torch and Python report it; "" if it is neither."""
+    if isinstance(error, RuntimeError) and "unable to" in str(error) and "shared memory" in str(error):
+        what, mend = "shared memory", "give it more (`docker run --shm-size 16g`, or a larger /dev/shm)"
+    elif "Too many open files" in str(error):
+        what, mend = "room for open files", "allow more (`ulimit -n 65536`)"
+    else:
+        return ""
+    *_, reason = str(error).split("RuntimeError: ")
+    return (
+        f"too little {what} for --num_workers {args.num_workers} --batch-size {args.batch_size}: {mend}, or take fewer "
+        f"loader processes ({first_sentence(reason)})"
+    )
 
 
 def smaller_batch(args) -> int | None:

@@ -8,6 +8,7 @@ memory among them), 75 stopped by a signal and saved, to be queued again, 130 in
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
 from argparse import Namespace
@@ -18,7 +19,16 @@ import distributed
 import failures
 from arguments import parse_args, save_arguments, size_of
 from build import build_model, build_run, describe
-from checkpoint import ENTRIES, Checkpoint, compare_classes, fetch, latest_checkpoint, own_checkpoint, read_checkpoint
+from checkpoint import (
+    ENTRIES,
+    Checkpoint,
+    compare_classes,
+    fetch,
+    keep_best,
+    latest_checkpoint,
+    own_checkpoint,
+    read_checkpoint,
+)
 from classification import Classification
 from datasets import IMAGENET_CLASSES, DataBundle, build_datasets
 from dense import grid_in_file
@@ -55,6 +65,9 @@ def run_program(argv: list[str] | None, parse: Callable, execute: Callable) -> i
         parse: from `argv` to arguments. execute: from arguments and a `World` to an exit code.
     """
     args, code = None, EXIT_FAILED
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before the program began
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open to the end
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
@@ -160,6 +173,8 @@ def resume(run: Run, log: RunLog) -> None:
         if path:
             checkpoint = read_checkpoint(path, run.args.trust_checkpoint)
             known = restore(run, checkpoint, grid_in_file(checkpoint, run.model))
+            if run.world.is_main and own_checkpoint(run.args.output_dir, checkpoint.path):
+                keep_best(checkpoint)
             restarts = f" (restart {count})" if count else ""
             log.incident("resumed", run.progress.step, f"resuming{restarts} {known}")
         elif count:

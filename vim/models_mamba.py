@@ -14,6 +14,7 @@ import difflib
 import inspect
 import math
 import re
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -296,7 +297,8 @@ class VisionMamba(nn.Module):
             token, then the maximum of each logit) or "last". "" pools nothing: the head on every token.
         embed_dim, depth: E, and the number of blocks.
         bidirectional: "v2" two full directions (all released weights), "v1" a second scan with its own A only,
-            "none" forward only, "layer" blocks in pairs of which the second reads the sequence backwards.
+            "none" forward only, "layer" blocks in pairs of which the second reads the sequence backwards (with an odd
+            depth the last block has no partner: as in the published code it has weights, and does nothing).
         cls_token: "middle", "head", "double" (first and last, averaged) or "none".
         pos_embed: learned position embeddings, or none.
         norm, norm_eps: "rms" or "layer", and its epsilon.
@@ -354,8 +356,6 @@ class VisionMamba(nn.Module):
                 ("layer_scale", layer_scale, layer_scale is None or isinstance(layer_scale, Real), "None or a number"),
             )
         )
-        if bidirectional == "layer" and depth % 2:
-            raise ValueError(f"depth={depth}: bidirectional='layer' pairs its blocks, so use an even depth")
         self.global_pool, self.num_classes, self.in_chans = global_pool, num_classes, in_chans
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
         self.dynamic_img_size, self.grad_checkpointing = dynamic_img_size, False
@@ -381,6 +381,12 @@ class VisionMamba(nn.Module):
         self.layers = nn.ModuleList(
             Block(AddNorm(embed_dim, norm, norm_eps), mixer, rate) for mixer, rate in zip(mixers, rates)
         )
+        for idle in self.layers[self._stage_count * self._stage_size :]:
+            warnings.warn(
+                f"depth={depth}: bidirectional='layer' pairs its blocks and leaves the last one out: use an even depth",
+                stacklevel=2,
+            )
+            idle.requires_grad_(False)  # ranks would wait for gradients that nobody makes
         self.norm_f = AddNorm(embed_dim, norm, norm_eps)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
         self._describe_features()
@@ -527,7 +533,9 @@ class VisionMamba(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image (B, C, height, width) -> all tokens after the last norm (B, L, E), class tokens in their places."""
-        for hidden, residual in self._stages(self._embed(x)):  # noqa: B007 - the last one counts
+        embedded = self._embed(x)
+        hidden, residual = embedded, None
+        for hidden, residual in self._stages(embedded):  # noqa: B007 - the last one counts
             pass
         return self.norm_f(self.drop_path(hidden), residual)[0]
 

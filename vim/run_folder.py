@@ -82,6 +82,7 @@ class RunFolder:
             self.lock = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open to the end, as long as held
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}; take another --output_dir") from None
+        self._try_link()
         command = hashlib.sha256(repr(sorted(vars(self.args).items())).encode()).hexdigest()[:16]
         self.launch = f"{distributed.launch_name()} {command}"
         seconds = min(LOCK_SECONDS, int(self.args.dist_timeout / 2))  # the other ranks wait for this one
@@ -101,6 +102,19 @@ class RunFolder:
             self.say(f"{path} is still held by this run's earlier process: going on without it")
             return True
         raise ConfigError(f"{self._in_use()}: stop that run, or take another folder")
+
+    def _try_link(self) -> None:
+        """Raises ConfigError where the first checkpoint could not be linked, hours from now."""
+        probe = self.path / f".link-{os.getpid()}.tmp"
+        try:
+            probe.unlink(missing_ok=True)
+            probe.symlink_to("run.lock")
+            probe.unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"--output_dir {self.path}: no symbolic link can be made there ({error.strerror}), as checkpoint.pth "
+                "and best_checkpoint.pth are; take a folder on another file system"
+            ) from None
 
     def own(self) -> None:
         """Note in the folder that what it holds from now on is this run's."""

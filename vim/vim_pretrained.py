@@ -4,6 +4,7 @@
 them with torch's safe loader, for which the one class they hold, `argparse.Namespace`, is allow-listed.
 """
 
+import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -59,6 +60,12 @@ def _all_start_with(state_dict: dict, prefix: str) -> bool:
     return bool(state_dict) and all(key.startswith(prefix) for key in state_dict)
 
 
+def refused_name(message: str) -> str:
+    """What a pickle asks for that torch's safe loader, whose message this is, would not build; "" if it names none."""
+    named = re.search(r"GLOBAL ([\w.]+)", message)
+    return named[1] if named else ""
+
+
 def read_copy(overlay: dict | None) -> dict:
     """What `pretrained_cfg_overlay={"file": PATH}` has to say besides, so that a copied file gives the same weights.
 
@@ -76,6 +83,8 @@ def read_copy(overlay: dict | None) -> dict:
     except OSError:
         raise
     except Exception as error:  # a damaged file raises nearly anything
+        if refused := refused_name(str(error)):
+            raise ValueError(f"{path} was not loaded: its pickle asks for {refused}, which may run code") from error
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"{path} is damaged or no weight file ({why})") from error
     head = weights_in(content).get("head.weight")

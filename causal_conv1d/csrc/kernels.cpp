@@ -127,7 +127,7 @@ void store_panel(const Sequence& s, Tile<LAST> tile, const float* panel) {
 
 // weights[k * channels + i] and the bias of a tile's channels.
 struct Filter {
-    float weight[MAX_WIDTH * CHANNELS] = {}, bias[CHANNELS] = {};
+    alignas(64) float weight[MAX_WIDTH * CHANNELS] = {}, bias[CHANNELS] = {};
 
     Filter() = default;
     Filter(const Arguments& a, int64_t c0, int channels) {
@@ -154,7 +154,7 @@ void convolve(const Filter& f, Tile<LAST> tile, int n, const float* x, float* ou
 }
 
 template <class T, int WIDTH, bool LAST> void forward_tile(const Arguments& a, const Filter& f, Tile<LAST> tile) {
-    float x[PANEL], out[PANEL];
+    alignas(64) float x[PANEL], out[PANEL];
     load_panel<T>(a, a.x, a.initial, tile, tile.t0 + 1 - WIDTH, tile.t0 + tile.tokens, x);
     convolve<WIDTH>(f, tile, tile.tokens, x, out);
     if (a.silu) {
@@ -200,7 +200,7 @@ template <bool LAST> void add_products(Tile<LAST> tile, const float* grad, const
 // What a tile adds to the gradients of its channels' filter, in Filter's form.
 template <class T, int WIDTH, bool LAST>
 void backward_tile(const Arguments& a, const Filter& f, Tile<LAST> tile, Filter& sums) {
-    float x[PANEL], grad[PANEL], pre[PANEL];
+    alignas(64) float x[PANEL], grad[PANEL], pre[PANEL];
     const int n = tile.tokens + WIDTH - 1;  // outputs that the tile's inputs reach
     const int64_t to = tile.t0 + n;
     load_panel<T>(a, a.x, a.initial, tile, tile.t0 + 1 - WIDTH, to, x);

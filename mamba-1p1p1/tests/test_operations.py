@@ -66,6 +66,18 @@ def test_gradients_of_a_real_constant_matrix_beside_a_complex_A():
     assert torch.autograd.gradcheck(selective_scan_fn, inputs)
 
 
+def test_gradients_where_torchs_softplus_is_a_line():
+    """From 20 on."""
+    inputs = scan_inputs(L=5)
+    inputs[1] = torch.linspace(18, 23, inputs[1].numel(), dtype=torch.float64).view_as(inputs[1]).requires_grad_()
+    pairs = [
+        torch.autograd.grad(function(*inputs, delta_softplus=True).sum(), inputs)
+        for function in (selective_scan_fn, selective_scan_ref)
+    ]
+    for grad, expected in zip(*pairs):
+        torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("operation", ["scan", "mixer", "block", "norm"])
 def test_the_gradient_of_a_sum(operation):
     """Expanded, of one number for all."""
@@ -463,6 +475,12 @@ def test_bad_scan_arguments(position, value, words):
     inputs[position] = value
     with pytest.raises(ValueError, match=words):
         selective_scan_fn(*inputs)
+
+
+def test_a_scan_without_channels_is_refused():
+    none = torch.zeros(2, 0, 7)
+    with pytest.raises(ValueError, match=r"u \(2, 0, 7\) holds no channel: D must be at least 1"):
+        selective_scan_fn(none, none, torch.zeros(0, 4), torch.zeros(2, 4, 7), torch.zeros(2, 4, 7))
 
 
 @pytest.mark.parametrize("position, shape", [(3, (2, 4, 7)), (4, (2, 2, 4, 7)), (2, (6, 4, 1))])

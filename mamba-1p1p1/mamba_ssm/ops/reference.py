@@ -209,8 +209,8 @@ def selective_scan_backward(dout, dlast_state, u, delta, A, B, C, D, z, delta_bi
     dexponent = ddrive * (previous * terms.decay).conj()  # of delta A
     dproduct = _real((ddrive * terms.B.conj()).sum(-1)).permute(1, 2, 0)  # of delta u
     ddelta = _real((dexponent * terms.A.conj()).sum(-1)).permute(1, 2, 0) + dproduct * x
-    if delta_softplus:  # its derivative, sigmoid(v), is 1 - exp(-softplus(v))
-        ddelta = ddelta * -torch.expm1(-terms.delta)
+    if delta_softplus:  # its derivative, sigmoid(v), is 1 - exp(-softplus(v)); above 20 torch's softplus(v) is v
+        ddelta = ddelta * -torch.expm1(-terms.delta).where(terms.delta <= 20, -1.0)
     du = dproduct * terms.delta
     if D is not None:
         du = du + dy * D.to(x.dtype)[:, None]

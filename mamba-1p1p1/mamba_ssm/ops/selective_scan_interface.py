@@ -134,6 +134,8 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> None:
     if u.dim() != 3 or A.dim() != 2 or A.shape[0] != u.shape[1]:
         raise ValueError(f"u must be (B, D, L) and A (D, N) with the same D, not {tuple(u.shape)}, {tuple(A.shape)}")
+    if u.shape[1] == 0:
+        raise ValueError(f"u {tuple(u.shape)} holds no channel: D must be at least 1")
     if u.shape[-1] == 0:
         raise ValueError(f"u {tuple(u.shape)} holds no token: the length must be at least 1")
     for name, tensor in {"u": u, "delta": delta, "z": z, "D": D, "delta_bias": delta_bias}.items():
