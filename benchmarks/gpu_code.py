@@ -130,7 +130,7 @@ def launch_convolution(embed_dim: int) -> None:
 def cuda_launches(
     embed_dim: int, dtype: torch.dtype = torch.bfloat16, multiprocessors: int = 1
 ) -> list[tuple[str, str, tuple]]:
-    """(file, kernel, definitions) of what the mixer in CUDA C++ launches, forward and backward, and the norm before it.
+    """(file, kernel, definitions) of what the mixer in CUDA C++ launches, forward and backward.
 
     Arguments are checked against the kernels' parameters. Few multiprocessors have many sequences each.
     """
@@ -147,11 +147,6 @@ def cuda_launches(
         xz, parameters = mixer_arguments(embed_dim, dtype)
         y, saved = cuda_mixer.bimamba_forward(xz, parameters, parameters, 0.5, True)
         cuda_mixer.bimamba_backward(y, xz, parameters, parameters, 0.5, saved)
-        if cuda_mixer.serves_norm(embed_dim):
-            x, residual = empty(BATCH, LENGTH, embed_dim, dtype=dtype), empty(BATCH, LENGTH, embed_dim)
-            in_proj = empty(xz.shape[-1], embed_dim, dtype=dtype)
-            cuda_mixer._norm_in_proj(x, residual, empty(embed_dim), 1e-5, in_proj)
-            cuda_mixer._norm_in_proj_again(residual, empty(embed_dim), 1e-5, in_proj)
     finally:
         cuda_runtime.load, cuda_mixer._device = kept
     return list(dict.fromkeys(launched))
@@ -262,7 +257,7 @@ def examine_nvidia(name: str, compiled, size: str) -> dict:
 
 
 def examine_cuda(arch: str, size: str) -> dict:
-    """{kernel: row} of the CUDA kernels; forward's that are run again for backward by names of their own."""
+    """{kernel: row} of the CUDA kernels; a scan's forward that is run again for backward by a name of its own."""
     rows = {}
     for file, name, defines in cuda_launches(SIZES[size]):
         cubin, macros = cuda_runtime.compile_cubin(cuda_runtime.read_source(file), defines, arch), dict(defines)

@@ -42,7 +42,7 @@ except ImportError:  # an older timm, which has no such record
 
 
 try:
-    from mamba_ssm.modules.mamba_simple import BIMAMBA_TYPES, Mamba, check_values, is_count, runs_as_is
+    from mamba_ssm.modules.mamba_simple import BIMAMBA_TYPES, Mamba, check_values, is_count
     from mamba_ssm.ops.backend import has_autocast
     from mamba_ssm.ops.triton.layer_norm import layer_norm_fn, layer_norm_ref, rms_norm_ref
 except ImportError as error:
@@ -275,16 +275,8 @@ class Block(nn.Module):
         """hidden, residual: (B, L, E); without a residual, hidden starts the stream."""
         if residual is not None:
             hidden = self.drop_path(hidden)
-            if self._is_one_pass(hidden, residual):
-                return self.mixer.forward_with_norm(hidden, residual, self.norm.weight, self.norm.eps)
         hidden, residual = self.norm(hidden, residual)
         return self.mixer(hidden), residual
-
-    def _is_one_pass(self, hidden: Tensor, residual: Tensor) -> bool:
-        """Whether the mixer norms its input itself: where nobody watches or changes what lies between."""
-        norm, mixer = self.norm, self.mixer
-        ours = runs_as_is(norm, AddNorm) and runs_as_is(mixer, Mamba) and norm.kind == "rms" and norm.use_fast_path
-        return ours and mixer.takes_norm(hidden, residual)
 
 
 class VisionMamba(nn.Module):

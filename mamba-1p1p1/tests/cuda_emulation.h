@@ -116,8 +116,10 @@ struct Barrier {
     std::string name;
     int needed = 0;
     std::vector<Fiber*> waiting;
-    char order[2] = {};     // what was written before the barrier is seen behind it: places for two passages in turns,
-    unsigned passages = 0;  // as a thread may be at the next one while another still has to leave this one
+    // What was written before the barrier is seen behind it: places for two passages in turns, as a thread may be at the
+    // next one while another still has to leave this one. Of their own for each block, whose barriers order no other's.
+    char* order = SEES_RACES ? static_cast<char*>(malloc(2)) : nullptr;
+    unsigned passages = 0;
 };
 
 // What the lanes of a warp give each other. Two of them, in turns: a lane may be one collective ahead of another.
@@ -230,14 +232,16 @@ static void fiber_main() {
     abort();
 }
 
-// Barriers whose names begin as this variable says order no memory: that a race is found, is tested so.
+// Barriers and announcements whose names begin as this variable says order no memory: that a race is found, is tested so.
 static const char* const UNORDERED = getenv("EMULATION_UNORDERED");
+
+static bool orders(const char* name) { return !(UNORDERED && !strncmp(name, UNORDERED, strlen(UNORDERED))); }
 
 // `name`: of what orders memory, as all barriers do.
 static void wait(Barrier& barrier, const char* name) {
     Unseen unseen;
-    bool ordered = name && !(UNORDERED && !strncmp(name, UNORDERED, strlen(UNORDERED)));
-    char* order = &barrier.order[barrier.passages % 2];
+    bool ordered = name && orders(name);
+    char* order = barrier.order + barrier.passages % 2;
     if (ordered) release(order);
     if (int(barrier.waiting.size()) + 1 == barrier.needed) {
         for (Fiber* fiber : barrier.waiting) {
@@ -439,7 +443,6 @@ const char* signature(void (*)(Parameters...)) {
 DEVICE float emulation_flush(float v) { return fabsf(v) < FLT_MIN ? copysignf(0.0f, v) : v; }
 DEVICE float ex2(float v) { return emulation_flush(exp2f(emulation_flush(v))); }
 DEVICE float lg2(float v) { return emulation_flush(log2f(emulation_flush(v))); }
-DEVICE float rsqrt(float v) { return emulation_flush(1.0f / sqrtf(emulation_flush(v))); }
 DEVICE float rcp(float v) { return emulation_flush(1.0f / emulation_flush(v)); }
 
 #if HALF_IS_BF16
@@ -472,6 +475,20 @@ DEVICE unsigned to_tf32(float v) {
 
 DEVICE void sync_block() { emulation::wait(emulation::block_barrier, "sync_block"); }
 DEVICE void sync_warp() { emulation::exchange("sync_warp", nullptr, 0); }
+
+DEVICE void announce(int* flag) {
+    if (emulation::orders("announce")) emulation::release(flag);
+    emulation::Unseen unseen;
+    *flag = 1;
+}
+
+DEVICE void await(const int* flag) {
+    {
+        emulation::Unseen unseen;
+        if (*flag != 1) emulation::fail("await: the flag is " + std::to_string(*flag) + ", and blocks come in their order");
+    }
+    if (emulation::orders("announce")) emulation::acquire(const_cast<int*>(flag));
+}
 
 template <int ID, int COUNT>
 DEVICE void sync_named() {

@@ -17,14 +17,14 @@ extern "C" __global__ void __launch_bounds__(128) conversions(
     }
 }
 
-// out[7, n]: ex2, lg2, rcp, sigmoid, softplus, its slope, rsqrt.
+// out[6, n]: ex2, lg2, rcp, sigmoid, softplus, its slope.
 extern "C" __global__ void functions(const float* __restrict__ v, float* __restrict__ out, long long n) {
     const long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
     if (i >= n) return;
     float value, slope;
     softplus_and_slope(v[i], value, slope);
-    const float results[7] = {ex2(v[i]), lg2(v[i]), rcp(v[i]), sigmoid(v[i]), value, slope, rsqrt(v[i])};
-    for (int k = 0; k < 7; ++k) out[k * n + i] = results[k];
+    const float results[6] = {ex2(v[i]), lg2(v[i]), rcp(v[i]), sigmoid(v[i]), value, slope};
+    for (int k = 0; k < 6; ++k) out[k * n + i] = results[k];
 }
 
 // c[16, 8] = scale a[16, 8] b[8, 8] for every warp of every block.

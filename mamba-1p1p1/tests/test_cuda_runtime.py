@@ -132,7 +132,7 @@ def check_relative(got, expected, bound):
 @pytest.mark.parametrize("device", DEVICES)
 def test_elementary_functions_are_as_near_as_promised(probe, device):
     v = torch.cat([torch.linspace(-80, 80, 40001), torch.linspace(-1e-3, 1e-3, 2001)]).to(device)
-    out = torch.full((7, v.numel()), float("nan"), device=device)
+    out = torch.full((6, v.numel()), float("nan"), device=device)
     probe("functions")((-(-v.numel() // 128), 1, 1), 128, 0, v, out, v.numel())
     x, got = v.double().cpu().numpy(), out.double().cpu().numpy()
     check_relative(got[0], np.exp2(x), 3e-7)
@@ -140,7 +140,6 @@ def test_elementary_functions_are_as_near_as_promised(probe, device):
     assert (np.abs(got[1][positive] - np.log2(x[positive])) < 3e-6).all()
     assert np.isnan(got[1][x < 0]).all()
     check_relative(got[2][x != 0], 1 / x[x != 0], 2e-7)
-    check_relative(got[6][positive], x[positive] ** -0.5, 3e-7)
     exact_softplus = np.logaddexp(0, x)
     check_relative(got[4], exact_softplus, 5e-6)  # e^x = 2^(x log2 e): that product of up to 115 is rounded
     for row in (got[3], got[5]):
@@ -153,9 +152,9 @@ def test_elementary_functions_are_as_near_as_promised(probe, device):
 def test_functions_at_the_ends(probe, device):
     inf, nan = float("inf"), float("nan")
     v = torch.tensor([0.0, inf, -inf, nan, 1e-40, 200.0, -200.0, 3e38], device=device)
-    out = torch.empty(7, 8, device=device)
+    out = torch.empty(6, 8, device=device)
     probe("functions")((1, 1, 1), 32, 0, v, out, 8)
-    exp2, log2, inverse, sigmoid, softplus, slope, root = out.cpu()
+    exp2, log2, inverse, sigmoid, softplus, slope = out.cpu()
     expected = {
         "exp2": (exp2, [1, inf, 0, nan, 1, inf, 0, inf]),
         "log2": (log2[:5], [-inf, inf, nan, nan, -inf]),
@@ -163,7 +162,6 @@ def test_functions_at_the_ends(probe, device):
         "sigmoid": (sigmoid, [0.5, 1, 0, nan, 0.5, 1, 0, 1]),
         "softplus": (softplus, [0.6931472, inf, 0, nan, 0.6931472, 200, 0, 3e38]),
         "slope": (slope[4:], [0.5, 1, 0, 1]),
-        "inverse root": (root, [inf, 0, nan, nan, inf, 200**-0.5, nan, 3e38**-0.5]),
     }
     for name, (got, wanted) in expected.items():
         torch.testing.assert_close(got, torch.tensor(wanted), rtol=1e-6, atol=0, equal_nan=True, msg=name)

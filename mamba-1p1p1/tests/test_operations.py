@@ -436,9 +436,10 @@ def test_low_precision_inputs_keep_a_float32_state(dtype):
 def test_autocast_leaves_float64_alone(monkeypatch, emulated_cuda):
     """As on a GPU, whose block runs in autocast's 16 bits."""
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "cuda")
+    _, ahead, _ = mixer_inputs(D=32, N=16, R=4, W=4, dtype=torch.float32)
     with torch.autocast("cpu", BF16):
-        assert _half_block_dtype(torch.zeros(2, 5, 16), 32, 16, 4, 4) == BF16
-        assert _half_block_dtype(torch.zeros(2, 5, 16, dtype=torch.float64), 32, 16, 4, 4) is None
+        assert _half_block_dtype(torch.zeros(2, 5, 16), ahead) == BF16
+        assert _half_block_dtype(torch.zeros(2, 5, 16, dtype=torch.float64), ahead) is None
 
 
 def test_the_residual_stream_is_float32():

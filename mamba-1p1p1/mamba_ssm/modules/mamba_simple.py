@@ -16,15 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from mamba_ssm.ops import reference
-from mamba_ssm.ops.bimamba import (
-    DirectionParameters,
-    bimamba,
-    bimamba_block,
-    negative_exp,
-    negative_exps,
-    norm_bimamba_block,
-    takes_norm,
-)
+from mamba_ssm.ops.bimamba import DirectionParameters, bimamba, bimamba_block, negative_exp, negative_exps
 from mamba_ssm.ops.selective_scan_interface import (
     bimamba_inner_fn,
     bimamba_inner_ref,
@@ -221,38 +213,17 @@ class Mamba(nn.Module):
             getattr(self, "D" + suffix),
         )  # fmt: skip
 
-    @property
-    def _scale(self) -> float:
-        """Of the sum of both directions of "v2"."""
-        return 0.5 if self.if_divide_out else 1.0
-
-    def _is_one_block(self) -> bool:
-        """Whether "v2" runs as one operation, its projections too."""
-        return self.use_fast_path and _is_bare(self.in_proj) and _is_bare(self.out_proj)
-
-    def _block_parameters(self) -> tuple:
-        """What that operation takes: both projections' weights, both directions' parameters with log(-A)."""
-        directions = self._parameters_of("", self.A_log), self._parameters_of("_b", self.A_b_log)
-        return self.in_proj.weight, self.out_proj.weight, *directions
-
     def _mix_v2(self, hidden_states: Tensor) -> Tensor:
         """The mixer "v2" with its projections: (B, L, E) -> (B, L, E)."""
-        if self._is_one_block():
-            return bimamba_block(hidden_states, *self._block_parameters(), self._scale, decay="log")
+        scale = 0.5 if self.if_divide_out else 1.0
+        if self.use_fast_path and _is_bare(self.in_proj) and _is_bare(self.out_proj):
+            directions = self._parameters_of("", self.A_log), self._parameters_of("_b", self.A_b_log)
+            weights = self.in_proj.weight, self.out_proj.weight
+            return bimamba_block(hidden_states, *weights, *directions, scale, decay="log")
         A, A_b = negative_exps([self.A_log, self.A_b_log])
         directions = self._parameters_of("", A), self._parameters_of("_b", A_b)
         mixer = bimamba if self.use_fast_path else reference.bimamba
-        return self.out_proj(mixer(self.in_proj(hidden_states), *directions, self._scale))
-
-    def takes_norm(self, x: Tensor, residual: Tensor) -> bool:
-        """Whether `forward_with_norm` serves such tensors: those of "v2" on an NVIDIA GPU in 16 bits."""
-        if self.bimamba_type != "v2" or self.init_layer_scale is not None or not self._is_one_block():
-            return False
-        return takes_norm(x, residual, self.d_model, self.d_inner, self.d_state, self.dt_rank, self.d_conv)
-
-    def forward_with_norm(self, x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """`forward` of the RMSNorm of x + residual, and that sum, (B, L, E) each: norm and in_proj in one pass."""
-        return norm_bimamba_block(x, residual, norm_weight, *self._block_parameters(), eps, self._scale, decay="log")
+        return self.out_proj(mixer(self.in_proj(hidden_states), *directions, scale))
 
     def _mix_channels_first(self, xz: Tensor) -> Tensor:
         """The mixers "none" and "v1": (B, L, 2 D) -> (B, L, D)."""
@@ -407,12 +378,9 @@ def _check_convolution(name: str, conv: nn.Conv1d) -> None:
 
 def _is_bare(linear: nn.Module) -> bool:
     """Whether calling this projection is a product with its weight and nothing else: no adapter, bias or hook."""
-    return runs_as_is(linear, nn.Linear) and linear.bias is None
-
-
-def runs_as_is(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module is `kind.forward` of its parameters and nothing else: other code may do that."""
-    if type(module) is not kind or "forward" in vars(module) or module._compiled_call_impl is not None:
+    if type(linear) is not nn.Linear or linear.bias is not None:
         return False
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    if "forward" in vars(linear) or linear._compiled_call_impl is not None:
+        return False
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
     return not (hooks or _has_any_global_hook())

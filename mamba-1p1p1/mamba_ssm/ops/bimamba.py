@@ -118,8 +118,7 @@ def bimamba_block(
     inputs = (hidden, in_proj_weight, out_proj_weight)
     _check_block(*inputs, forward, backward, decay)
     transformed = backend.differentiated_beyond_autograd()
-    rank, d_conv = forward.dt_weight.shape[1], forward.conv_weight.shape[1]
-    half = None if transformed else _half_block_dtype(hidden, *forward.A.shape, rank, d_conv)
+    half = None if transformed else _half_block_dtype(hidden, forward)
     if half is not None:
         with torch.autocast(hidden.device.type, enabled=False):
             inputs = (hidden.to(half), *inputs[1:])
@@ -132,46 +131,6 @@ def bimamba_block(
     bf16_products = torch.get_autocast_dtype("cpu") == torch.bfloat16
     with torch.autocast("cpu", enabled=False):
         return _block((hidden.float(), *inputs[1:]), forward, backward, scale, bf16_products)
-
-
-def takes_norm(x: Tensor, residual: Tensor, width: int, channels: int, d_state: int, rank: int, d_conv: int) -> bool:
-    """Whether `norm_bimamba_block` runs here: on an NVIDIA GPU in 16 bits, x being in them, the residual stream in
-    float32, at the widths that the kernel has registers for. `width` to `d_conv`: E, D, N, R and W of the mixer.
-    """
-    if residual.dtype != torch.float32 or x.dtype == torch.float32 or backend.differentiated_beyond_autograd():
-        return False
-    return _half_block_dtype(x, channels, d_state, rank, d_conv, norm_width=width) == x.dtype
-
-
-def norm_bimamba_block(
-    x: Tensor,
-    residual: Tensor,
-    norm_weight: Tensor,
-    in_proj_weight: Tensor,
-    out_proj_weight: Tensor,
-    forward: DirectionParameters,
-    backward: DirectionParameters,
-    eps: float = 1e-5,
-    scale: float = 0.5,
-    decay: str = "A",
-) -> tuple[Tensor, Tensor]:
-    """`bimamba_block` of the RMSNorm (arXiv 1910.07467, eq. 4) of x + residual, where `takes_norm`: norm and in_proj
-    are one pass over the residual stream. Backward keeps x + residual alone.
-
-    Args:
-        x, residual: (B, L, E), in 16 bits and in float32. norm_weight: (E,), of the norm, with its `eps`.
-        in_proj_weight, out_proj_weight, forward, backward, scale, decay: as of `bimamba_block`.
-
-    Returns (out, x + residual), in the dtypes of x and residual. Raises ValueError for what does not fit.
-    """
-    for name, tensor, shape in (("residual", residual, x.shape), ("norm_weight", norm_weight, x.shape[-1:])):
-        if tensor.shape != shape or tensor.device != x.device:
-            given = f"{tuple(tensor.shape)} on {tensor.device}"
-            raise ValueError(f"{name} must be {tuple(shape)} on {x.device}, not {given}")
-    _check_block(x, in_proj_weight, out_proj_weight, forward, backward, decay)
-    inputs = (x, residual, norm_weight, in_proj_weight, out_proj_weight, *forward, *backward)
-    with torch.autocast(x.device.type, enabled=False):
-        return bimamba_ops.norm_half_block(*inputs, eps, scale, decay)
 
 
 def _block(
@@ -217,9 +176,7 @@ def _in_a_row(inputs: tuple, forward: DirectionParameters, backward: DirectionPa
     return F.linear(y, out_proj.to(y.dtype))
 
 
-def _half_block_dtype(
-    hidden: Tensor, channels: int, d_state: int, rank: int, d_conv: int, norm_width: int | None = None
-) -> torch.dtype | None:
+def _half_block_dtype(hidden: Tensor, forward: DirectionParameters) -> torch.dtype | None:
     """The 16-bit dtype in which a GPU's block runs, by autocast or by `hidden` itself; None where it does not."""
     kind = hidden.device.type
     if kind != "cuda" and not (kind == "cpu" and _emulates_cuda()):
@@ -227,7 +184,8 @@ def _half_block_dtype(
     if hidden.dtype == torch.float64:  # which autocast leaves alone
         return None
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    return dtype if _serves_half_block(kind, dtype, channels, d_state, rank, d_conv, norm_width) else None
+    rank, d_conv = forward.dt_weight.shape[1], forward.conv_weight.shape[1]
+    return dtype if _serves_half_block(kind, dtype, *forward.A.shape, rank, d_conv) else None
 
 
 @torch.compiler.assume_constant_result
@@ -237,16 +195,12 @@ def _emulates_cuda() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _serves_half_block(
-    kind: str, dtype: torch.dtype, channels: int, d_state: int, rank: int, d_conv: int, norm_width: int | None
-) -> bool:
-    """Whether the backend has the block in one in 16 bits, with `norm_width` the norm of so many columns before it."""
+def _serves_half_block(kind: str, dtype: torch.dtype, channels: int, d_state: int, rank: int, d_conv: int) -> bool:
+    """Whether the backend has the block in one in 16 bits."""
     if dtype not in (torch.bfloat16, torch.float16):
         return False
     kernels = backend.choose("bimamba", torch.device(kind), dtype, d_state=d_state, d_conv=d_conv)
-    if not hasattr(kernels, "serves_block") or not kernels.serves_block(dtype, channels, d_state, rank, d_conv):
-        return False
-    return norm_width is None or kernels.serves_norm(norm_width)
+    return hasattr(kernels, "serves_block") and kernels.serves_block(dtype, channels, d_state, rank, d_conv)
 
 
 def _under_cpu_autocast(inputs: tuple, forward: DirectionParameters, backward: DirectionParameters) -> bool:

@@ -3,7 +3,6 @@
 `bimamba.py` checks what they get and chooses among them. Tensors are channels-last, (B, L, D).
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -290,76 +289,5 @@ register_flop_formula(torch.ops.mamba_ssm.bimamba_half_block)(_block_flops)
 register_flop_formula(torch.ops.mamba_ssm.bimamba_half_block_backward)(_block_backward_flops)
 
 
-# --- and with the norm before it: the residual stream alone is kept
-
-_NORMED = f"Tensor norm_weight, Tensor in_proj, Tensor out_proj, {_BOTH}, float eps, float scale, str decay"
-NORMED = 3 + 2 * COUNT  # tensors of it
-
-
-@torch.library.custom_op(
-    "mamba_ssm::norm_bimamba_half_block",
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor residual, {_NORMED}) -> {_tensors(2)}",
-)
-def norm_half_block(x, residual, norm_weight, in_proj, out_proj, *rest):
-    directions, options = _directions(rest), rest[2 * COUNT :]
-    kernels = _half_block_kernels(x, directions[0])
-    return kernels.norm_half_block_forward(x, residual, norm_weight, in_proj, out_proj, *directions, *options)
-
-
-@norm_half_block.register_fake
-def _(x, residual, *rest):
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, residual))
-
-
-@torch.library.custom_op(
-    "mamba_ssm::norm_bimamba_half_block_backward",
-    mutates_args=(),
-    schema=f"(Tensor dout, Tensor? dtotal, Tensor total, {_NORMED}) -> {_tensors(2 + NORMED)}",
-)
-def norm_half_block_backward(dout, dtotal, total, norm_weight, in_proj, out_proj, *rest):
-    directions, options = _directions(rest), rest[2 * COUNT :]
-    kernels = _half_block_kernels(dout, directions[0])
-    with torch.autocast(dout.device.type, enabled=False):
-        *others, forward_grads, backward_grads = kernels.norm_half_block_backward(
-            dout, dtotal, total, norm_weight, in_proj, out_proj, *directions, *options
-        )
-    return _op_results(dout, (*others, *forward_grads, *backward_grads))
-
-
-@norm_half_block_backward.register_fake
-def _(dout, dtotal, total, *rest):
-    return _fake_gradients(dout, (dout, total, *rest[:NORMED]))
-
-
-def _setup_norm_block_context(ctx, inputs, output):
-    *tensors, ctx.eps, ctx.scale, ctx.decay = inputs
-    ctx.x_dtype = tensors[0].dtype
-    ctx.save_for_backward(output[1], *tensors[2:])
-    ctx.set_materialize_grads(False)
-
-
-def _norm_block_autograd(ctx, dout, dtotal):
-    total, *parameters = ctx.saved_tensors
-    if dout is None:
-        dout = torch.zeros_like(total, dtype=ctx.x_dtype)
-    grads = norm_half_block_backward(dout, dtotal, total, *parameters, ctx.eps, ctx.scale, ctx.decay)
-    return *(None if t is None else grad for t, grad in zip((dout, total, *parameters), grads)), None, None, None
-
-
-norm_half_block.register_autograd(_norm_block_autograd, setup_context=_setup_norm_block_context)
-
-
-@register_flop_formula(torch.ops.mamba_ssm.norm_bimamba_half_block)
-def _norm_block_flops(x_shape, residual_shape, norm_shape, *args, out_shape=None, **kwargs) -> int:
-    """And of add, square, sum, scale, weight."""
-    return 5 * math.prod(x_shape) + _block_flops(x_shape, *args)
-
-
-@register_flop_formula(torch.ops.mamba_ssm.norm_bimamba_half_block_backward)
-def _norm_block_backward_flops(dout_shape, dtotal_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _norm_block_flops(dout_shape, *args)
-
-
-for _operation in (mixer_backward, block_backward, half_block_backward, norm_half_block_backward):
+for _operation in (mixer_backward, block_backward, half_block_backward):
     backend.differentiable_once(_operation)

@@ -1,13 +1,13 @@
 """The bidirectional mixer in CUDA C++ for NVIDIA GPUs (Vision Mamba, arXiv 2401.09417, algorithm 1).
 
-Forward is four launches: the weights as the others read them (weights.cu), both convolutions (conv.cu), both x
-projections (one batched matrix product), and both scans with gate and sum (scan_forward.cu). The norm before a block
-and its in_proj are one launch more (in_proj.cu). Backward keeps nothing of
+Forward is three launches: the weights as the others read them (weights.cu), both convolutions and x projections
+(conv_project.cu), and both scans with gate and sum (scan_forward.cu). Backward keeps nothing of
 forward: it runs it again, this time writing the states at every eighth token and the gradients of the gate, and walks
 back (scan_backward.cu). Activations are 16 bits wide, states, time steps and sums float32. No atomics: the same bits
 on every run.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,7 +18,6 @@ from torch import Tensor
 from mamba_ssm.ops.bimamba import with_A
 from mamba_ssm.ops.cuda import runtime
 from mamba_ssm.ops.triton import bimamba as triton_bimamba
-from mamba_ssm.ops.triton import norm_kernels
 from mamba_ssm.ops.triton.bimamba import Parameters, product_in_float32
 from mamba_ssm.ops.triton.common import ceil_div, on_its_device
 
@@ -27,16 +26,12 @@ STATES = 16
 WARP_CHANNELS = 32  # of threads of four channels; a multiple of it is served
 TILE = 8  # tokens between two saved states
 CONV_THREADS = 64  # of two channels each
-CONV_STEP = 8  # tokens that a thread has in registers
-CONV_SEGMENT, CONV_BACKWARD_SEGMENT = 32, 64  # tokens that a thread walks, at least
-CONV_RESIDENT = 16  # blocks of the forward convolution that a multiprocessor holds
+CONV_SEGMENT = 64  # tokens that a thread of the convolution's backward walks
 FEW_WARPS = 8  # of a multiprocessor
+SCAN_BLOCKS = 8  # of scan_forward, that a multiprocessor holds at most
 SUM_COLUMNS = 32
 TOKEN_GROUPS = 32  # parts in which products over all tokens are made
 NARROW_ARRAYS, WEIGHT_THREADS = 8, 256
-NORM_WARPS, NORM_STEP = 8, 16  # of in_proj.cu's blocks, and columns that its product takes at a time
-NORM_WIDTH = 192  # of a residual stream whose rows a warp has registers for, at most
-NORM_SHARED = 160 * 1024  # bytes of a block
 MAX_RANK = 64
 SHARED_MEMORY = 128 * 1024  # bytes of a multiprocessor, at least
 MAX_GRID = 65535  # blocks in a grid's second and third place
@@ -253,11 +248,6 @@ def _task_arguments(tasks: list[Task], count: int) -> list:
     return given + [None, None, 0] * (count - len(tasks))
 
 
-def _project(u: Tensor, x_proj: Tensor) -> Tensor:
-    """(2, B L, columns) float32: time step, padding, B and C of both directions."""
-    return product_in_float32(u.flatten(1, 2), x_proj.transpose(1, 2))
-
-
 def _projections_backward(ddelta, dBC, u, projected, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
     """(du through the projections; shares of the gradients of their weights: x projection (2, groups, columns, D), time
     step (2, groups, padded rank, D))."""
@@ -287,37 +277,73 @@ def _over_tokens(left: Tensor, right: Tensor, batch: int) -> Tensor:
 # --- launches
 
 
-def _conv(name: str, xz: Tensor, parameters, segment: int, before: tuple, after: tuple) -> None:
-    conv_weight, conv_bias = parameters.conv_weight, parameters.conv_bias
+class Convolved(NamedTuple):
+    """What the scans read of a convolved x."""
+
+    u: Tensor  # (2, B, L, D): the convolution and SiLU of both directions
+    projected: Tensor  # (2, B L, columns) float32: its projections: time step, padding, B and C
+    arrived: Tensor  # zeros, one for each block that scan_forward may have
+
+
+class ProjectShape(NamedTuple):
+    """How conv_project.cu is cut."""
+
+    tiles: int  # of 16 tokens, of a warp
+    warps: int  # of a block
+    resident: int  # blocks that a multiprocessor is to hold
+
+    def grid(self, batch: int, length: int) -> tuple[int, int, int]:
+        groups = batch * ceil_div(length, 2 * self.tiles)
+        return 2 * ceil_div(groups, 8), 1, 1
+
+    def shared(self, columns: int) -> int:
+        """Bytes of a block."""
+        return self.warps * self.tiles * (columns // 8) * 32 * 16
+
+
+def _project_shape(columns: int) -> ProjectShape:
+    """The fastest cut that spills no register."""
+    return ProjectShape(2, 4, 3) if columns <= 80 else ProjectShape(1, 4, 4)
+
+
+def conv_project(xz: Tensor, weights: Weights) -> Convolved:
     batch, length, double = xz.shape
-    channels = double // 2
-    kernel = runtime.load("conv.cu", name, (_half(xz.dtype), ("WIDTH", conv_weight[0].shape[1])))
-    grid = (ceil_div(channels, 2 * CONV_THREADS), ceil_div(length, segment), batch)
-    sizes = (length, channels, xz.stride(0), xz.stride(1), segment)
-    kernel(grid, CONV_THREADS, 0, xz, *before, *conv_weight, *conv_bias, *after, *sizes)
+    channels, columns = double // 2, weights.x_proj.shape[1]
+    u = torch.empty((2, batch, length, channels), dtype=xz.dtype, device=xz.device)
+    projected = torch.empty((2, batch * length, columns), dtype=torch.float32, device=xz.device)
+    arrived = torch.empty(SCAN_BLOCKS * _device().multiprocessors, dtype=torch.int32, device=xz.device)
+    conv_weight, conv_bias = weights.parameters.conv_weight, weights.parameters.conv_bias
+    shape = _project_shape(columns)
+    sizes = (("WIDTH", conv_weight[0].shape[1]), ("COLUMNS", columns))
+    cut = (("TILES", shape.tiles), ("WARPS", shape.warps), ("RESIDENT", shape.resident))
+    runtime.load("conv_project.cu", "conv_project", (_half(xz.dtype), *sizes, *cut))(
+        shape.grid(batch, length), 32 * shape.warps, shape.shared(columns),
+        xz, *conv_weight, *(torch.zeros_like(w[:, 0]) if b is None else b for w, b in zip(conv_weight, conv_bias)),
+        weights.x_proj, u, projected, arrived,
+        arrived.numel(), batch, length, channels, xz.stride(0), xz.stride(1),
+    )  # fmt: skip
+    return Convolved(u, projected, arrived)
 
 
-def _conv_segment(batch: int, length: int, channels: int) -> int:
-    """Tokens that a thread of the forward convolution walks: so many that all blocks are whole waves of those that
-    the GPU holds, since a last wave of a few blocks takes as long as a full one.
-    """
-    blocks = ceil_div(channels, 2 * CONV_THREADS) * batch  # of one segment
-    resident = CONV_RESIDENT * _device().multiprocessors
-    waves = max(1, blocks * ceil_div(length, CONV_SEGMENT) // resident)
-    segments = max(1, waves * resident // blocks)
-    return max(CONV_SEGMENT, ceil_div(ceil_div(length, segments), CONV_STEP) * CONV_STEP)
+class Pieces(NamedTuple):
+    """How scan_forward's jobs, a block's channels of one sequence each, are cut (its `Piece`)."""
+
+    blocks: int
+    slots: int  # blocks that run at once
+    period: int  # slots over the greatest common divisor of jobs and slots; 1: nothing is cut
+    inverse: int  # of jobs over that divisor, modulo period
 
 
-def conv_both(xz: Tensor, parameters) -> Tensor:
-    """u (2, B, L, D): the convolution and SiLU of both directions."""
-    batch, length, double = xz.shape
-    u = torch.empty((2, batch, length, double // 2), dtype=xz.dtype, device=xz.device)
-    _conv("conv_forward", xz, parameters, _conv_segment(*u.shape[1:]), (), (u,))
-    return u
+def _pieces(jobs: int, slots: int) -> Pieces:
+    if jobs <= slots or jobs % slots == 0:
+        return Pieces(jobs, 0, 1, 0)
+    alike = math.gcd(jobs, slots)
+    period = slots // alike
+    return Pieces(slots * (jobs // slots + 1) + slots - alike, slots, period, pow(jobs // alike, -1, period))
 
 
 def _scan_forward(
-    xz: Tensor, u: Tensor, projected: Tensor, parameters, scale: float, dy: Tensor | None = None
+    xz: Tensor, convolved: Convolved, parameters, scale: float, dy: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y, and for a gradient dy: those of the scans' sum and of z side by side (B, L, 2 D), states)."""
     batch, length, double = xz.shape
@@ -332,12 +358,16 @@ def _scan_forward(
     shapes = _shapes(batch, channels, rank)
     shape = shapes.forward if dy is None else shapes.again
     halves = 4 if dy is None else 5
-    shared = 2 * shape.shared(projected.shape[-1], _padded(rank), 3, exchanges=2, halves=halves)
+    shared = 2 * shape.shared(convolved.projected.shape[-1], _padded(rank), 3, exchanges=2, halves=halves)
+    pieces = _pieces(
+        batch * ceil_div(channels, shape.block), shape.resident // (2 * shape.warps) * _device().multiprocessors
+    )
+    carried = torch.empty((pieces.slots, 2, shape.block, STATES), dtype=torch.float32, device=xz.device)
     _scan_kernel("scan_forward", xz.dtype, rank, shape, ("FOR_BACKWARD", int(dy is not None)))(
-        (ceil_div(channels, shape.block), batch, 1), 2 * 32 * shape.warps, shared,
-        u, projected, xz, y, dy, gradients, states,
+        (pieces.blocks, 1, 1), 2 * 32 * shape.warps, shared,
+        convolved.u, convolved.projected, xz, y, dy, gradients, states, carried, convolved.arrived,
         *parameters.dt_weight, *parameters.dt_bias, *parameters.A, *parameters.D,
-        length, channels, xz.stride(0), xz.stride(1), scale,
+        batch, pieces.slots, pieces.period, pieces.inverse, length, channels, xz.stride(0), xz.stride(1), scale,
     )  # fmt: skip
     return y, gradients, states
 
@@ -367,11 +397,16 @@ def _scan_backward(gradients: Tensor, u: Tensor, projected: Tensor, states: Tens
 
 def _conv_backward(xz: Tensor, du_scan: Tensor, du_projected: Tensor, parameters, dxz: Tensor) -> tuple[Tensor, Tensor]:
     """Write dx into dxz for both parts of du. Returns shares of the filters' gradients and of the biases'."""
+    conv_weight, conv_bias = parameters.conv_weight, parameters.conv_bias
     batch, length, double = xz.shape
-    parts = (2, batch * ceil_div(length, CONV_BACKWARD_SEGMENT), double // 2)
-    dbias = torch.empty(parts, dtype=torch.float32, device=xz.device)
-    dweight = torch.empty((*parts, parameters.conv_weight[0].shape[1]), dtype=torch.float32, device=xz.device)
-    _conv("conv_backward", xz, parameters, CONV_BACKWARD_SEGMENT, (du_scan, du_projected), (dxz, dweight, dbias))
+    channels, width, segments = double // 2, conv_weight[0].shape[1], ceil_div(length, CONV_SEGMENT)
+    dbias = torch.empty((2, batch * segments, channels), dtype=torch.float32, device=xz.device)
+    dweight = torch.empty((*dbias.shape, width), dtype=torch.float32, device=xz.device)
+    runtime.load("conv_backward.cu", "conv_backward", (_half(xz.dtype), ("WIDTH", width)))(
+        (ceil_div(channels, 2 * CONV_THREADS), segments, batch), CONV_THREADS, 0,
+        xz, du_scan, du_projected, *conv_weight, *conv_bias, dxz, dweight, dbias,
+        length, channels, xz.stride(0), xz.stride(1), CONV_SEGMENT,
+    )  # fmt: skip
     return dweight, dbias
 
 
@@ -409,8 +444,7 @@ def bimamba_forward(xz, forward_params, backward_params, scale, save):
 
 def _forward(xz: Tensor, weights: Weights, scale: float) -> Tensor:
     xz = _aligned(xz)
-    u = conv_both(xz, weights.parameters)
-    return _scan_forward(xz, u, _project(u, weights.x_proj), weights.parameters, scale)[0]
+    return _scan_forward(xz, conv_project(xz, weights), weights.parameters, scale)[0]
 
 
 def bimamba_saved_bytes(
@@ -437,9 +471,9 @@ def _backward(
 ):  # fmt: skip
     """bimamba_backward, which gives y, made again, to `use_y` before the peak of memory."""
     xz, parameters = _aligned(xz), weights.parameters
-    u = conv_both(xz, parameters)
-    projected = _project(u, weights.x_proj)
-    y, dxz, states = _scan_forward(xz, u, projected, parameters, scale, _contiguous(dy))
+    convolved = conv_project(xz, weights)
+    u, projected, _ = convolved
+    y, dxz, states = _scan_forward(xz, convolved, parameters, scale, _contiguous(dy))
     use_y(y)
     del y, dy
     du_scan, ddelta, dBC, *shares = _scan_backward(dxz, u, projected, states, parameters)
@@ -466,99 +500,6 @@ def _block_weights(
     return _prepare(parameters, dtype, in_proj, out_proj, decay=decay, backward=backward)
 
 
-def serves_norm(width: int) -> bool:
-    """Whether a residual stream of that width is normed and projected by one kernel, where the block is served."""
-    return width % NORM_STEP == 0 and width <= NORM_WIDTH
-
-
-class Slices(NamedTuple):
-    """How in_proj.cu's weights are cut."""
-
-    count: int
-    columns: int  # of each
-    shared: int  # bytes of a block
-
-
-def _slices(width: int, columns: int) -> Slices:
-    """As few as shared memory allows: each of them reads all rows. `columns`: a multiple of 64."""
-    row = 2 * (ceil_div(width, 64) * 64 + 16)  # in_proj.cu's PITCH
-    count = 1
-    while columns % (32 * count) or columns // count * row + 4 * width > NORM_SHARED:
-        count += 1
-    return Slices(count, columns // count, columns // count * row + 4 * width)
-
-
-def _norm_in_proj(x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight_in: Tensor):
-    """(in_proj(rms_norm(x + residual)) (B, L, 2 D), x + residual); x (B, L, E) in 16 bits, residual float32."""
-    total = torch.empty(residual.shape, device=x.device)
-    return _launch_norm(_contiguous(x), residual, norm_weight, eps, weight_in, total=total), total
-
-
-def _norm_in_proj_again(total: Tensor, norm_weight: Tensor, eps: float, weight_in: Tensor):
-    """(in_proj(normed) (B, L, 2 D), normed = rms_norm(total) in 16 bits, 1 / rms (B L,)); total (B, L, E) float32."""
-    normed = torch.empty(total.shape, dtype=weight_in.dtype, device=total.device)
-    rstd = torch.empty(total.shape[:2].numel(), device=total.device)
-    return _launch_norm(None, total, norm_weight, eps, weight_in, normed=normed, rstd=rstd), normed, rstd
-
-
-def _launch_norm(x, residual, norm_weight, eps: float, weight_in, total=None, normed=None, rstd=None) -> Tensor:
-    """The projection; without x it is backward's."""
-    columns, width = weight_in.shape
-    xz = torch.empty((*residual.shape[:2], columns), dtype=weight_in.dtype, device=residual.device)
-    slices = _slices(width, columns)
-    sizes = (("WIDTH", width), ("SLICE", slices.columns), ("WARPS", NORM_WARPS), ("FOR_BACKWARD", int(x is None)))
-    runtime.load("in_proj.cu", "norm_in_proj", (_half(xz.dtype), *sizes))(
-        (max(1, _device().multiprocessors // slices.count), slices.count, 1), 32 * NORM_WARPS, slices.shared,
-        x, _contiguous(residual), _contiguous(norm_weight.float()), _contiguous(weight_in), xz, total, normed, rstd,
-        residual.numel() // width, columns, eps,
-    )  # fmt: skip
-    return xz
-
-
-@on_its_device
-def norm_half_block_forward(
-    x, residual, norm_weight, in_proj, out_proj, forward_params, backward_params, eps, scale, decay
-):
-    """(half_block_forward(rms_norm(x + residual)), x + residual), of a width that `serves_norm`."""
-    if not _serves(x, in_proj.shape[0] // 2, forward_params):
-        rows = x.flatten(0, 1), residual.flatten(0, 1)
-        hidden, total, _, _ = norm_kernels.add_norm_forward(*rows, norm_weight, None, eps, "rms", torch.float32)
-        options = forward_params, backward_params, scale, decay
-        return half_block_forward(hidden.view(x.shape), in_proj, out_proj, *options), total.view(x.shape)
-    weights = _block_weights(x.dtype, in_proj, out_proj, forward_params, backward_params, decay)
-    weight_in, weight_out = weights.others
-    xz, total = _norm_in_proj(x, residual, norm_weight, eps, weight_in)
-    return F.linear(_forward(xz, weights, scale), weight_out), total
-
-
-@on_its_device
-def norm_half_block_backward(
-    dout, dtotal, total, norm_weight, in_proj, out_proj, forward_params, backward_params, eps, scale, decay
-):
-    """Gradients of both inputs and of norm_weight, then those of `half_block_backward`'s parameters.
-
-    `total`: the sum that forward gave; `dtotal`: its gradient, or None.
-    """
-    rows = total.flatten(0, 1)
-    if _serves(dout, in_proj.shape[0] // 2, forward_params):
-        weights = _block_weights(dout.dtype, in_proj, out_proj, forward_params, backward_params, decay, backward=True)
-        xz, hidden, rstd = _norm_in_proj_again(total, norm_weight, eps, weights.others[0])
-        dhidden, *grads = _block_backward(
-            dout, hidden, xz, in_proj, out_proj, forward_params, backward_params, weights, scale, decay
-        )
-    else:
-        hidden, _, _, rstd = norm_kernels.add_norm_forward(rows, None, norm_weight, None, eps, "rms", torch.float32)
-        hidden = hidden.view(total.shape).to(dout.dtype)
-        dhidden, *grads = half_block_backward(
-            dout, hidden, in_proj, out_proj, forward_params, backward_params, scale, decay
-        )
-    dx, dresidual, dweight, _ = norm_kernels.add_norm_backward(
-        dhidden.flatten(0, 1), None if dtotal is None else dtotal.flatten(0, 1), rows, norm_weight, None, None, rstd,
-        "rms", dout.dtype, torch.float32,
-    )  # fmt: skip
-    return dx.view(total.shape), dresidual.view(total.shape), dweight, *grads
-
-
 @on_its_device
 def half_block_forward(hidden, in_proj, out_proj, forward_params, backward_params, scale, decay):
     """out_proj(mixer(in_proj(hidden))), (B, L, E). The parameters hold what `decay` says, A or log(-A)."""
@@ -576,11 +517,7 @@ def half_block_forward(hidden, in_proj, out_proj, forward_params, backward_param
 def half_block_backward(dout, hidden, in_proj, out_proj, forward_params, backward_params, scale, decay):
     """Gradients: (dhidden, din_proj, dout_proj, those of both directions, of A or of log(-A))."""
     if _serves(hidden, in_proj.shape[0] // 2, forward_params):
-        weights = _block_weights(hidden.dtype, in_proj, out_proj, forward_params, backward_params, decay, backward=True)
-        return _block_backward(
-            dout, hidden, F.linear(hidden, weights.others[0]), in_proj, out_proj, forward_params, backward_params,
-            weights, scale, decay,
-        )  # fmt: skip
+        return _block_backward(dout, hidden, in_proj, out_proj, forward_params, backward_params, scale, decay)
     both = with_A(forward_params, backward_params, decay)
     weight_in, weight_out = in_proj.to(hidden.dtype), out_proj.to(hidden.dtype)
     xz = F.linear(hidden, weight_in)
@@ -592,10 +529,9 @@ def half_block_backward(dout, hidden, in_proj, out_proj, forward_params, backwar
     return dxz @ weight_in, _weight_gradient(dxz, hidden, in_proj), dout_proj, *grads
 
 
-def _block_backward(
-    dout, hidden, xz, in_proj, out_proj, forward_params, backward_params, weights: Weights, scale, decay
-):
-    """half_block_backward by these kernels, of xz = in_proj(hidden)."""
+def _block_backward(dout, hidden, in_proj, out_proj, forward_params, backward_params, scale, decay):
+    """half_block_backward by these kernels."""
+    weights = _block_weights(hidden.dtype, in_proj, out_proj, forward_params, backward_params, decay, backward=True)
     weight_in, weight_out = weights.others
     dout_proj = None
 
@@ -604,7 +540,7 @@ def _block_backward(
         dout_proj = _weight_gradient(dout, y, out_proj)
 
     dxz, *grads = _backward(  # no name and no tuple holds dy: _backward frees it
-        dout @ weight_out, xz, forward_params, backward_params, weights, scale, use_y, decay
+        dout @ weight_out, F.linear(hidden, weight_in), forward_params, backward_params, weights, scale, use_y, decay
     )
     return dxz @ weight_in, _weight_gradient(dxz, hidden, in_proj), dout_proj, *grads
 

@@ -79,12 +79,6 @@ DEVICE float rcp(float v) {
     return value;
 }
 
-DEVICE float rsqrt(float v) {
-    float value;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(v));
-    return value;
-}
-
 // --- copies from global to shared memory that overlap with other work
 
 // 16 bytes, aligned to 16, past the first-level cache.
@@ -131,6 +125,15 @@ DEVICE void sync_block() { __syncthreads(); }
 template <int ID, int COUNT>
 DEVICE void sync_named() {
     asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(COUNT) : "memory");
+}
+
+// From block to block, by one thread of each: what a block has written before the barrier that its announcing thread has
+// passed is seen by another one behind the barrier that its waiting thread comes to next. `flag` is zero before.
+DEVICE void announce(int* flag) { asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory"); }
+DEVICE void await(const int* flag) {
+    int announced;
+    do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(announced) : "l"(flag) : "memory");
+    while (!announced);
 }
 
 // base + count bytes, in one instruction also where `bytes` is a constant, whose 64-bit product would be three.

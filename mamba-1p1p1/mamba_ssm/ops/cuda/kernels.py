@@ -10,10 +10,7 @@ from mamba_ssm.ops.cuda.bimamba import (
     bimamba_saved_bytes,
     half_block_backward,
     half_block_forward,
-    norm_half_block_backward,
-    norm_half_block_forward,
     serves_block,
-    serves_norm,
 )
 from mamba_ssm.ops.cuda.runtime import unavailable_reason
 from mamba_ssm.ops.triton.kernels import (
@@ -33,13 +30,10 @@ __all__ = [
     "bimamba_saved_bytes",
     "half_block_backward",
     "half_block_forward",
-    "norm_half_block_backward",
-    "norm_half_block_forward",
     "selective_scan_backward",
     "selective_scan_forward",
     "selective_scan_saved_bytes",
     "serves_block",
-    "serves_norm",
     "unavailable_reason",
     "unsupported",
 ]
