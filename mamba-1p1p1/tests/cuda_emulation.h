@@ -232,15 +232,13 @@ static void fiber_main() {
     abort();
 }
 
-// Barriers and announcements whose names begin as this variable says order no memory: that a race is found, is tested so.
+// Barriers whose names begin as this variable says order no memory: that a race is found, is tested so.
 static const char* const UNORDERED = getenv("EMULATION_UNORDERED");
-
-static bool orders(const char* name) { return !(UNORDERED && !strncmp(name, UNORDERED, strlen(UNORDERED))); }
 
 // `name`: of what orders memory, as all barriers do.
 static void wait(Barrier& barrier, const char* name) {
     Unseen unseen;
-    bool ordered = name && orders(name);
+    bool ordered = name && !(UNORDERED && !strncmp(name, UNORDERED, strlen(UNORDERED)));
     char* order = barrier.order + barrier.passages % 2;
     if (ordered) release(order);
     if (int(barrier.waiting.size()) + 1 == barrier.needed) {
@@ -475,20 +473,6 @@ DEVICE unsigned to_tf32(float v) {
 
 DEVICE void sync_block() { emulation::wait(emulation::block_barrier, "sync_block"); }
 DEVICE void sync_warp() { emulation::exchange("sync_warp", nullptr, 0); }
-
-DEVICE void announce(int* flag) {
-    if (emulation::orders("announce")) emulation::release(flag);
-    emulation::Unseen unseen;
-    *flag = 1;
-}
-
-DEVICE void await(const int* flag) {
-    {
-        emulation::Unseen unseen;
-        if (*flag != 1) emulation::fail("await: the flag is " + std::to_string(*flag) + ", and blocks come in their order");
-    }
-    if (emulation::orders("announce")) emulation::acquire(const_cast<int*>(flag));
-}
 
 template <int ID, int COUNT>
 DEVICE void sync_named() {

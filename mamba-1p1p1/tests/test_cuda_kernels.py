@@ -183,25 +183,36 @@ def test_what_is_served(monkeypatch):
     assert kernels.serves(**served)
     for change in (
         {"dtype": torch.float32}, {"batch": 8}, {"channels": 400}, {"d_state": 8}, {"rank": 10}, {"d_conv": 5},
-        {"rank": 96}, {"length": 2**22}, {"batch": 2**16}, {"length": 2**22, "channels": 32, "batch": 2**12},
+        {"rank": 96}, {"length": 2**22}, {"batch": 2**16}, {"length": 2**21, "channels": 32, "batch": 2**12},
     ):  # fmt: skip
         assert not kernels.serves(**served | change), change
     monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(132, 100 * 1024))
     assert not kernels.serves(**served)
 
 
+@pytest.mark.parametrize(
+    ("batch", "length", "segment"),
+    [(128, 197, 40), (32, 6085, 40), (1, 197, 32), (1, 1, 32), (1000, 197, 40), (8, 730, 32)],
+)
+def test_segments_of_the_convolution(batch, length, segment, monkeypatch):
+    """Of Vim-Ti's 384 channels on 132 multiprocessors: whole steps, and as near to whole waves as they allow."""
+    monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(132))
+    assert kernels._conv_segment(batch, length, 384) == segment
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [12, 24, 48, 64])
 def test_convolutions_and_projections(rank, dtype, serving):
-    """Groups of tokens that end sequences, blocks that end behind the last group, warps with and without channels.
+    """In one kernel, and of many columns in two. Groups of tokens that end sequences, warps without tokens, and with
+    more than one tile of them.
 
     u is the convolution rounded to 16 bits, projected the product of that u and of the rounded weights, in float32.
     """
     activations = torch.finfo(dtype).eps / 2
-    for batch, length, channels, width in ((3, 17, 160, 4), (1, 1, 32, 3), (2, 11, 64, 2), (1, 40, 96, 4)):
+    for batch, length, channels, width in ((3, 17, 160, 4), (1, 1, 32, 3), (2, 11, 64, 2), (5, 70, 96, 4)):
         xz, *directions, _ = arguments(case(batch, length, channels, rank, width, bias=width != 3, dtype=dtype))
         weights = kernels._prepare(kernels._parameters(*directions), dtype)
-        u, projected, _ = kernels.conv_project(xz, weights)
+        u, projected = kernels.conv_project(xz, weights)
         for i, parameters in enumerate(map(in_float64, directions)):
             x = xz[..., :channels].cpu().double().transpose(1, 2)  # (B, D, L)
             x = x.flip(2) if i else x
@@ -212,28 +223,6 @@ def test_convolutions_and_projections(rank, dtype, serving):
             assert relative_error(u[i], right) <= activations
             products = u[i].flatten(0, 1).cpu().double() @ weights.x_proj[i].cpu().double().T
             assert relative_error(projected[i], products) <= 2e-6
-
-
-@pytest.mark.parametrize("length", [3, 9, 40, 43])
-@pytest.mark.parametrize("multiprocessors", [1, 2, 3])
-def test_scans_in_pieces(multiprocessors, length, monkeypatch):
-    """More sequences than walk at once: cut wherever their equal parts end, in either half of the way and in the middle,
-    they give the same bits, forward and backward, as sequences walked as a whole.
-    """
-    monkeypatch.setattr(kernels, "FEW_WARPS", 0)
-    for batch in (1, 5, 8, 11):
-        xz, *directions, dy = arguments(case(batch, length, channels=64, dtype=torch.bfloat16))
-        results = []
-        for count in (multiprocessors, 100):
-            monkeypatch.setattr(kernels, "_device", lambda count=count: kernels.Device(count))
-            weights = kernels._prepare(kernels._parameters(*directions), xz.dtype)
-            results.append([])
-            for gradient in (None, dy):
-                convolved = kernels.conv_project(xz, weights)
-                results[-1] += kernels._scan_forward(xz, convolved, weights.parameters, 0.5, gradient)
-        slots = 2 * multiprocessors  # of forward
-        assert (kernels._pieces(batch, slots).period > 1) == (batch > slots and batch % slots > 0)
-        assert all(torch.equal(*both) for both in zip(*results) if both[0] is not None)
 
 
 # --- with its projections

@@ -7,7 +7,6 @@ back (scan_backward.cu). Activations are 16 bits wide, states, time steps and su
 on every run.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,14 +25,17 @@ STATES = 16
 WARP_CHANNELS = 32  # of threads of four channels; a multiple of it is served
 TILE = 8  # tokens between two saved states
 CONV_THREADS = 64  # of two channels each
-CONV_SEGMENT = 64  # tokens that a thread of the convolution's backward walks
+CONV_STEP = 8  # tokens that a thread has in registers
+CONV_SEGMENT, CONV_BACKWARD_SEGMENT = 32, 64  # tokens that a thread walks, at least
+CONV_RESIDENT = 16  # blocks of the forward convolution that a multiprocessor holds
+MOST_COLUMNS = 64  # of conv_project's products, whose sums a warp has registers for
 FEW_WARPS = 8  # of a multiprocessor
-SCAN_BLOCKS = 8  # of scan_forward, that a multiprocessor holds at most
 SUM_COLUMNS = 32
 TOKEN_GROUPS = 32  # parts in which products over all tokens are made
 NARROW_ARRAYS, WEIGHT_THREADS = 8, 256
 MAX_RANK = 64
 SHARED_MEMORY = 128 * 1024  # bytes of a multiprocessor, at least
+RESERVED = 1024  # of them, for each block
 MAX_GRID = 65535  # blocks in a grid's second and third place
 
 
@@ -282,64 +284,65 @@ class Convolved(NamedTuple):
 
     u: Tensor  # (2, B, L, D): the convolution and SiLU of both directions
     projected: Tensor  # (2, B L, columns) float32: its projections: time step, padding, B and C
-    arrived: Tensor  # zeros, one for each block that scan_forward may have
+
+
+def _conv(name: str, xz: Tensor, parameters, segment: int, before: tuple, after: tuple) -> None:
+    conv_weight, conv_bias = parameters.conv_weight, parameters.conv_bias
+    batch, length, double = xz.shape
+    channels = double // 2
+    kernel = runtime.load("conv.cu", name, (_half(xz.dtype), ("WIDTH", conv_weight[0].shape[1])))
+    grid = (ceil_div(channels, 2 * CONV_THREADS), ceil_div(length, segment), batch)
+    sizes = (length, channels, xz.stride(0), xz.stride(1), segment)
+    kernel(grid, CONV_THREADS, 0, xz, *before, *conv_weight, *conv_bias, *after, *sizes)
+
+
+def _conv_segment(batch: int, length: int, channels: int) -> int:
+    """Tokens that a thread of the forward convolution walks: so many that all blocks are whole waves of those that
+    the GPU holds, since a last wave of a few blocks takes as long as a full one.
+    """
+    blocks = ceil_div(channels, 2 * CONV_THREADS) * batch  # of one segment
+    resident = CONV_RESIDENT * _device().multiprocessors
+    waves = max(1, blocks * ceil_div(length, CONV_SEGMENT) // resident)
+    segments = max(1, waves * resident // blocks)
+    return max(CONV_SEGMENT, ceil_div(ceil_div(length, segments), CONV_STEP) * CONV_STEP)
 
 
 class ProjectShape(NamedTuple):
     """How conv_project.cu is cut."""
 
-    tiles: int  # of 16 tokens, of a warp
+    group: int  # adjacent tokens of a lane
     warps: int  # of a block
-    resident: int  # blocks that a multiprocessor is to hold
 
-    def grid(self, batch: int, length: int) -> tuple[int, int, int]:
-        groups = batch * ceil_div(length, 2 * self.tiles)
-        return 2 * ceil_div(groups, 8), 1, 1
-
-    def shared(self, columns: int) -> int:
-        """Bytes of a block."""
-        return self.warps * self.tiles * (columns // 8) * 32 * 16
+    @staticmethod
+    def shared(channels: int, columns: int, width: int) -> int:
+        """Bytes of a block: the weights as left factors of 16 columns, and filters."""
+        return 2 * ceil_div(columns, 16) * 16 * channels * 2 + 2 * (width + 1) * channels * 4
 
 
-def _project_shape(columns: int) -> ProjectShape:
-    """The fastest cut that spills no register."""
-    return ProjectShape(2, 4, 3) if columns <= 80 else ProjectShape(1, 4, 4)
+PROJECT_SHAPE = ProjectShape(6, 8)  # the fastest of those that spill no register
 
 
 def conv_project(xz: Tensor, weights: Weights) -> Convolved:
+    """One launch where both directions' weights fit in shared memory, else the convolutions and a product."""
     batch, length, double = xz.shape
     channels, columns = double // 2, weights.x_proj.shape[1]
     u = torch.empty((2, batch, length, channels), dtype=xz.dtype, device=xz.device)
-    projected = torch.empty((2, batch * length, columns), dtype=torch.float32, device=xz.device)
-    arrived = torch.empty(SCAN_BLOCKS * _device().multiprocessors, dtype=torch.int32, device=xz.device)
     conv_weight, conv_bias = weights.parameters.conv_weight, weights.parameters.conv_bias
-    shape = _project_shape(columns)
-    sizes = (("WIDTH", conv_weight[0].shape[1]), ("COLUMNS", columns))
-    cut = (("TILES", shape.tiles), ("WARPS", shape.warps), ("RESIDENT", shape.resident))
+    width, device, shape = conv_weight[0].shape[1], _device(), PROJECT_SHAPE
+    shared = shape.shared(channels, columns, width)
+    if shared + RESERVED > device.shared_memory or columns > MOST_COLUMNS:
+        _conv("conv_forward", xz, weights.parameters, _conv_segment(batch, length, channels), (), (u,))
+        return Convolved(u, product_in_float32(u.flatten(1, 2), weights.x_proj.transpose(1, 2)))
+    projected = torch.empty((2, batch * length, columns), dtype=torch.float32, device=xz.device)
+    tiles = ceil_div(batch * ceil_div(length, shape.group), 8)
+    blocks = min(device.multiprocessors, ceil_div(tiles, shape.warps // 2))
+    sizes = (("WIDTH", width), ("COLUMNS", columns), ("CHANNELS", channels))
+    cut = (("GROUP", shape.group), ("WARPS", shape.warps))
     runtime.load("conv_project.cu", "conv_project", (_half(xz.dtype), *sizes, *cut))(
-        shape.grid(batch, length), 32 * shape.warps, shape.shared(columns),
-        xz, *conv_weight, *(torch.zeros_like(w[:, 0]) if b is None else b for w, b in zip(conv_weight, conv_bias)),
-        weights.x_proj, u, projected, arrived,
-        arrived.numel(), batch, length, channels, xz.stride(0), xz.stride(1),
+        (blocks, 1, 1), 32 * shape.warps, shared,
+        xz, *conv_weight, *conv_bias, weights.x_proj, u, projected, batch, length, xz.stride(0), xz.stride(1),
     )  # fmt: skip
-    return Convolved(u, projected, arrived)
-
-
-class Pieces(NamedTuple):
-    """How scan_forward's jobs, a block's channels of one sequence each, are cut (its `Piece`)."""
-
-    blocks: int
-    slots: int  # blocks that run at once
-    period: int  # slots over the greatest common divisor of jobs and slots; 1: nothing is cut
-    inverse: int  # of jobs over that divisor, modulo period
-
-
-def _pieces(jobs: int, slots: int) -> Pieces:
-    if jobs <= slots or jobs % slots == 0:
-        return Pieces(jobs, 0, 1, 0)
-    alike = math.gcd(jobs, slots)
-    period = slots // alike
-    return Pieces(slots * (jobs // slots + 1) + slots - alike, slots, period, pow(jobs // alike, -1, period))
+    return Convolved(u, projected)
 
 
 def _scan_forward(
@@ -359,15 +362,11 @@ def _scan_forward(
     shape = shapes.forward if dy is None else shapes.again
     halves = 4 if dy is None else 5
     shared = 2 * shape.shared(convolved.projected.shape[-1], _padded(rank), 3, exchanges=2, halves=halves)
-    pieces = _pieces(
-        batch * ceil_div(channels, shape.block), shape.resident // (2 * shape.warps) * _device().multiprocessors
-    )
-    carried = torch.empty((pieces.slots, 2, shape.block, STATES), dtype=torch.float32, device=xz.device)
     _scan_kernel("scan_forward", xz.dtype, rank, shape, ("FOR_BACKWARD", int(dy is not None)))(
-        (pieces.blocks, 1, 1), 2 * 32 * shape.warps, shared,
-        convolved.u, convolved.projected, xz, y, dy, gradients, states, carried, convolved.arrived,
+        (ceil_div(channels, shape.block), batch, 1), 2 * 32 * shape.warps, shared,
+        convolved.u, convolved.projected, xz, y, dy, gradients, states,
         *parameters.dt_weight, *parameters.dt_bias, *parameters.A, *parameters.D,
-        batch, pieces.slots, pieces.period, pieces.inverse, length, channels, xz.stride(0), xz.stride(1), scale,
+        length, channels, xz.stride(0), xz.stride(1), scale,
     )  # fmt: skip
     return y, gradients, states
 
@@ -397,16 +396,11 @@ def _scan_backward(gradients: Tensor, u: Tensor, projected: Tensor, states: Tens
 
 def _conv_backward(xz: Tensor, du_scan: Tensor, du_projected: Tensor, parameters, dxz: Tensor) -> tuple[Tensor, Tensor]:
     """Write dx into dxz for both parts of du. Returns shares of the filters' gradients and of the biases'."""
-    conv_weight, conv_bias = parameters.conv_weight, parameters.conv_bias
     batch, length, double = xz.shape
-    channels, width, segments = double // 2, conv_weight[0].shape[1], ceil_div(length, CONV_SEGMENT)
-    dbias = torch.empty((2, batch * segments, channels), dtype=torch.float32, device=xz.device)
-    dweight = torch.empty((*dbias.shape, width), dtype=torch.float32, device=xz.device)
-    runtime.load("conv_backward.cu", "conv_backward", (_half(xz.dtype), ("WIDTH", width)))(
-        (ceil_div(channels, 2 * CONV_THREADS), segments, batch), CONV_THREADS, 0,
-        xz, du_scan, du_projected, *conv_weight, *conv_bias, dxz, dweight, dbias,
-        length, channels, xz.stride(0), xz.stride(1), CONV_SEGMENT,
-    )  # fmt: skip
+    parts = (2, batch * ceil_div(length, CONV_BACKWARD_SEGMENT), double // 2)
+    dbias = torch.empty(parts, dtype=torch.float32, device=xz.device)
+    dweight = torch.empty((*parts, parameters.conv_weight[0].shape[1]), dtype=torch.float32, device=xz.device)
+    _conv("conv_backward", xz, parameters, CONV_BACKWARD_SEGMENT, (du_scan, du_projected), (dxz, dweight, dbias))
     return dweight, dbias
 
 
@@ -472,7 +466,7 @@ def _backward(
     """bimamba_backward, which gives y, made again, to `use_y` before the peak of memory."""
     xz, parameters = _aligned(xz), weights.parameters
     convolved = conv_project(xz, weights)
-    u, projected, _ = convolved
+    u, projected = convolved
     y, dxz, states = _scan_forward(xz, convolved, parameters, scale, _contiguous(dy))
     use_y(y)
     del y, dy

@@ -127,15 +127,6 @@ DEVICE void sync_named() {
     asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(COUNT) : "memory");
 }
 
-// From block to block, by one thread of each: what a block has written before the barrier that its announcing thread has
-// passed is seen by another one behind the barrier that its waiting thread comes to next. `flag` is zero before.
-DEVICE void announce(int* flag) { asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory"); }
-DEVICE void await(const int* flag) {
-    int announced;
-    do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(announced) : "l"(flag) : "memory");
-    while (!announced);
-}
-
 // base + count bytes, in one instruction also where `bytes` is a constant, whose 64-bit product would be three.
 DEVICE const char* advance(const char* base, int count, int bytes) {
     const char* sum;

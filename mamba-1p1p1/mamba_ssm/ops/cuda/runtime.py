@@ -1,6 +1,6 @@
 """CUDA C++ kernels compiled at run time: no compiler and no headers of CUDA are needed, nothing links against torch.
 
-    kernel = runtime.load("conv_backward.cu", "conv_backward", (("WIDTH", 4), ("HALF_IS_BF16", 1)))
+    kernel = runtime.load("conv.cu", "conv_forward", (("WIDTH", 4), ("HALF_IS_BF16", 1)))
     kernel((blocks, batch, 1), 128, shared_bytes, x, None, length, scale)
 
 NVRTC, which torch's wheels bring along with `cuda.bindings`, compiles a source file of this folder for the device's

@@ -1,8 +1,8 @@
-// Backward of both directions' causal convolutions with SiLU from one read of x (arXiv 2401.09417, alg. 1).
+// Both directions' causal convolutions with SiLU from one read of x, forward and backward (arXiv 2401.09417, alg. 1).
 //
-// y[t] = silu(bias + sum_k w[k] x[t - HALO + k]) ahead, x[t + HALO - k] behind, as in conv_project.cu. Compiled at run time
-// with the macros HALF_IS_BF16 and WIDTH (of the filters, 2 to 4). A thread owns two adjacent channels and walks one segment
-// of a sequence in steps of TOKENS, with all that they touch in registers. Grid (channel blocks, segments, batch).
+// y[t] = silu(bias + sum_k w[k] x[t - HALO + k]) ahead, x[t + HALO - k] behind. Compiled at run time with the macros
+// HALF_IS_BF16 and WIDTH (of the filters, 2 to 4). A thread owns two adjacent channels and walks one segment of a
+// sequence in steps of TOKENS, with all that they touch in registers. Grid (channel blocks, segments, batch).
 
 #include "device.cuh"
 
@@ -59,13 +59,45 @@ struct Work {
     }
 };
 
+// u (2, batch, length, channels): both convolutions of x, the first half of xz.
+extern "C" __global__ void __launch_bounds__(64) conv_forward(
+    const scalar_t* xz, const float* weight_ahead, const float* weight_behind, const float* bias_ahead,
+    const float* bias_behind, scalar_t* u, int64 length, int64 channels, int64 xz_stride_b, int64 xz_stride_l,
+    int64 segment) {
+    const Work work(weight_ahead, weight_behind, bias_ahead, bias_behind, length, channels, segment);
+    if (work.channel >= channels) return;
+    xz += work.b * xz_stride_b + work.channel;
+    const int stride = static_cast<int>(xz_stride_l), row = static_cast<int>(channels);  // 32 bits reach any token
+    u += work.b * length * channels + work.channel;
+    xz += work.first * int64(stride), u += work.first * int64(row);
+    scalar_t* behind = u + work.batch * length * channels;
+    for (int start = work.first; start < work.last; start += TOKENS) {
+        float x[NEAR][2];
+        work.load(x, xz, stride, start);
+#pragma unroll
+        for (int i = 0; i < TOKENS; ++i)
+#pragma unroll
+            for (int direction = 0; direction < 2; ++direction) {
+                float y[2];
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    const float v = work.convolve(x, direction, i + HALO, c);
+                    y[c] = v * sigmoid(v);
+                }
+                if (start + i < work.last)
+                    *reinterpret_cast<unsigned*>((direction ? behind : u) + i * int64(row)) = narrow2(y[0], y[1]);
+            }
+        xz += TOKENS * int64(stride), u += TOKENS * int64(row), behind += TOKENS * int64(row);
+    }
+}
+
 // silu'(v)
 __device__ __forceinline__ float silu_slope(float v) {
     const float s = sigmoid(v);
     return s * (1.0f + v * (1.0f - s));
 }
 
-// dx, into the first half of dxz (batch, length, 2 channels), for the gradients of the convolutions, the sum of
+// dx, into the first half of dxz (batch, length, 2 channels), for the gradients of conv_forward's u, the sum of
 // du_scan and du_projected, each (2, batch, length, channels). dweight (2, batch * segments, channels, WIDTH) and
 // dbias (2, batch * segments, channels) are the segments' shares of the filters' and biases' gradients.
 extern "C" __global__ void __launch_bounds__(64, 6) conv_backward(
