@@ -32,7 +32,7 @@ from causal_conv1d import triton_kernels as conv  # noqa: E402
 from harness import commit  # noqa: E402
 from mamba_ssm.ops.cuda import bimamba as cuda_mixer  # noqa: E402
 from mamba_ssm.ops.cuda import runtime as cuda_runtime  # noqa: E402
-from mamba_ssm.ops.triton import bimamba, norm_kernels, patch_embed, selective_scan  # noqa: E402
+from mamba_ssm.ops.triton import bimamba, norm_kernels, selective_scan  # noqa: E402
 from mamba_ssm.ops.triton.common import backward_block  # noqa: E402
 
 TARGETS = {
@@ -125,13 +125,6 @@ def launch_convolution(embed_dim: int) -> None:
     weight, bias = torch.empty(channels, WIDTH, device="meta"), torch.empty(channels, device="meta")
     conv.conv_forward(x, weight, bias, None, True)
     conv.conv_backward(x, x, weight, bias, None, True)
-
-
-def launch_embedding(embed_dim: int) -> None:
-    """The embedding of images of 224 pixels in patches of 16, with a class token; NVIDIA's alone."""
-    images, weight, bias = empty(BATCH, 3, 224, 224), empty(embed_dim, 3, 16, 16), empty(embed_dim)
-    pos_embed, class_token = empty(1, LENGTH, embed_dim), empty(1, 1, embed_dim)
-    patch_embed.embed_patches(images, weight, bias, pos_embed, (class_token,), (LENGTH // 2,), "tf32")
 
 
 def cuda_launches(
@@ -301,8 +294,6 @@ def examine(target_name: str, size: str) -> dict:
     rows = {name: reader(name, kernel, size) for name, kernel in compiled.items()}
     rows |= {"causal_conv1d." + name: reader(name, kernel, size) for name, kernel in single.items()}
     if target.backend == "cuda":
-        embedding = compile_launches(target, lambda: launch_embedding(SIZES[size]))
-        rows |= {name: reader(name, kernel, size) for name, kernel in embedding.items()}
         rows |= examine_cuda(target_name, size)
     return dict(sorted(rows.items()))
 

@@ -21,7 +21,6 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from numbers import Real
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +29,6 @@ from timm.layers import DropPath, lecun_normal_, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 from vim_pretrained import TAG, opening_weights, published_weights, read_copy, weights_in
@@ -47,7 +43,6 @@ except ImportError:  # an older timm, which has no such record
 
 try:
     from mamba_ssm.modules.mamba_simple import BIMAMBA_TYPES, Mamba, check_values, is_count
-    from mamba_ssm.ops import backend
     from mamba_ssm.ops.backend import has_autocast
     from mamba_ssm.ops.triton.layer_norm import layer_norm_fn, layer_norm_ref, rms_norm_ref
 except ImportError as error:
@@ -202,15 +197,6 @@ def _is_untraced(x: Tensor) -> bool:
     return type(x) is Tensor and not traced
 
 
-def _kernels_for(x: Tensor) -> ModuleType | None:
-    """The Triton kernels, if one may be launched with x directly: nothing differentiates it, traces it or counts it."""
-    if not x.is_cuda or torch.is_grad_enabled() or not _is_untraced(x):
-        return None
-    if forward_ad._current_level >= 0 or _get_current_dispatch_mode() is not None:
-        return None
-    return backend.load("triton")[0] if backend.forced() in (None, "triton", "cuda") else None
-
-
 class PatchEmbed(nn.Module):
     """Image (B, C, height, width) to patches (B, M, E), overlapping if the stride is below the patch size."""
 
@@ -221,7 +207,6 @@ class PatchEmbed(nn.Module):
         self.dynamic_img_size = dynamic_img_size
         self.grid_size = self.grid_of(*self.img_size)
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride)
-        self.use_fast_path = True
 
     @property
     def num_patches(self) -> int:
@@ -237,39 +222,12 @@ class PatchEmbed(nn.Module):
         sides = zip((height, width), self.patch_size, self.stride)
         return tuple((side - patch) // stride + 1 for side, patch, stride in sides)
 
-    def _check_size(self, x: Tensor) -> None:
+    def forward(self, x: Tensor) -> Tensor:
         if not self.dynamic_img_size and tuple(x.shape[-2:]) != self.img_size:
             raise ValueError(
                 f"the image is {x.shape[-2]} x {x.shape[-1]} and the model's img_size {self.img_size}: build the "
                 "model with this img_size, or with dynamic_img_size=True"
             )
-
-    def tokens(self, x: Tensor, pos_embed: Tensor, cls_tokens: list[Tensor], cls_token: str) -> Tensor | None:
-        """Patches and class tokens (1, 1, E) in their places, with position embeddings (1, L, E), by one kernel.
-
-        Returns (B, L, E); None where no kernel does that, or where a hook asks for the patches.
-        """
-        self._check_size(x)
-        kernels = _kernels_for(x)
-        if kernels is None or not self.use_fast_path or self.stride != self.patch_size:
-            return None
-        weight, bias = self.proj.weight, self.proj.bias
-        parameters = (weight, bias, pos_embed, *cls_tokens)
-        plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in parameters if tensor is not None)
-        hooked = self._forward_hooks or self._forward_pre_hooks or _has_any_global_hook()
-        if hooked or not plain or weight.dtype != torch.float32:
-            return None
-        x = x.to(weight.dtype)
-        if not kernels.serves_patches(x, self.patch_size, *parameters):
-            return None
-        height, width = self.grid_of(*x.shape[-2:])
-        positions = cls_token_positions(cls_token, height * width)
-        # As the convolution has it; `cudnn.allow_tf32` raises where a user has set convolutions alone.
-        precision = "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
-        return kernels.embed_patches(x, weight, bias, pos_embed, cls_tokens, positions, precision)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_size(x)
         # The patches start the float32 residual stream: under bfloat16 autocast this layer alone cost a third of
         # the logits' error, at 2 % of the arithmetic.
         kind = x.device.type
@@ -493,7 +451,7 @@ class VisionMamba(nn.Module):
     def set_fast_path(self, enable: bool = True) -> None:
         """Registered, fused operations, or the same function in plain torch operations, as exports want it."""
         for module in self.modules():
-            if isinstance(module, AddNorm | Mamba | PatchEmbed):
+            if isinstance(module, AddNorm | Mamba):
                 module.use_fast_path = enable
 
     def get_classifier(self) -> nn.Module:
@@ -533,18 +491,14 @@ class VisionMamba(nn.Module):
         if x.dim() != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"the model takes images (B, {self.in_chans}, height, width), not {tuple(x.shape)}")
         grid = self.patch_embed.grid_of(*x.shape[-2:])
-        tokens, design = [getattr(self, name) for name in CLS_TOKENS[self.cls_token_design]], self.cls_token_design
-        pos_embed = self.pos_embed
-        if pos_embed is not None and grid != self.patch_embed.grid_size:
-            pos_embed = resample_pos_embed(pos_embed, grid, design, self.patch_embed.grid_size)
-        if pos_embed is not None and type(self.patch_embed) is PatchEmbed:
-            embedded = self.patch_embed.tokens(x, pos_embed, tokens, design)
-            if embedded is not None:
-                return self.pos_drop(embedded)
         x = self.patch_embed(x)  # (B, M, E)
+        tokens, design = [getattr(self, name) for name in CLS_TOKENS[self.cls_token_design]], self.cls_token_design
         cls = torch.cat(tokens, dim=1).expand(x.shape[0], -1, -1).to(x.dtype) if tokens else x[:, :0]
-        if pos_embed is None:
+        if self.pos_embed is None:
             return self.pos_drop(insert_cls_tokens(x, cls, design))
+        pos_embed = self.pos_embed
+        if grid != self.patch_embed.grid_size:
+            pos_embed = resample_pos_embed(pos_embed, grid, design, self.patch_embed.grid_size)
         if x.is_cuda and not torch.is_grad_enabled() and _is_untraced(x):
             return self.pos_drop(sum_tokens(x, cls, pos_embed, design))
         return self.pos_drop(insert_cls_tokens(x, cls, design) + pos_embed)

@@ -232,13 +232,15 @@ static void fiber_main() {
     abort();
 }
 
-// Barriers whose names begin as this variable says order no memory: that a race is found, is tested so.
+// Barriers and announcements whose names begin as this variable says order no memory: that a race is found, is tested so.
 static const char* const UNORDERED = getenv("EMULATION_UNORDERED");
+
+static bool orders(const char* name) { return !(UNORDERED && !strncmp(name, UNORDERED, strlen(UNORDERED))); }
 
 // `name`: of what orders memory, as all barriers do.
 static void wait(Barrier& barrier, const char* name) {
     Unseen unseen;
-    bool ordered = name && !(UNORDERED && !strncmp(name, UNORDERED, strlen(UNORDERED)));
+    bool ordered = name && orders(name);
     char* order = barrier.order + barrier.passages % 2;
     if (ordered) release(order);
     if (int(barrier.waiting.size()) + 1 == barrier.needed) {
@@ -474,6 +476,20 @@ DEVICE unsigned to_tf32(float v) {
 DEVICE void sync_block() { emulation::wait(emulation::block_barrier, "sync_block"); }
 DEVICE void sync_warp() { emulation::exchange("sync_warp", nullptr, 0); }
 
+DEVICE void announce(int* flag) {
+    if (emulation::orders("announce")) emulation::release(flag);
+    emulation::Unseen unseen;
+    *flag = 1;
+}
+
+DEVICE void await(const int* flag) {
+    {
+        emulation::Unseen unseen;
+        if (*flag != 1) emulation::fail("await: the flag is " + std::to_string(*flag) + ", and blocks come in their order");
+    }
+    if (emulation::orders("announce")) emulation::acquire(const_cast<int*>(flag));
+}
+
 template <int ID, int COUNT>
 DEVICE void sync_named() {
     if (ID < 1 || ID > 15) emulation::fail("sync_named " + std::to_string(ID) + ": 1 to 15");
@@ -539,25 +555,6 @@ DEVICE void mma_tf32(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[
 DEVICE void mma_tf32(float (&c)[4], const unsigned (&a)[2], unsigned b) {
     unsigned words[3] = {a[0], a[1], b};
     emulation::multiply<1>(c, words, "mma_tf32 of 4");
-}
-
-// The places among the lanes are the PTX manual's ("Matrix fragments for mma.m16n8k16 with floating point type").
-DEVICE void mma_half(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    unsigned words[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
-    emulation::Unseen unseen;
-    const auto& lanes = emulation::exchange("mma_half", words, 6).values;
-    int g = emulation::self->lane() / 4, t = emulation::self->lane() % 4;
-    auto element = [](unsigned word, int k) { return widen((unsigned short)(k % 2 ? word >> 16 : word)); };
-    for (int i = 0; i < 4; i++) {
-        int low_row = i / 2, column = 2 * t + i % 2;  // c[i] is at (g + 8 low_row, column)
-        double sum = c[i];
-        for (int k = 0; k < 16; k++) {
-            float left = element(lanes[g * 4 + k % 8 / 2][low_row + 2 * (k / 8)], k);
-            float right = element(lanes[column * 4 + k % 8 / 2][4 + k / 8], k);
-            sum += double(left) * right;
-        }
-        c[i] = emulation::cut(sum);
-    }
 }
 
 namespace emulation {

@@ -51,19 +51,6 @@ extern "C" __global__ void short_product(const float* a, const float* b, float* 
     for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
 }
 
-// c[16, 8] += a[16, 16] b[8, 16]^T of scalar_t, one warp.
-extern "C" __global__ void half_product(const scalar_t* a, const scalar_t* b, float* c) {
-    const int g = threadIdx.x / 4, t = threadIdx.x % 4;
-    auto pair = [](const scalar_t* at) { return *reinterpret_cast<const unsigned*>(at); };
-    float sums[4];
-    for (int i = 0; i < 4; ++i) sums[i] = c[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
-    const unsigned left[4] = {pair(a + g * 16 + 2 * t), pair(a + (g + 8) * 16 + 2 * t), pair(a + g * 16 + 2 * t + 8),
-                              pair(a + (g + 8) * 16 + 2 * t + 8)};
-    const unsigned right[2] = {pair(b + g * 16 + 2 * t), pair(b + g * 16 + 2 * t + 8)};
-    mma_half(sums, left, right);
-    for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
-}
-
 // out[block] = tiles of 128 floats of x[block], each backwards, in a pipeline of two; the last tile's sums over pairs
 // of lanes behind them. 128 threads; 4 of a tile's floats come in copies of 4 bytes.
 extern "C" __global__ void pipeline(const float* x, float* out, long long tiles, int fault) {

@@ -200,29 +200,45 @@ def test_segments_of_the_convolution(batch, length, segment, monkeypatch):
     assert kernels._conv_segment(batch, length, 384) == segment
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rank", [12, 24, 48, 64])
-def test_convolutions_and_projections(rank, dtype, serving):
-    """In one kernel, and of many columns in two. Groups of tokens that end sequences, warps without tokens, and with
-    more than one tile of them.
-
-    u is the convolution rounded to 16 bits, projected the product of that u and of the rounded weights, in float32.
+@pytest.mark.parametrize("length", [3, 9, 40, 43])
+@pytest.mark.parametrize("multiprocessors", [1, 2, 3])
+def test_scans_in_pieces(multiprocessors, length, monkeypatch):
+    """More sequences than walk at once: cut wherever equal parts of them end, in either half of the way and between,
+    they give the same bits, forward and backward, as sequences walked as a whole.
     """
-    activations = torch.finfo(dtype).eps / 2
-    for batch, length, channels, width in ((3, 17, 160, 4), (1, 1, 32, 3), (2, 11, 64, 2), (5, 70, 96, 4)):
-        xz, *directions, _ = arguments(case(batch, length, channels, rank, width, bias=width != 3, dtype=dtype))
-        weights = kernels._prepare(kernels._parameters(*directions), dtype)
-        u, projected = kernels.conv_project(xz, weights)
-        for i, parameters in enumerate(map(in_float64, directions)):
-            x = xz[..., :channels].cpu().double().transpose(1, 2)  # (B, D, L)
-            x = x.flip(2) if i else x
-            right = torch.nn.functional.conv1d(
-                x, parameters.conv_weight[:, None], parameters.conv_bias, padding=width - 1, groups=channels
-            )[..., :length]
-            right = torch.nn.functional.silu(right.flip(2) if i else right).transpose(1, 2)  # (B, L, D)
-            assert relative_error(u[i], right) <= activations
-            products = u[i].flatten(0, 1).cpu().double() @ weights.x_proj[i].cpu().double().T
-            assert relative_error(projected[i], products) <= 2e-6
+    monkeypatch.setattr(kernels, "FEW_WARPS", 0)
+    for batch in (1, 5, 8, 11):
+        xz, *directions, dy = arguments(case(batch, length, channels=64, dtype=torch.bfloat16))
+        results, cut = [], []
+        for count, least in ((multiprocessors, 0), (100, 0), (multiprocessors, 10**6)):
+            monkeypatch.setattr(kernels, "_device", lambda count=count: kernels.Device(count))
+            monkeypatch.setattr(kernels, "TILES_OF_A_SLOT", least)
+            weights = kernels._prepare(kernels._parameters(*directions), xz.dtype)
+            results.append([])
+            for gradient in (None, dy):
+                inputs = kernels._scan_inputs(xz, weights, again=gradient is not None)
+                cut.append(inputs.pieces.period > 1)
+                results[-1] += kernels._scan_forward(xz, inputs, weights.parameters, 0.5, gradient)
+        slots = 2 * multiprocessors, 3 * multiprocessors
+        assert cut == [batch > count and batch % count > 0 for count in slots] + 4 * [False]
+        for values in zip(*results):
+            assert values[0] is None or all(torch.equal(values[0], other) for other in values[1:])
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "channels", "again", "cut"),
+    [
+        (128, 197, 384, False, False), (128, 197, 384, True, True),
+        (128, 197, 768, False, True), (128, 197, 768, True, True),
+        (32, 6085, 384, False, False), (88, 197, 384, False, False), (264, 197, 384, False, False),
+    ],
+)  # fmt: skip
+def test_which_scans_are_cut(batch, length, channels, again, cut, monkeypatch):
+    """On 132 multiprocessors: not whole waves, nor less than two sequences of 25 tiles for a block."""
+    monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(132))
+    shapes = kernels._shapes(batch, channels, rank=channels // 32)
+    pieces = kernels._pieces(batch, length, channels, shapes.again if again else shapes.forward)
+    assert (pieces.period > 1) == cut
 
 
 # --- with its projections

@@ -208,18 +208,6 @@ def test_short_product(probe, device):
     assert torch.equal(sums.cpu(), cut * seen)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("device", DEVICES)
-def test_half_product(probe, device, dtype):
-    """Exact for integers, as the sums are float32."""
-    generator = torch.Generator().manual_seed(6)
-    a, b, c = (torch.randint(-50, 50, shape, generator=generator).float() for shape in ((16, 16), (8, 16), (16, 8)))
-    expected, sums = torch.from_numpy(c.numpy() + a.numpy() @ b.numpy().T), c.to(device)
-    kernel = probe("half_product", HALF_IS_BF16=int(dtype == torch.bfloat16))
-    kernel((1, 1, 1), 32, 0, a.to(device, dtype), b.to(device, dtype), sums)
-    assert torch.equal(sums.cpu(), expected)
-
-
 def pipeline_arguments(device, blocks=3, tiles=5):
     x = torch.randn(blocks, tiles, 128, generator=torch.Generator().manual_seed(3)).to(device)
     out = torch.zeros(blocks, tiles + 1, 128, device=device)

@@ -1,12 +1,13 @@
 """The bidirectional mixer in CUDA C++ for NVIDIA GPUs (Vision Mamba, arXiv 2401.09417, algorithm 1).
 
-Forward is three launches: the weights as the others read them (weights.cu), both convolutions and x projections
-(conv_project.cu), and both scans with gate and sum (scan_forward.cu). Backward keeps nothing of
+Forward is four launches: the weights as the others read them (weights.cu), both convolutions (conv.cu), both x
+projections (one batched matrix product), and both scans with gate and sum (scan_forward.cu). Backward keeps nothing of
 forward: it runs it again, this time writing the states at every eighth token and the gradients of the gate, and walks
 back (scan_backward.cu). Activations are 16 bits wide, states, time steps and sums float32. No atomics: the same bits
 on every run.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,14 +29,14 @@ CONV_THREADS = 64  # of two channels each
 CONV_STEP = 8  # tokens that a thread has in registers
 CONV_SEGMENT, CONV_BACKWARD_SEGMENT = 32, 64  # tokens that a thread walks, at least
 CONV_RESIDENT = 16  # blocks of the forward convolution that a multiprocessor holds
-MOST_COLUMNS = 64  # of conv_project's products, whose sums a warp has registers for
+PIECE = 16  # bytes of one in scan_forward.cu
+TILES_OF_A_SLOT = 45  # that a block of scan_forward walks, at least, where sequences are cut (docs/LOG.md, 2026-11-28)
 FEW_WARPS = 8  # of a multiprocessor
 SUM_COLUMNS = 32
 TOKEN_GROUPS = 32  # parts in which products over all tokens are made
 NARROW_ARRAYS, WEIGHT_THREADS = 8, 256
 MAX_RANK = 64
 SHARED_MEMORY = 128 * 1024  # bytes of a multiprocessor, at least
-RESERVED = 1024  # of them, for each block
 MAX_GRID = 65535  # blocks in a grid's second and third place
 
 
@@ -279,13 +280,6 @@ def _over_tokens(left: Tensor, right: Tensor, batch: int) -> Tensor:
 # --- launches
 
 
-class Convolved(NamedTuple):
-    """What the scans read of a convolved x."""
-
-    u: Tensor  # (2, B, L, D): the convolution and SiLU of both directions
-    projected: Tensor  # (2, B L, columns) float32: its projections: time step, padding, B and C
-
-
 def _conv(name: str, xz: Tensor, parameters, segment: int, before: tuple, after: tuple) -> None:
     conv_weight, conv_bias = parameters.conv_weight, parameters.conv_bias
     batch, length, double = xz.shape
@@ -307,46 +301,53 @@ def _conv_segment(batch: int, length: int, channels: int) -> int:
     return max(CONV_SEGMENT, ceil_div(ceil_div(length, segments), CONV_STEP) * CONV_STEP)
 
 
-class ProjectShape(NamedTuple):
-    """How conv_project.cu is cut."""
+class Pieces(NamedTuple):
+    """How scan_forward's jobs, a block's channels of one sequence each, are cut (its `Piece`)."""
 
-    group: int  # adjacent tokens of a lane
-    warps: int  # of a block
-
-    @staticmethod
-    def shared(channels: int, columns: int, width: int) -> int:
-        """Bytes of a block: the weights as left factors of 16 columns, and filters."""
-        return 2 * ceil_div(columns, 16) * 16 * channels * 2 + 2 * (width + 1) * channels * 4
+    blocks: int
+    slots: int  # blocks that run at once
+    period: int  # slots over the greatest common divisor of jobs and slots; 1: nothing is cut
+    inverse: int  # of jobs over that divisor, modulo period
 
 
-PROJECT_SHAPE = ProjectShape(6, 8)  # the fastest of those that spill no register
+def _pieces(batch: int, length: int, channels: int, shape: Shape) -> Pieces:
+    """Jobs that are no whole waves of blocks are cut so that all blocks end together, where each has enough to walk:
+    the pieces' beginnings take time, too.
+    """
+    jobs = batch * ceil_div(channels, shape.block)
+    slots = shape.resident // (2 * shape.warps) * _device().multiprocessors
+    if jobs <= slots or jobs % slots == 0 or jobs * ceil_div(length, TILE) < TILES_OF_A_SLOT * slots:
+        return Pieces(jobs, 0, 1, 0)
+    alike = math.gcd(jobs, slots)
+    period = slots // alike
+    return Pieces(slots * (jobs // slots + 1) + slots - alike, slots, period, pow(jobs // alike, -1, period))
 
 
-def conv_project(xz: Tensor, weights: Weights) -> Convolved:
-    """One launch where both directions' weights fit in shared memory, else the convolutions and a product."""
-    batch, length, double = xz.shape
-    channels, columns = double // 2, weights.x_proj.shape[1]
+class ScanInputs(NamedTuple):
+    """What the scans read of x, and how scan_forward is cut."""
+
+    u: Tensor  # (2, B, L, D): the convolution and SiLU of both directions
+    projected: Tensor  # (2, B L, columns) float32: their projections: time step, padding, B and C
+    arrived: Tensor  # (slots,) zeros
+    shape: Shape
+    pieces: Pieces
+
+
+def _scan_inputs(xz: Tensor, weights: Weights, again: bool = False) -> ScanInputs:
+    (batch, length, _), (channels, rank) = xz.shape, weights.parameters.dt_weight[0].shape
+    shapes = _shapes(batch, channels, rank)
+    shape = shapes.again if again else shapes.forward
+    pieces = _pieces(batch, length, channels, shape)
     u = torch.empty((2, batch, length, channels), dtype=xz.dtype, device=xz.device)
-    conv_weight, conv_bias = weights.parameters.conv_weight, weights.parameters.conv_bias
-    width, device, shape = conv_weight[0].shape[1], _device(), PROJECT_SHAPE
-    shared = shape.shared(channels, columns, width)
-    if shared + RESERVED > device.shared_memory or columns > MOST_COLUMNS:
-        _conv("conv_forward", xz, weights.parameters, _conv_segment(batch, length, channels), (), (u,))
-        return Convolved(u, product_in_float32(u.flatten(1, 2), weights.x_proj.transpose(1, 2)))
-    projected = torch.empty((2, batch * length, columns), dtype=torch.float32, device=xz.device)
-    tiles = ceil_div(batch * ceil_div(length, shape.group), 8)
-    blocks = min(device.multiprocessors, ceil_div(tiles, shape.warps // 2))
-    sizes = (("WIDTH", width), ("COLUMNS", columns), ("CHANNELS", channels))
-    cut = (("GROUP", shape.group), ("WARPS", shape.warps))
-    runtime.load("conv_project.cu", "conv_project", (_half(xz.dtype), *sizes, *cut))(
-        (blocks, 1, 1), 32 * shape.warps, shared,
-        xz, *conv_weight, *conv_bias, weights.x_proj, u, projected, batch, length, xz.stride(0), xz.stride(1),
-    )  # fmt: skip
-    return Convolved(u, projected)
+    arrived = torch.empty(pieces.slots, dtype=torch.int32, device=xz.device)
+    after = u, arrived, pieces.slots
+    _conv("conv_forward", xz, weights.parameters, _conv_segment(batch, length, channels), (), after)
+    projected = product_in_float32(u.flatten(1, 2), weights.x_proj.transpose(1, 2))
+    return ScanInputs(u, projected, arrived, shape, pieces)
 
 
 def _scan_forward(
-    xz: Tensor, convolved: Convolved, parameters, scale: float, dy: Tensor | None = None
+    xz: Tensor, inputs: ScanInputs, parameters, scale: float, dy: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y, and for a gradient dy: those of the scans' sum and of z side by side (B, L, 2 D), states)."""
     batch, length, double = xz.shape
@@ -358,15 +359,15 @@ def _scan_forward(
         gradients = torch.empty((batch, length, double), dtype=xz.dtype, device=xz.device)
         groups = ceil_div(length, TILE)
         states = torch.empty((2, batch, groups, channels, STATES), dtype=torch.float32, device=xz.device)
-    shapes = _shapes(batch, channels, rank)
-    shape = shapes.forward if dy is None else shapes.again
+    shape, pieces = inputs.shape, inputs.pieces
     halves = 4 if dy is None else 5
-    shared = 2 * shape.shared(convolved.projected.shape[-1], _padded(rank), 3, exchanges=2, halves=halves)
+    shared = 2 * (PIECE + shape.shared(inputs.projected.shape[-1], _padded(rank), 3, exchanges=2, halves=halves))
+    carried = torch.empty((pieces.slots, 2, shape.block, STATES), dtype=torch.float32, device=xz.device)
     _scan_kernel("scan_forward", xz.dtype, rank, shape, ("FOR_BACKWARD", int(dy is not None)))(
-        (ceil_div(channels, shape.block), batch, 1), 2 * 32 * shape.warps, shared,
-        convolved.u, convolved.projected, xz, y, dy, gradients, states,
+        (pieces.blocks, 1, 1), 2 * 32 * shape.warps, shared,
+        inputs.u, inputs.projected, xz, y, dy, gradients, states, carried, inputs.arrived,
         *parameters.dt_weight, *parameters.dt_bias, *parameters.A, *parameters.D,
-        length, channels, xz.stride(0), xz.stride(1), scale,
+        batch, *pieces[1:], length, channels, xz.stride(0), xz.stride(1), scale,
     )  # fmt: skip
     return y, gradients, states
 
@@ -438,7 +439,7 @@ def bimamba_forward(xz, forward_params, backward_params, scale, save):
 
 def _forward(xz: Tensor, weights: Weights, scale: float) -> Tensor:
     xz = _aligned(xz)
-    return _scan_forward(xz, conv_project(xz, weights), weights.parameters, scale)[0]
+    return _scan_forward(xz, _scan_inputs(xz, weights), weights.parameters, scale)[0]
 
 
 def bimamba_saved_bytes(
@@ -465,9 +466,9 @@ def _backward(
 ):  # fmt: skip
     """bimamba_backward, which gives y, made again, to `use_y` before the peak of memory."""
     xz, parameters = _aligned(xz), weights.parameters
-    convolved = conv_project(xz, weights)
-    u, projected = convolved
-    y, dxz, states = _scan_forward(xz, convolved, parameters, scale, _contiguous(dy))
+    inputs = _scan_inputs(xz, weights, again=True)
+    u, projected = inputs.u, inputs.projected
+    y, dxz, states = _scan_forward(xz, inputs, parameters, scale, _contiguous(dy))
     use_y(y)
     del y, dy
     du_scan, ddelta, dBC, *shares = _scan_backward(dxz, u, projected, states, parameters)

@@ -59,11 +59,14 @@ struct Work {
     }
 };
 
-// u (2, batch, length, channels): both convolutions of x, the first half of xz.
+// u (2, batch, length, channels): both convolutions of x, the first half of xz. `arrived` (arrivals): zeros, for
+// scan_forward.
 extern "C" __global__ void __launch_bounds__(64) conv_forward(
     const scalar_t* xz, const float* weight_ahead, const float* weight_behind, const float* bias_ahead,
-    const float* bias_behind, scalar_t* u, int64 length, int64 channels, int64 xz_stride_b, int64 xz_stride_l,
-    int64 segment) {
+    const float* bias_behind, scalar_t* u, int* arrived, int64 arrivals, int64 length, int64 channels,
+    int64 xz_stride_b, int64 xz_stride_l, int64 segment) {
+    if (blockIdx.x + blockIdx.y + blockIdx.z == 0)
+        for (int64 i = threadIdx.x; i < arrivals; i += blockDim.x) arrived[i] = 0;
     const Work work(weight_ahead, weight_behind, bias_ahead, bias_behind, length, channels, segment);
     if (work.channel >= channels) return;
     xz += work.b * xz_stride_b + work.channel;

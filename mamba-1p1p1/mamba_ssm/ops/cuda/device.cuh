@@ -127,6 +127,15 @@ DEVICE void sync_named() {
     asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(COUNT) : "memory");
 }
 
+// From block to block, by one thread of each: what a block has written before the barrier that its announcing thread has
+// passed is seen by another one behind the barrier that its waiting thread comes to next. `flag` is zero before.
+DEVICE void announce(int* flag) { asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory"); }
+DEVICE void await(const int* flag) {
+    int announced;
+    do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(announced) : "l"(flag) : "memory");
+    while (!announced);
+}
+
 // base + count bytes, in one instruction also where `bytes` is a constant, whose 64-bit product would be three.
 DEVICE const char* advance(const char* base, int count, int bytes) {
     const char* sum;
@@ -159,19 +168,6 @@ DEVICE void mma_tf32(float (&c)[4], const unsigned (&a)[2], unsigned b) {
         "mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(b));
-}
-
-// c[16 x 8] += a[16 x 16] b[16 x 8], of scalar_t. A word has two adjacent ones of a row of a, or of a column of b:
-//   a: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)    b: (2t, g), (2t + 8, g)    c as above.
-DEVICE void mma_half(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-#if HALF_IS_BF16
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-#else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-#endif
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 #endif  // VIM_EMULATION

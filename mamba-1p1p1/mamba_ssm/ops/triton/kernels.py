@@ -6,7 +6,6 @@ from mamba_ssm.ops.backend import argument_of_dtype
 from mamba_ssm.ops.triton.bimamba import bimamba_backward, bimamba_forward, bimamba_saved_bytes
 from mamba_ssm.ops.triton.common import DTYPES, unavailable_reason
 from mamba_ssm.ops.triton.norm_kernels import MAX_WIDTH, add_norm_backward, add_norm_forward
-from mamba_ssm.ops.triton.patch_embed import embed_patches, serves_patches
 from mamba_ssm.ops.triton.selective_scan import (
     MAX_STATES,
     selective_scan_backward,
@@ -20,11 +19,9 @@ __all__ = [
     "bimamba_backward",
     "bimamba_forward",
     "bimamba_saved_bytes",
-    "embed_patches",
     "selective_scan_backward",
     "selective_scan_forward",
     "selective_scan_saved_bytes",
-    "serves_patches",
     "unavailable_reason",
     "unsupported",
 ]
