@@ -526,8 +526,8 @@ def test_a_file_that_may_not_be_read_is_one_line():
         ),
         (
             OSError(28, "No space left on device"),
-            "out or /dev/shm (--num_workers) or the program's output: No space left on device; --resume auto goes on "
-            "from the last checkpoint, if there is one",
+            "one of out, /dev/shm (--num_workers), the program's output: No space left on device; --resume auto goes "
+            "on from the last checkpoint, if there is one",
         ),
     ],
     ids=["shared memory", "open files", "no name"],

@@ -19,7 +19,7 @@ import yaml
 import report
 import run_folder
 from checkpoint import latest_checkpoint, read_checkpoint
-from distributed import EXIT_CONFIG, EXIT_REQUEUE
+from distributed import EXIT_CONFIG, EXIT_FAILED, EXIT_REQUEUE
 from errors import ConfigError
 from helpers import run_args, write_image_folder
 from main import main
@@ -152,15 +152,24 @@ def test_a_run_goes_on_where_its_lock_was_deleted(tmp_path, whenever_an_epoch_is
     assert run(f"{QUICK} --epochs 1", tmp_path) == 0
 
 
-def test_a_folder_without_links_is_refused_at_once(tmp_path, monkeypatch, capsys):
-    """Not by the first checkpoint, an epoch later."""
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [
+        (errno.EOPNOTSUPP, EXIT_CONFIG, "no symbolic link can be made there (Operation not supported)"),
+        (errno.ENOSPC, EXIT_CONFIG, "No space left on device"),
+        (errno.EIO, EXIT_FAILED, "Input/output error"),
+    ],
+)
+def test_a_folder_without_links_is_refused_at_once(number, code, line, tmp_path, monkeypatch, capsys):
+    """Not by the first checkpoint, an epoch later. What is no matter of links is said as it is."""
 
     def symlink_to(self, target):
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        raise OSError(number, os.strerror(number), str(self))
 
     monkeypatch.setattr(Path, "symlink_to", symlink_to)
-    assert run(QUICK, tmp_path) == EXIT_CONFIG
-    assert f"--output_dir {tmp_path}: no symbolic link can be made there" in capsys.readouterr().err
+    assert run(QUICK, tmp_path) == code
+    said = capsys.readouterr().err
+    assert line in said and ("symbolic link" in said) == (number == errno.EOPNOTSUPP) and "Traceback" not in said
 
 
 def test_a_folder_is_free_as_soon_as_its_run_was_killed(busy, monkeypatch):

@@ -48,6 +48,8 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)\.pth")
 # network, may pass.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 LASTING = (*FULL, errno.EFBIG, errno.EPERM, errno.ENAMETOOLONG, errno.EOPNOTSUPP)
+# Those of storage on a network, after which a later attempt may succeed.
+PASSING = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT)
 
 
 @dataclass

@@ -6,7 +6,6 @@ Anything that is not named here is a fault of the program and keeps its tracebac
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import signal
 import sys
@@ -16,13 +15,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from checkpoint import FULL
+from checkpoint import FULL, PASSING
 from distributed import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NONFINITE, let_go_of_terminal
 from errors import CheckpointError, ConfigError, DataError, NonFiniteError, PeerError, first_sentence
 from run_folder import gone
-
-# System errors of storage on a network, after which a later attempt may succeed.
-PASSING = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT)
 
 # What torch says on a CPU, in a plain RuntimeError.
 CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
@@ -60,7 +56,8 @@ def unwritable(error: OSError, output_dir: str) -> tuple[int, str] | None:
         return EXIT_CONFIG, f"{file}: {error.strerror}; move it away, or take another --output_dir"
     if error.errno in FULL or (inside and error.errno in PASSING):
         # Without a name: of a file that was open, or of what the system made for a loader.
-        where = file or " or ".join(filter(None, (output_dir, "/dev/shm (--num_workers)", "the program's output")))
+        places = filter(None, (output_dir, "/dev/shm (--num_workers)", "the program's output"))
+        where = file or f"one of {', '.join(places)}"
         line = f"{where}: {error.strerror}; --resume auto goes on from the last checkpoint, if there is one"
         return EXIT_CONFIG if error.errno in FULL else EXIT_FAILED, line
     return None
@@ -120,10 +117,12 @@ def too_little(error: Exception, args) -> str:
         what, mend = "room for open files", "allow more (`ulimit -n 65536`)"
     else:
         return ""
+    if args.num_workers:
+        mend += ", or take fewer loader processes"
     *_, reason = str(error).split("RuntimeError: ")
     return (
-        f"too little {what} for --num_workers {args.num_workers} --batch-size {args.batch_size}: {mend}, or take fewer "
-        f"loader processes ({first_sentence(reason)})"
+        f"too little {what} for --num_workers {args.num_workers} --batch-size {args.batch_size}: {mend} "
+        f"({first_sentence(reason)})"
     )
 
 

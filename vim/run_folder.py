@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 import distributed
-from checkpoint import digest_path, set_back
+from checkpoint import FULL, PASSING, digest_path, set_back
 from errors import ConfigError
 
 try:
@@ -105,12 +105,14 @@ class RunFolder:
 
     def _try_link(self) -> None:
         """Raises ConfigError where the first checkpoint could not be linked, hours from now."""
-        probe = self.path / f".link-{os.getpid()}.tmp"
+        probe = self.path / f".link-{socket.gethostname()}-{os.getpid()}.tmp"
         try:
             probe.unlink(missing_ok=True)
             probe.symlink_to("run.lock")
             probe.unlink(missing_ok=True)
         except OSError as error:
+            if error.errno in (*FULL, *PASSING):  # of any file
+                raise
             raise ConfigError(
                 f"--output_dir {self.path}: no symbolic link can be made there ({error.strerror}), as checkpoint.pth "
                 "and best_checkpoint.pth are; take a folder on another file system"

@@ -117,7 +117,8 @@ struct Barrier {
     int needed = 0;
     std::vector<Fiber*> waiting;
     // What was written before the barrier is seen behind it: places for two passages in turns, as a thread may be at the
-    // next one while another still has to leave this one. Of their own for each block, whose barriers order no other's.
+    // next one while another still has to leave this one. Each block gets its own, never freed: its barriers order nothing
+    // of other blocks.
     char* order = SEES_RACES ? static_cast<char*>(malloc(2)) : nullptr;
     unsigned passages = 0;
 };

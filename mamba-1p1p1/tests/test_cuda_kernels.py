@@ -200,18 +200,19 @@ def test_segments_of_the_convolution(batch, length, segment, monkeypatch):
     assert kernels._conv_segment(batch, length, 384) == segment
 
 
+@pytest.mark.parametrize(("few", "rank"), [(False, 12), (True, 12), (False, 32)], ids=["", "two-channels", "rank-32"])
 @pytest.mark.parametrize("length", [3, 9, 40, 43])
-@pytest.mark.parametrize("multiprocessors", [1, 2, 3])
-def test_scans_in_pieces(multiprocessors, length, monkeypatch):
+@pytest.mark.parametrize("multiprocessors", [1, 2])
+def test_scans_in_pieces(multiprocessors, length, few, rank, monkeypatch):
     """More sequences than walk at once: cut wherever equal parts of them end, in either half of the way and between,
     they give the same bits, forward and backward, as sequences walked as a whole.
     """
-    monkeypatch.setattr(kernels, "FEW_WARPS", 0)
-    for batch in (1, 5, 8, 11):
-        xz, *directions, dy = arguments(case(batch, length, channels=64, dtype=torch.bfloat16))
+    monkeypatch.setattr(kernels, "FEW_WARPS", 10**6 if few else 0)
+    for batch in (1, 5, 11):
+        xz, *directions, dy = arguments(case(batch, length, channels=64, rank=rank, dtype=torch.bfloat16))
         results, cut = [], []
         for count, least in ((multiprocessors, 0), (100, 0), (multiprocessors, 10**6)):
-            monkeypatch.setattr(kernels, "_device", lambda count=count: kernels.Device(count))
+            monkeypatch.setattr(kernels, "_device", lambda count=count: kernels.Device(count, 2**20))
             monkeypatch.setattr(kernels, "TILES_OF_A_SLOT", least)
             weights = kernels._prepare(kernels._parameters(*directions), xz.dtype)
             results.append([])
@@ -219,8 +220,9 @@ def test_scans_in_pieces(multiprocessors, length, monkeypatch):
                 inputs = kernels._scan_inputs(xz, weights, again=gradient is not None)
                 cut.append(inputs.pieces.period > 1)
                 results[-1] += kernels._scan_forward(xz, inputs, weights.parameters, 0.5, gradient)
-        slots = 2 * multiprocessors, 3 * multiprocessors
-        assert cut == [batch > count and batch % count > 0 for count in slots] + 4 * [False]
+        shapes = kernels._shapes(batch, 64, rank)[:2]
+        sizes = [(batch * -(-64 // s.block), multiprocessors * s.resident // (2 * s.warps)) for s in shapes]
+        assert cut == [jobs > slots and jobs % slots > 0 for jobs, slots in sizes] + 4 * [False]
         for values in zip(*results):
             assert values[0] is None or all(torch.equal(values[0], other) for other in values[1:])
 
@@ -234,11 +236,23 @@ def test_scans_in_pieces(multiprocessors, length, monkeypatch):
     ],
 )  # fmt: skip
 def test_which_scans_are_cut(batch, length, channels, again, cut, monkeypatch):
-    """On 132 multiprocessors: not whole waves, nor less than two sequences of 25 tiles for a block."""
-    monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(132))
-    shapes = kernels._shapes(batch, channels, rank=channels // 32)
-    pieces = kernels._pieces(batch, length, channels, shapes.again if again else shapes.forward)
+    """On an H200: neither whole waves nor less than 45 tiles for a block."""
+    monkeypatch.setattr(kernels, "_device", lambda: kernels.Device(132, 228 * 1024))
+    rank = channels // 32
+    shapes = kernels._shapes(batch, channels, rank)
+    shape = shapes.again if again else shapes.forward
+    pieces = kernels._pieces(batch, length, channels, shape, kernels._forward_shared(shape, rank, again))
     assert (pieces.period > 1) == cut
+    assert not cut or pieces.slots == 132 * shape.resident // (2 * shape.warps)
+
+
+def test_slots_are_as_many_as_shared_memory_holds(monkeypatch):
+    """Vim-B's blocks of 66 KB: three on an H200, two on an A100."""
+    shape = kernels.Shape(4, 2, 12)
+    shared = kernels._forward_shared(shape, 48, again=True)
+    for memory, together in ((228 * 1024, 3), (164 * 1024, 2)):
+        monkeypatch.setattr(kernels, "_device", lambda memory=memory: kernels.Device(100, memory))
+        assert kernels._pieces(128, 197, 1536, shape, shared).slots == 100 * together
 
 
 # --- with its projections

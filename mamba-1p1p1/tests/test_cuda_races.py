@@ -44,7 +44,7 @@ def launches_of(few: bool, length: int, channels: int, monkeypatch, batch: int =
 
     xz, ahead, behind, dy = mixer.arguments(case)
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "_device", lambda: kernels.Device(1))
+        patch.setattr(kernels, "_device", lambda: kernels.Device(1, 2**20))
         patch.setattr(kernels, "FEW_WARPS", 10**6 if few else 0)
         patch.setattr(kernels, "TILES_OF_A_SLOT", 0)
         patch.setattr(runtime, "load", recorded)

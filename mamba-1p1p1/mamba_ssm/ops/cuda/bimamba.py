@@ -37,6 +37,7 @@ TOKEN_GROUPS = 32  # parts in which products over all tokens are made
 NARROW_ARRAYS, WEIGHT_THREADS = 8, 256
 MAX_RANK = 64
 SHARED_MEMORY = 128 * 1024  # bytes of a multiprocessor, at least
+RESERVED = 1024  # of them for each block
 MAX_GRID = 65535  # blocks in a grid's second and third place
 
 
@@ -310,12 +311,21 @@ class Pieces(NamedTuple):
     inverse: int  # of jobs over that divisor, modulo period
 
 
-def _pieces(batch: int, length: int, channels: int, shape: Shape) -> Pieces:
+def _forward_shared(shape: Shape, rank: int, again: bool) -> int:
+    """Bytes of shared memory of scan_forward's blocks."""
+    padded = _padded(rank)
+    halves = 5 if again else 4
+    return 2 * (PIECE + shape.shared(padded + 2 * STATES, padded, 3, exchanges=2, halves=halves))
+
+
+def _pieces(batch: int, length: int, channels: int, shape: Shape, shared: int) -> Pieces:
     """Jobs that are no whole waves of blocks are cut so that all blocks end together, where each has enough to walk:
-    the pieces' beginnings take time, too.
+    the pieces' beginnings take time, too. `shared`: bytes of a block.
     """
+    device = _device()
     jobs = batch * ceil_div(channels, shape.block)
-    slots = shape.resident // (2 * shape.warps) * _device().multiprocessors
+    together = min(shape.resident // (2 * shape.warps), device.shared_memory // (shared + RESERVED))
+    slots = together * device.multiprocessors
     if jobs <= slots or jobs % slots == 0 or jobs * ceil_div(length, TILE) < TILES_OF_A_SLOT * slots:
         return Pieces(jobs, 0, 1, 0)
     alike = math.gcd(jobs, slots)
@@ -330,6 +340,7 @@ class ScanInputs(NamedTuple):
     projected: Tensor  # (2, B L, columns) float32: their projections: time step, padding, B and C
     arrived: Tensor  # (slots,) zeros
     shape: Shape
+    shared: int  # bytes of a block
     pieces: Pieces
 
 
@@ -337,13 +348,14 @@ def _scan_inputs(xz: Tensor, weights: Weights, again: bool = False) -> ScanInput
     (batch, length, _), (channels, rank) = xz.shape, weights.parameters.dt_weight[0].shape
     shapes = _shapes(batch, channels, rank)
     shape = shapes.again if again else shapes.forward
-    pieces = _pieces(batch, length, channels, shape)
+    shared = _forward_shared(shape, rank, again)
+    pieces = _pieces(batch, length, channels, shape, shared)
     u = torch.empty((2, batch, length, channels), dtype=xz.dtype, device=xz.device)
     arrived = torch.empty(pieces.slots, dtype=torch.int32, device=xz.device)
     after = u, arrived, pieces.slots
     _conv("conv_forward", xz, weights.parameters, _conv_segment(batch, length, channels), (), after)
     projected = product_in_float32(u.flatten(1, 2), weights.x_proj.transpose(1, 2))
-    return ScanInputs(u, projected, arrived, shape, pieces)
+    return ScanInputs(u, projected, arrived, shape, shared, pieces)
 
 
 def _scan_forward(
@@ -360,11 +372,9 @@ def _scan_forward(
         groups = ceil_div(length, TILE)
         states = torch.empty((2, batch, groups, channels, STATES), dtype=torch.float32, device=xz.device)
     shape, pieces = inputs.shape, inputs.pieces
-    halves = 4 if dy is None else 5
-    shared = 2 * (PIECE + shape.shared(inputs.projected.shape[-1], _padded(rank), 3, exchanges=2, halves=halves))
     carried = torch.empty((pieces.slots, 2, shape.block, STATES), dtype=torch.float32, device=xz.device)
     _scan_kernel("scan_forward", xz.dtype, rank, shape, ("FOR_BACKWARD", int(dy is not None)))(
-        (pieces.blocks, 1, 1), 2 * 32 * shape.warps, shared,
+        (pieces.blocks, 1, 1), 2 * 32 * shape.warps, inputs.shared,
         inputs.u, inputs.projected, xz, y, dy, gradients, states, carried, inputs.arrived,
         *parameters.dt_weight, *parameters.dt_bias, *parameters.A, *parameters.D,
         batch, *pieces[1:], length, channels, xz.stride(0), xz.stride(1), scale,

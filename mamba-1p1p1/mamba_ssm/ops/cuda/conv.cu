@@ -59,7 +59,7 @@ struct Work {
     }
 };
 
-// u (2, batch, length, channels): both convolutions of x, the first half of xz. `arrived` (arrivals): zeros, for
+// u (2, batch, length, channels): both convolutions of x, the first half of xz. `arrived` (arrivals) is set to zeros, for
 // scan_forward.
 extern "C" __global__ void __launch_bounds__(64) conv_forward(
     const scalar_t* xz, const float* weight_ahead, const float* weight_behind, const float* bias_ahead,

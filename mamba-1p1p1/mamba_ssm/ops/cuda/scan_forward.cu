@@ -12,35 +12,37 @@ constexpr int PIECE = 16;             // bytes of shared memory for one
 // What a block walks: the steps from `from` to `to` of a job, none if they are equal. A step is a tile of either direction.
 //
 // A job is the way of a block's channels through one sequence. Where there are more jobs than `slots`, the blocks that run at
-// once, they rarely come in whole waves. So all jobs' steps in a row are cut in `slots` equal parts, slot k's time: it begins
-// with the first piece of the job that the next slot's time begins within, goes on with whole jobs, and ends with the second
-// piece of the job that its own time begins within. Blocks are the first pieces by slot, then the whole jobs, then the second
-// pieces, the longest first, since the slots with the shortest first pieces are free first: so all end together.
+// once, they rarely come in whole waves. So all jobs' steps in a row are cut in `slots` equal parts. The job that the boundary
+// between slots k - 1 and k cuts is two pieces: slot k - 1 walks the first one before its whole jobs, slot k the second one
+// after its own. Blocks are the first pieces by slot, then the whole jobs, then the second pieces, the longest first, since
+// the slots with the shortest first pieces are free first: so all end together.
 struct Piece {
-    int job, from, to, slot;  // slot: whose time begins within the job
+    int job, from, to, slot;  // slot: k, of a cut job
 
     __device__ __forceinline__ int64 sequence(int blocks) const { return job / blocks; }
     __device__ __forceinline__ int channel(int blocks) const { return job % blocks * BLOCK; }
 
     // `period`: slots over the greatest common divisor of jobs and slots, 1 where nothing is cut. `inverse`: of jobs over that
-    // divisor, modulo period. Slot k's time begins at the rest of k jobs modulo slots within a job, in slots-th parts of it.
+    // divisor, modulo period. The boundary before slot k lies at k jobs / slots: its remainder says how much of a job is
+    // before it, and `inverse` which k has the next larger one.
     __device__ __forceinline__ Piece(int64 jobs, int64 slots, int64 period, int64 inverse, int tiles)
         : job(blockIdx.x), from(0), to(tiles), slot(0) {
         if (period == 1) return;
         const int64 block = blockIdx.x, second = block - slots * (1 + jobs / slots);
-        if (block >= slots && second < 0) {  // a whole job between slot k's time's ends, if there is another one
+        if (block >= slots && second < 0) {  // one of the whole jobs of slot k, if it has so many
             const int64 k = block % slots;
             job = int((k * jobs + slots - 1) / slots + block / slots - 1);
             if (int64(job + 1) * slots > (k + 1) * jobs) to = 0;
             return;
         }
-        const int64 alike = slots / period;  // slots with the same rest
+        const int64 alike = slots / period;  // slots with the same remainder
         slot = int(second < 0 ? block : (second / alike + 1) * inverse % period + second % alike * period);
         const int64 begin = slot * jobs * tiles / slots;
         job = int(begin / tiles);
         (second < 0 ? to : from) = int(begin % tiles);
     }
 };
+static_assert(sizeof(Piece) == PIECE);
 
 // y = scale silu(z) (scan ahead + scan behind), each scan with its skip D u. With FOR_BACKWARD also, for the gradient
 // dy, those of the scans' sum and of z, the halves of `gradients` (batch, length, 2 channels), and `states`
@@ -51,7 +53,8 @@ struct Piece {
 // walk ahead.
 //
 // The first piece of a job leaves its states in `carried` (slots, 2, WARPS, 8 CH, N), and `arrived` (slots), zero when the
-// kernel starts, tells the second that they are there. Blocks begin in their order, and no first piece waits for anything.
+// kernel starts, tells the second that they are there. No first piece waits for anything, and GPUs start blocks in the order
+// of their numbers: CUDA does not promise that, but look-back scans and stream-K products of NVIDIA's own rest on it, too.
 extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)) scan_forward(
     const scalar_t* u, const float* projected, const scalar_t* xz, scalar_t* y,
     const scalar_t* dy, scalar_t* gradients, float* states, float* carried, int* arrived,
@@ -68,8 +71,9 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
     const int warp = warp_of_both % WARPS, lane = threadIdx.x % 32, thread = 32 * warp + lane;
     const int g = lane >> 2, t = lane & 3;
 
-    // shared memory, per direction: the piece, so that what is made of it late holds no registers until then; three tiles of `projected`; per warp parameters, steps, sums, and tiles of u (2), z,
-    // the other scan, dy
+    // shared memory: each direction's copy of the piece, which is read again when it is needed again, since registers are
+    // few; then, per direction, three tiles of `projected`; per warp parameters, steps, sums, and tiles of u (2), z, the
+    // other scan, dy
     constexpr int TILES = 4 + FOR_BACKWARD;
     constexpr int PER_WARP = PARAMETERS + 2 * Exchange::SIZE + TILES * Halves::SIZE / 2;
     Piece* kept = reinterpret_cast<Piece*>(shared) + behind;
@@ -161,6 +165,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
             rotate();
         }
         if (meets && turn == to) sync_block();
+        cp_async_wait<0>();
         if (to < tiles) sync_block();
         return;
     }
@@ -273,6 +278,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, RESIDENT / (2 * WARPS)
         }
         if (meets && turn == to) sync_block();
     }
+    cp_async_wait<0>();  // a first piece has fetched what comes behind it
     if (to < tiles) {
         save_states(carried_of(kept->slot), h, g, t);
         sync_block();
