@@ -46,6 +46,11 @@ PRECISIONS = {
 }
 
 
+def model_of(name: str) -> str:
+    """The registered name in a subject's."""
+    return name.partition("/")[0].removesuffix(PUBLISHED)
+
+
 @dataclass(frozen=True)
 class Subject:
     """One thing to measure. `mode`: "infer", "backward" (after a forward) or "step" (and AdamW's step).
@@ -75,7 +80,7 @@ class Subject:
 
     @property
     def model_name(self) -> str:
-        return self.name.partition("/")[0].removesuffix(PUBLISHED)
+        return model_of(self.name)
 
     @property
     def attention(self) -> str:

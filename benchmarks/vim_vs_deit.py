@@ -11,7 +11,6 @@ Python calls it); one that cannot be captured is timed eagerly, and its record s
         --attention eager flash cudnn efficient
 """
 
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -199,7 +198,7 @@ def figure(records: list[dict], path: Path, size: str, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    chosen = [r for r in records if r["mode"] == "infer" and re.split(r"/| \(", r["name"])[0] in SIZES[size]]
+    chosen = [r for r in records if r["mode"] == "infer" and subjects.model_of(r["name"]) in SIZES[size]]
     panels = (
         ("images per second", "log", lambda r: r.get("images_per_second")),
         ("peak memory, MB per image", "linear",

@@ -221,7 +221,7 @@ def test_scans_in_pieces(multiprocessors, length, few, rank, monkeypatch):
                 cut.append(inputs.pieces.period > 1)
                 results[-1] += kernels._scan_forward(xz, inputs, weights.parameters, 0.5, gradient)
         shapes = kernels._shapes(batch, 64, rank)[:2]
-        sizes = [(batch * -(-64 // s.block), multiprocessors * s.resident // (2 * s.warps)) for s in shapes]
+        sizes = [(batch * kernels.ceil_div(64, s.block), multiprocessors * s.resident // (2 * s.warps)) for s in shapes]
         assert cut == [jobs > slots and jobs % slots > 0 for jobs, slots in sizes] + 4 * [False]
         for values in zip(*results):
             assert values[0] is None or all(torch.equal(values[0], other) for other in values[1:])
