@@ -2,12 +2,20 @@
 
 import signal
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 from huggingface_hub import constants
 
 from distributed import StopSignal
 from helpers import write_hub_file
+
+WITHOUT_COCO = find_spec("pycocotools") is None  # as where only the GPU's tests are to be run
+collect_ignore = ["test_det_data.py", "test_det_evaluation.py", "test_det_program.py"] if WITHOUT_COCO else []
+
+
+def pytest_report_header():
+    return f"left out, for want of pycocotools: {', '.join(collect_ignore)}" if WITHOUT_COCO else None
 
 
 @pytest.fixture
