@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -135,7 +136,12 @@ def capture(call: Callable[[], object], pool=None) -> Callable[[], None]:
     with torch.cuda.stream(torch.cuda.current_stream()):  # which a failed capture would not put back
         with torch.cuda.graph(graph, pool=pool):
             call()
-    return graph.replay
+    return partial(_replay, graph, call)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, call: Callable[[], object]) -> None:
+    """`call` is held for its weights and inputs: the graph reads them where they lay."""
+    graph.replay()
 
 
 def launched(

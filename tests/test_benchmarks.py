@@ -172,10 +172,10 @@ def test_every_figure_of_the_kernels_comes_after_their_tests(name, tmp_path, mon
     assert asked == ["cpu"] and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["dense_backbones", "vim_vs_deit"])
+@pytest.mark.parametrize("name", ["compare", "dense_backbones", "vim_vs_deit"])
 def test_a_command_over_two_lines_can_be_pasted_from_the_help(name):
     text = importlib.import_module(name).__doc__
-    assert " \\\n        --attention " in text and max(map(len, text.splitlines())) <= 120
+    assert " \\\n        --" in text and max(map(len, text.splitlines())) <= 120
 
 
 # --- subjects
@@ -442,3 +442,63 @@ def test_the_table_of_kernel_times_adds_up():
         "| 2 others | 5 | 20.0 | 100 | 10.0 |",
         "| all | 8 |  | 1000 | 100 |",
     ]
+
+
+# --- two checkouts
+
+
+def write_checkout(folder, build):
+    """A checkout whose subjects are `build`, Python of what is called once it is built."""
+    (folder / "benchmarks").mkdir(parents=True)
+    for name in ("harness.py", "memory.py"):
+        (folder / "benchmarks" / name).symlink_to(ROOT / "benchmarks" / name)
+    (folder / "benchmarks" / "subjects.py").write_text(
+        "import time, torch\nfrom types import SimpleNamespace as Subject\n"
+        f"PRECISIONS = {{'float32': (torch.float32, False)}}\ndef build(subject):\n    print('built')\n    {build}\n"
+    )
+    return folder
+
+
+def test_each_checkout_runs_its_own_code_in_turns(tmp_path):
+    import compare
+    from subjects import Subject
+
+    quick = write_checkout(tmp_path / "quick", "return lambda: time.sleep(0.001)")
+    slow = write_checkout(tmp_path / "slow", "return lambda: time.sleep(0.1)")
+    checkouts = {compare.OWN: compare.Checkout(quick), compare.OTHER: compare.Checkout(slow)}
+    rows = compare.measure(checkouts, Subject("vim_tiny_patch16_224", 224, 2), "graph", seconds=0.1)
+    for one in checkouts.values():
+        one.close()
+    case = "vim_tiny_patch16_224, inference, 224 px, batch 2"
+    assert [row[:2] for row in rows] == [[case, "here"], [case, "there"]]
+    assert float(rows[0][4].partition("x")[0]) > 2 and rows[1][4] == ""
+    assert 15 < float(rows[1][2]) < 20.1, "two images in a tenth of a second"
+
+
+def test_a_checkout_that_fails_is_named(tmp_path):
+    import compare
+
+    checkout = compare.Checkout(write_checkout(tmp_path, "raise ValueError('no such model')"))
+    with pytest.raises(SystemExit, match=rf"{tmp_path}: its process ended \(status 1\)"):
+        checkout.ask(build={"device": "cpu", "precision": "float32"}, launch="graph")
+
+
+@pytest.mark.slow
+def test_this_checkout_against_itself(capsys, monkeypatch):
+    import compare
+
+    flags = ["--model", "vim_nano_patch4_32", "--px", "32", "--batch", "32:2", "--modes", "step", "--seconds", "0.1"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(ROOT), *flags])
+    compare.main()
+    here, there = capsys.readouterr().out.splitlines()[-2:]
+    assert here.startswith("| vim_nano_patch4_32, training step, 32 px, batch 2 | here |") and " | there | " in there
+    backends = [line.split(" | ")[-1].removesuffix(" |") for line in (here, there)]
+    assert backends[0] == backends[1] and backends[0].startswith("mamba_ssm.ops.")
+
+
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path, monkeypatch):
+    import compare
+
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match="is no checkout of this project: make one with `git worktree add"):
+        compare.main()

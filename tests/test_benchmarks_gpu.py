@@ -1,10 +1,15 @@
 """The parts of `make bench-gpu` that a GPU's hour must not find broken, run on a CPU with stand-ins."""
 
+import gc
 import math
 import os
 import subprocess
 import sys
+import weakref
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -159,6 +164,24 @@ def test_a_rival_that_cannot_be_captured_is_timed_eagerly_and_says_so(pretended_
     monkeypatch.setattr(harness, "capture", refuse)
     kept, how = harness.launched(call, "graph", pretended_gpu)
     assert kept is call and how == "eager (RuntimeError: operation not permitted when stream is capturing)"
+
+
+def test_a_graph_holds_the_weights_and_inputs_that_it_reads(monkeypatch):
+    """Freed, their memory would be given to the next rival, and labels of a later replay be anything."""
+    import harness
+
+    replayed = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replayed.append(1)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
+    weights = torch.zeros(3)
+    held = weakref.ref(weights)
+    replay = harness.capture(partial(weights.add_, 1))
+    del weights
+    gc.collect()
+    replay()
+    assert held() is not None and len(replayed) == 1
 
 
 def test_a_case_on_a_gpu_measures_memory_and_time_of_one_build(pretended_gpu, monkeypatch):

@@ -1,0 +1,45 @@
+"""One checkout's side of compare.py: FOLDER's code, timed when it is asked.
+
+Not a benchmark by itself: compare.py starts it for each of its two checkouts. Every line of stdin is a request in
+JSON, {"build": a subject's fields, "launch": how} or {"seconds": how long to time it}, and gets a line on stdout.
+"""
+
+import json
+import sys
+
+import torch
+
+# Before what is installed, and what is beside this file.
+sys.path.insert(0, f"{sys.argv[1]}/causal_conv1d")
+sys.path.insert(0, f"{sys.argv[1]}/mamba-1p1p1")
+sys.path.insert(0, f"{sys.argv[1]}/benchmarks")
+import harness
+import memory
+from subjects import PRECISIONS, Subject, build
+
+
+def main() -> None:
+    answers, sys.stdout = sys.stdout, sys.stderr  # what the code under test prints is no answer
+    device, built, call = None, None, None
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "build" in request:
+            subject, built, call = Subject(**request["build"]), None, None  # one at a time in memory
+            device, peak = torch.device(subject.device), None
+            if device.type == "cuda":
+                built, peak = memory.ready_on_gpu(subject)
+            else:
+                built = build(subject)
+            how = "does not fit"
+            if built is not None:
+                call, how = harness.launched(built, request["launch"], device)
+            answer = {"launch": how, "peak": peak}
+            answer |= {"backend": harness.backends(device, PRECISIONS[subject.precision][0])["bimamba"]}
+        else:
+            timing = harness.interleave({"": call}, device, seconds=request["seconds"])
+            answer = {"seconds": timing[""].median}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
