@@ -85,8 +85,16 @@ def _silu(activation: str | None) -> bool:
     return activation is not None
 
 
+def _check_tensors(needed: dict[str, object], optional: dict[str, object]) -> None:
+    for name, value in {**needed, **optional}.items():
+        if not isinstance(value, Tensor) and not (value is None and name in optional):
+            accepted = "a tensor or None" if name in optional else "a tensor"
+            raise TypeError(f"{name} must be {accepted}, not {'None' if value is None else type(value).__name__}")
+
+
 def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, **states: Tensor | None) -> None:
     """`states`: tensors (B, D, W-1) by name."""
+    _check_tensors({"x": x, "weight": weight}, {"bias": bias, **states})
     if x.dim() != 3 or weight.dim() != 2 or x.shape[1] != weight.shape[0]:
         raise ValueError(
             f"x must be (B, D, L) and weight (D, W) with the same D, not {tuple(x.shape)} and {tuple(weight.shape)}"
@@ -147,8 +155,9 @@ def causal_conv1d_fn(
 
     Returns out (B, D, L) in x's dtype and memory layout, or (out, final_states); computed in at least float32.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit, NotImplementedError for another activation, for
-    seq_idx beside states, and for what a backend that CAUSAL_CONV1D_BACKEND forces does not serve.
+    Raises TypeError for what is no tensor, ValueError for shapes, dtypes or devices that do not fit,
+    NotImplementedError for another activation, for seq_idx beside states, and for what a backend that
+    CAUSAL_CONV1D_BACKEND forces does not serve.
     """
     silu = _silu(activation)
     _check_shapes(x, weight, bias, initial_states=initial_states, final_states_out=final_states_out)
@@ -200,11 +209,12 @@ def causal_conv1d_update(
         cache_seqlens: (B,) signed integers: `conv_state` is a ring, of which that many tokens have been written.
         conv_state_indices: (B,) signed integers: row i of x continues row `conv_state_indices[i]` of conv_state.
 
-    Returns out with x's shape and dtype, computed in at least float32. Raises ValueError for shapes, dtypes or devices
-    that do not fit, IndexError for an index that is no row (negative ones are not accepted), NotImplementedError for
-    another activation.
+    Returns out with x's shape and dtype, computed in at least float32. Gradients of it do not reach earlier tokens by
+    way of the cache. Raises TypeError for what is no tensor, ValueError for shapes, dtypes or devices that do not fit,
+    IndexError for an index that is no row (negative ones are not accepted), NotImplementedError for another activation.
     """
     silu = _silu(activation)
+    _check_tensors({"x": x, "conv_state": conv_state}, {})
     tokens = x.unsqueeze(-1) if x.dim() == 2 else x
     _check_shapes(tokens, weight, bias)
     if conv_state.dim() != 3 or conv_state.shape[1] != weight.shape[0] or conv_state.shape[2] < weight.shape[1] - 1:
@@ -240,6 +250,7 @@ def causal_conv1d_ref(
     activation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`causal_conv1d_fn` in plain torch operations, for comparison."""
+    _check_shapes(x, weight, bias, initial_states=initial_states, final_states_out=final_states_out)
     out = reference.causal_conv1d(x, weight, bias, initial_states, _silu(activation))
     if not return_final_states:
         return out

@@ -16,7 +16,8 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
         cu_seqlens: (B+1,) integers, the offset where each sequence starts, and the total at the end.
         state_len: how many tokens to keep; shorter sequences are padded with zeros on the left.
 
-    Returns (B, D, state_len). Raises ValueError for shapes and dtypes that do not fit, IndexError for offsets beyond x.
+    Returns (B, D, state_len). Raises ValueError for shapes and dtypes that do not fit, IndexError for offsets beyond x
+    or in no order.
     """
     if x.dim() != 2 or cu_seqlens.dim() != 1:
         raise ValueError(
@@ -28,6 +29,8 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
         raise ValueError(f"state_len={state_len} is invalid: use 0 or a positive number of tokens")
     if cu_seqlens.device.type == "cpu" and len(cu_seqlens) and not 0 <= cu_seqlens.min() <= cu_seqlens.max() <= len(x):
         raise IndexError(f"cu_seqlens goes from {cu_seqlens.min()} to {cu_seqlens.max()}; x has {len(x)} tokens")
+    if cu_seqlens.device.type == "cpu" and (cu_seqlens[1:] < cu_seqlens[:-1]).any():
+        raise IndexError(f"cu_seqlens {cu_seqlens.tolist()} falls: give where each sequence starts, in order")
     return reference.varlen_states(x, cu_seqlens.to(torch.int64), state_len).contiguous()
 
 

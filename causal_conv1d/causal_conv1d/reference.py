@@ -107,14 +107,14 @@ def causal_conv1d_update(
     if cache_seqlens is None:
         recent = torch.cat([conv_state, x.to(conv_state.dtype)], dim=-1)  # (B, D, state + S)
         before = conv_state[..., state_length - (width - 1) :].clone()
-        conv_state.copy_(recent[..., -state_length:])
+        conv_state.copy_(recent[..., -state_length:].detach())
         return causal_conv1d(x, weight, bias, before, silu)
     positions = torch.arange(-(width - 1), 0, device=x.device) + cache_seqlens[:, None]  # (B, W-1)
     slots = positions.remainder(state_length).unsqueeze(1).expand(-1, x.shape[1], -1)
     before = conv_state.gather(2, slots)
     new = torch.arange(steps, device=x.device) + cache_seqlens[:, None]  # (B, S)
     slots = new.remainder(state_length).unsqueeze(1).expand(-1, x.shape[1], -1)
-    conv_state.scatter_(2, slots, x.to(conv_state.dtype))
+    conv_state.scatter_(2, slots, x.to(conv_state.dtype).detach())
     return causal_conv1d(x, weight, bias, before, silu)
 
 

@@ -198,6 +198,29 @@ def test_an_update_that_does_not_fit_is_refused(arguments, words):
         causal_conv1d_update(torch.randn(2, 4, 4), weight=torch.randn(4, 4), **arguments)
 
 
+@pytest.mark.parametrize("seqlens", [None, torch.tensor([0, 2])], ids=["shifted", "ring"])
+def test_a_cache_stays_out_of_the_graph(seqlens):
+    """Each token's backward pass ends at the cache, whatever came before it."""
+    x, state = torch.randn(2, 4, 3, requires_grad=True), torch.zeros(2, 4, 5)
+    weight = torch.randn(4, 4, requires_grad=True)
+    for t in range(3):
+        seen = None if seqlens is None else seqlens + t
+        causal_conv1d_update(x[..., t], state, weight, cache_seqlens=seen).sum().backward()
+        assert not state.requires_grad
+    torch.testing.assert_close(x.grad, weight[:, -1].detach()[None, :, None].expand(2, 4, 3))
+
+
+def test_an_update_names_what_is_no_tensor():
+    with pytest.raises(TypeError, match="conv_state must be a tensor, not None"):
+        causal_conv1d_update(torch.zeros(2, 4), None, torch.zeros(4, 4))
+
+
+def test_the_reference_refuses_states_that_do_not_fit():
+    x, weight, _, states = random_inputs()
+    with pytest.raises(ValueError, match="initial_states must have shape"):
+        causal_conv1d_ref(x, weight, initial_states=torch.cat([states, states], dim=-1))
+
+
 def test_a_buffer_that_would_not_be_written_is_refused():
     x, weight, _, states = random_inputs()
     with pytest.raises(ValueError, match="final_states_out is written with return_final_states=True only"):
@@ -274,6 +297,8 @@ def test_states_of_packed_sequences():
             causal_conv1d_varlen_states(x, torch.tensor(offsets), 3)
     with pytest.raises(IndexError):
         causal_conv1d_varlen_states(none, torch.tensor([0, 5]), 3)
+    with pytest.raises(IndexError, match=r"cu_seqlens \[0, 5, 2, 11\] falls: give where each sequence starts"):
+        causal_conv1d_varlen_states(x, torch.tensor([0, 5, 2, 11]), 3)
 
 
 def test_a_cache_has_no_row_before_its_first():
@@ -292,6 +317,9 @@ def test_a_cache_has_no_row_before_its_first():
     "change, error, words",
     [
         ({"activation": "relu"}, NotImplementedError, "relu"),
+        ({"x": [[[0.0]]]}, TypeError, "x must be a tensor, not list"),
+        ({"weight": None}, TypeError, "weight must be a tensor, not None"),
+        ({"bias": 0.0}, TypeError, "bias must be a tensor or None, not float"),
         ({"seq_idx": "silu"}, ValueError, r"seq_idx must be signed integers \(B, L\), not 'silu'"),
         ({"x": torch.zeros(2, 6, 0)}, ValueError, "at least 1"),
         ({"weight": torch.zeros(6, 0)}, ValueError, "at least 1"),
@@ -357,6 +385,13 @@ def test_report_of_backends():
     )
     assert package.__version__ in run.stdout
     assert all(name in run.stdout for name in ("reference  available", "cpu", "triton", backend.ENVIRONMENT_VARIABLE))
+
+
+@pytest.mark.parametrize("value", ["1", "true", "ON", "0", ""])
+def test_the_interpreter_is_switched_on_as_triton_reads_it(value, monkeypatch):
+    knobs = pytest.importorskip("triton.knobs")
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert backend._interpreted() == knobs.runtime.interpret
 
 
 def test_report_of_a_forced_backend_that_cannot_run(monkeypatch):

@@ -71,6 +71,13 @@ def test_report_of_backends():
     assert all(name in run.stdout for name in ("reference  available", "cpu", "triton", backend.ENVIRONMENT_VARIABLE))
 
 
+@pytest.mark.parametrize("value", ["1", "true", "ON", "0", ""])
+def test_the_interpreter_is_switched_on_as_triton_reads_it(value, monkeypatch):
+    knobs = pytest.importorskip("triton.knobs")
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert backend._interpreted() == knobs.runtime.interpret
+
+
 def test_report_of_a_forced_backend_that_cannot_run(monkeypatch):
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -220,12 +220,15 @@ def test_a_cache_is_of_one_batch():
     module, memory = Mamba(16, layer_idx=0), Memory()
     module(torch.randn(3, 5, 16), inference_params=memory)
     memory.seqlen_offset = 5
-    said = "^conv_state of batch 3 beside hidden_states of batch 2: .*allocate_inference_cache\\(2, "
+    said = r"^conv_state must be \(2, 32, 4\), .* batch 2, not \(3, 32, 4\) of .*: .*allocate_inference_cache\(2, "
     with pytest.raises(ValueError, match=said):
         module(torch.randn(2, 1, 16), inference_params=memory)
     conv_state, ssm_state = module.allocate_inference_cache(2, 1)
-    with pytest.raises(ValueError, match=r"^ssm_state of batch 1 beside hidden_states of batch 2"):
+    with pytest.raises(ValueError, match=r"^ssm_state must be \(2, 32, 16\), .* not \(1, 32, 16\)"):
         module.step(torch.randn(2, 1, 16), conv_state, ssm_state[:1])
+    for narrow in (conv_state[..., :1], conv_state.int()):  # both would be taken, by broadcasting and by cutting off
+        with pytest.raises(ValueError, match=r"^conv_state must be \(2, 32, 4\), floating point"):
+            module.step(torch.randn(2, 1, 16), narrow, ssm_state)
     assert not conv_state.any()  # nothing has moved yet
 
 

@@ -508,13 +508,23 @@ def test_a_bias_of_a_matrix_that_x_proj_does_not_give_is_refused(name):
         ({"xz": torch.zeros(1, 15, 5)}, r"xz must be \(B, 2 D, L\), .* D = 8 as A, not \(1, 15, 5\)"),
         ({"xz": torch.zeros(1, 16, 0)}, "with L >= 1"),
         ({"xz": torch.zeros(1, 16, 5, dtype=torch.int64)}, "floating point, .* of torch.int64"),
-        ({"conv1d_weight": torch.zeros(4, 2, 4)}, r"conv1d_weight must be \(8, 1, W\) or \(8, W\), not \(4, 2, 4\)"),
+        ({"conv1d_weight": torch.zeros(4, 2, 4)}, r"conv1d_weight must be \(8, 1, W\) or \(8, W\) .* not \(4, 2, 4\)"),
         ({"x_proj_weight": torch.zeros(9, 8)}, r"x_proj_weight must be \(11, 8\), R = 3 rows .* not \(9, 8\)"),
         ({"x_proj_weight": torch.zeros(20, 8)}, r"x_proj_weight must be \(11, 8\)"),
         ({"x_proj_weight": torch.zeros(9, 8), "B": torch.zeros(8, 4)}, r"must be \(7 or 11, 8\)"),
         ({"delta_proj_weight": torch.zeros(3, 8)}, r"delta_proj_weight must be \(8, R\), not \(3, 8\)"),
         ({"A": -torch.ones(8)}, r"A must be \(D, N\), not \(8,\)"),
         ({"A_b": -torch.ones(8, 4, dtype=torch.complex64)}, r"A_b must be \(8, 4\) of torch.float32 as A, not"),
+        ({"conv1d_weight": torch.zeros(8, 0)}, "with W >= 1"),
+        ({"conv1d_weight": torch.zeros(8, 4, device="meta")}, "conv1d_weight is on meta and xz on cpu"),
+        ({"conv1d_weight": torch.zeros(8, 4, dtype=torch.int64)}, "conv1d_weight has dtype torch.int64"),
+        ({"conv1d_bias": torch.zeros(8, device="meta")}, "conv1d_bias is on meta"),
+        ({"conv1d_bias": torch.zeros(7)}, r"conv1d_bias must be \(8,\), not \(7,\)"),
+        ({"x_proj_weight": torch.zeros(11, 8, dtype=torch.complex64)}, "x_proj_weight has dtype torch.complex64"),
+        ({"delta_proj_weight": torch.zeros(8, 3, device="meta")}, "delta_proj_weight is on meta"),
+        ({"out_proj_weight": torch.zeros(6, 8, device="meta")}, "out_proj_weight is on meta"),
+        ({"out_proj_weight": torch.zeros(8)}, r"out_proj_weight must be \(E, 8\), not \(8,\)"),
+        ({"out_proj_weight": torch.zeros(6, 7)}, r"out_proj_weight must be \(E, 8\), not \(6, 7\)"),
         ({"B_proj_bias": torch.zeros(1)}, r"B_proj_bias must be \(4,\), not \(1,\)"),
         ({"out_proj_bias": torch.zeros(1)}, r"out_proj_bias must be \(6,\), not \(1,\)"),
         ({"out_proj_weight": None, "out_proj_bias": torch.zeros(6)}, "out_proj_bias is given without out_proj_weight"),
@@ -531,6 +541,43 @@ def test_bad_arguments_of_a_whole_mixer(name, change, words):
     assert function(**arguments).shape == (1, 5, 6)
     with pytest.raises(ValueError, match=words):
         function(**arguments | change)
+
+
+def test_norms_of_falcon_mamba_are_refused_not_left_out():
+    x = torch.zeros(1, 16, 5)
+    with pytest.raises(NotImplementedError, match=r"^b_rms_weight, dt_rms_weight: this mixer has no norms"):
+        selective_scan_interface.mamba_inner_fn(x, *(x,) * 4, None, None, x, b_rms_weight=x, dt_rms_weight=x)
+
+
+@pytest.mark.parametrize("name", ["bimamba_inner_fn", "bimamba_inner_ref"])
+def test_a_second_direction_needs_its_decay(name):
+    """Without it there would be one direction alone."""
+    x = torch.zeros(1, 16, 5)
+    with pytest.raises(TypeError, match="A_b must be a tensor, not None"):
+        getattr(selective_scan_interface, name)(x, *(x,) * 4, None, None, x, None)
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda x: selective_scan_fn(x.tolist(), x, x, x, x), "u must be a tensor, not list"),
+        (lambda x: selective_scan_fn(x, x, x, None, x), "B must be a tensor, not None"),
+        (lambda x: selective_scan_fn(x, x, x, x, x, D=1.0), "D must be a tensor or None, not float"),
+        (lambda x: selective_state_update(x, x, x, x, x, x, z=x.numpy()), "z must be a tensor or None, not ndarray"),
+        (lambda x: layer_norm_fn(x, "weight", None), "weight must be a tensor, not str"),
+        (
+            lambda x: selective_scan_interface.mamba_inner_fn(x, x, 0, x, x, None, None, x),
+            "conv1d_bias must be a tensor",
+        ),
+        (
+            lambda x: selective_scan_interface.mamba_inner_fn(x, None, x, x, x, None, None, x),
+            "conv1d_weight .* not None",
+        ),
+    ],
+)
+def test_what_is_no_tensor_is_named(call, words):
+    with pytest.raises(TypeError, match=words):
+        call(torch.zeros(2, 2, 2))
 
 
 @pytest.mark.parametrize("name", ["mamba_inner_no_out_proj_ref", "mamba_inner_ref", "bimamba_inner_ref"])
@@ -663,8 +710,9 @@ def test_bad_block_arguments(position, value, words):
 def test_bad_norm_arguments(position, value, words):
     arguments = [torch.zeros(3, 8), torch.ones(8), torch.zeros(8), torch.zeros(3, 8)]
     arguments[position] = value
-    with pytest.raises(ValueError, match=words):
-        layer_norm_fn(*arguments)
+    for function in (layer_norm_fn, layer_norm_ref):
+        with pytest.raises(ValueError, match=words):
+            function(*arguments)
 
 
 def test_an_empty_batch_gives_an_empty_result():

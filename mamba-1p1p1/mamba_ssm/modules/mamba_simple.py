@@ -279,7 +279,7 @@ class Mamba(nn.Module):
     def _prompt(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
         """`forward` of a prompt (B, L, E), which leaves its end in a cache, see `step`."""
         self._require_causal()
-        _check_cache(hidden_states, conv_state, ssm_state)
+        self._check_cache(hidden_states, conv_state, ssm_state)
         conv, x_proj, dt_proj = self._weight_holders("")
         xz, A = self.in_proj(hidden_states).transpose(1, 2), negative_exp(self.A_log)  # (B, 2 D, L)
         x, z, delta, B, C = scan_inputs(xz, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, A)
@@ -298,7 +298,7 @@ class Mamba(nn.Module):
         self._require_causal()
         if hidden_states.shape[1] != 1:
             raise ValueError(f"step takes one token, (B, 1, E), not {tuple(hidden_states.shape)}")
-        _check_cache(hidden_states, conv_state, ssm_state)
+        self._check_cache(hidden_states, conv_state, ssm_state)
         conv, x_proj, dt_proj = self._weight_holders("")
         x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)  # (B, D) each
         latest = torch.cat([conv_state[..., 1:], x.unsqueeze(-1).to(conv_state.dtype)], dim=-1)  # (B, D, W)
@@ -326,22 +326,23 @@ class Mamba(nn.Module):
         ssm_state = weight.new_zeros(batch_size, self.d_inner, self.d_state, dtype=wide)
         return InferenceCache(conv_state, ssm_state)
 
+    def _check_cache(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> None:
+        """Raise ValueError for states that are not this batch's of this layer, before anything moves."""
+        batch = hidden_states.shape[0]
+        for name, state, size in (("conv_state", conv_state, self.d_conv), ("ssm_state", ssm_state, self.d_state)):
+            needed = (batch, self.d_inner, size)
+            if tuple(state.shape) != needed or not state.is_floating_point():
+                raise ValueError(
+                    f"{name} must be {needed}, floating point, beside hidden_states of batch {batch}, not "
+                    f"{tuple(state.shape)} of {state.dtype}: start with a new cache, of "
+                    f"allocate_inference_cache({batch}, ...), or with an empty key_value_memory_dict"
+                )
+
     def _require_causal(self) -> None:
         if self.bimamba_type != "none":
             raise NotImplementedError(
                 f"inference_params with bimamba_type={self.bimamba_type!r}: a bidirectional layer needs the whole "
                 "sequence; call forward without a cache, or use bimamba_type='none'"
-            )
-
-
-def _check_cache(hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> None:
-    """Raise ValueError for states of another batch, before anything moves."""
-    batch = hidden_states.shape[0]
-    for name, state in (("conv_state", conv_state), ("ssm_state", ssm_state)):
-        if state.shape[0] != batch:
-            raise ValueError(
-                f"{name} of batch {state.shape[0]} beside hidden_states of batch {batch}: start with a new cache, "
-                f"of allocate_inference_cache({batch}, ...), or with an empty key_value_memory_dict"
             )
 
 

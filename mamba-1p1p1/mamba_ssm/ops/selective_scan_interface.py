@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mamba_ssm.ops import backend, reference
+from mamba_ssm.ops.checks import check_kinds, check_tensors
 
 
 def _kernels(u: Tensor, A: Tensor):
@@ -132,15 +133,15 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> None:
+    given = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
+    check_tensors(given, optional=("D", "z", "delta_bias"))
     if u.dim() != 3 or A.dim() != 2 or A.shape[0] != u.shape[1]:
         raise ValueError(f"u must be (B, D, L) and A (D, N) with the same D, not {tuple(u.shape)}, {tuple(A.shape)}")
     if u.shape[1] == 0:
         raise ValueError(f"u {tuple(u.shape)} holds no channel: D must be at least 1")
     if u.shape[-1] == 0:
         raise ValueError(f"u {tuple(u.shape)} holds no token: the length must be at least 1")
-    for name, tensor in {"u": u, "delta": delta, "z": z, "D": D, "delta_bias": delta_bias}.items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{name} has dtype {tensor.dtype}: the scan takes floating-point tensors")
+    check_kinds("the scan", "u", u, {"delta": delta, "z": z, "D": D, "delta_bias": delta_bias})
     for name, tensor in {"A": A, "B": B, "C": C}.items():
         if tensor.is_complex() and A.is_complex() and tensor.dim() != 2:
             raise ValueError(
@@ -169,9 +170,9 @@ def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> None:
                 f"{name} must be (D, N), (B, N, L) or (B, G, N, L) with G dividing D = {channels} "
                 f"(L = {columns} here), not {shape}"
             )
-    for name, tensor in zip(("delta", "A", "B", "C", "D", "z", "delta_bias"), (delta, A, B, C, D, z, delta_bias)):
-        if tensor is not None and tensor.device != u.device:
-            raise ValueError(f"{name} is on {tensor.device} and u on {u.device}: move them to one device")
+    for name, matrix in (("A", A), ("B", B), ("C", C)):  # which may be complex
+        if matrix.device != u.device:
+            raise ValueError(f"{name} is on {matrix.device} and u on {u.device}: move them to one device")
 
 
 def selective_scan_fn(
@@ -201,8 +202,8 @@ def selective_scan_fn(
 
     Returns out (B, D, L) in u's dtype, or (out, last_state). State and delta are float32 at least.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit, NotImplementedError for what a backend that
-    MAMBA_SSM_BACKEND forces does not serve.
+    Raises TypeError for what is no tensor, ValueError for shapes, dtypes or devices that do not fit,
+    NotImplementedError for what a backend that MAMBA_SSM_BACKEND forces does not serve.
     """
     _check_scan(u, delta, A, B, C, D, z, delta_bias)
     if backend.differentiated_beyond_autograd():
@@ -264,8 +265,14 @@ def scan_inputs(
     return x, z, delta, B, C
 
 
-def _check_inner(xz, conv1d_weight, x_proj_weight, delta_proj_weight, A, A_b, B, C, B_proj_bias, C_proj_bias) -> None:
+def _check_inner(
+    xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, A_b, B, C, B_proj_bias, C_proj_bias,
+) -> None:  # fmt: skip
     """What the scan that follows does not see of the arguments of the functions below."""
+    weights = {"conv1d_weight": conv1d_weight, "x_proj_weight": x_proj_weight, "delta_proj_weight": delta_proj_weight}
+    biases = {"conv1d_bias": conv1d_bias, "B_proj_bias": B_proj_bias, "C_proj_bias": C_proj_bias}
+    matrices = {"A_b": A_b, "B": B, "C": C}
+    check_tensors({"xz": xz, "A": A} | weights | biases | matrices, optional=biases | matrices)
     if A.dim() != 2:
         raise ValueError(f"A must be (D, N), not {tuple(A.shape)}")
     if A_b is not None and (A_b.shape != A.shape or A_b.is_complex() != A.is_complex()):
@@ -276,10 +283,11 @@ def _check_inner(xz, conv1d_weight, x_proj_weight, delta_proj_weight, A, A_b, B,
             f"xz must be (B, 2 D, L), floating point, with L >= 1 and D = {channels} as A, not {tuple(xz.shape)} "
             f"of {xz.dtype}"
         )
-    width = conv1d_weight.shape[-1]
-    if tuple(conv1d_weight.shape) not in ((channels, 1, width), (channels, width)):
+    check_kinds("the mixer", "xz", xz, weights | biases)
+    width = conv1d_weight.shape[-1] if conv1d_weight.dim() else 0
+    if tuple(conv1d_weight.shape) not in ((channels, 1, width), (channels, width)) or width == 0:
         form = f"({channels}, 1, W) or ({channels}, W)"
-        raise ValueError(f"conv1d_weight must be {form}, not {tuple(conv1d_weight.shape)}")
+        raise ValueError(f"conv1d_weight must be {form} with W >= 1, not {tuple(conv1d_weight.shape)}")
     if delta_proj_weight.dim() != 2 or len(delta_proj_weight) != channels:
         raise ValueError(f"delta_proj_weight must be ({channels}, R), not {tuple(delta_proj_weight.shape)}")
     rank = delta_proj_weight.shape[1]
@@ -290,13 +298,13 @@ def _check_inner(xz, conv1d_weight, x_proj_weight, delta_proj_weight, A, A_b, B,
             f"x_proj_weight must be ({counts}, {channels}), R = {rank} rows of the time step and {states} each of B "
             f"and C, not {tuple(x_proj_weight.shape)}"
         )
+    for name, vector in biases.items():
+        size = channels if name == "conv1d_bias" else states
+        if vector is not None and tuple(vector.shape) != (size,):
+            raise ValueError(f"{name} must be ({size},), not {tuple(vector.shape)}")
     for name, matrix, bias in (("B", B, B_proj_bias), ("C", C, C_proj_bias)):
-        if bias is None:
-            continue
-        if matrix is not None:
+        if bias is not None and matrix is not None:
             raise ValueError(f"{name}_proj_bias is added to a {name} of x_proj: leave it out beside a constant {name}")
-        if tuple(bias.shape) != (states,):
-            raise ValueError(f"{name}_proj_bias must be ({states},), not {tuple(bias.shape)}")
 
 
 def _to(tensor: Tensor | None, like: Tensor) -> Tensor | None:
@@ -305,32 +313,52 @@ def _to(tensor: Tensor | None, like: Tensor) -> Tensor | None:
 
 def _project_out(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """(B, D, L) -> (B, L, E), or (B, L, D) without a weight."""
-    if weight is None and bias is not None:
-        raise ValueError("out_proj_bias is given without out_proj_weight: give both, or neither")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"out_proj_bias must be ({len(weight)},), not {tuple(bias.shape)}")
     y = y.transpose(1, 2)
     return y if weight is None else F.linear(y, weight.to(y.dtype), _to(bias, y))
 
 
+def _refuse_norms(**weights: Tensor | None) -> None:
+    """Transformers calls with them, and would leave them out without a word if the signature had not their names."""
+    given = [name for name, weight in weights.items() if weight is not None]
+    if given:
+        raise NotImplementedError(
+            f"{', '.join(given)}: this mixer has no norms of B, C and the time step; norm, project and call "
+            "selective_scan_fn, or, to let transformers do so, set sys.modules['mamba_ssm'] = None before its import"
+        )
+
+
+def _check_projection(xz: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    given = {"out_proj_weight": weight, "out_proj_bias": bias}
+    check_tensors({"xz": xz, **given}, optional=given)
+    if weight is None and bias is not None:
+        raise ValueError("out_proj_bias is given without out_proj_weight: give both, or neither")
+    if weight is not None and (weight.dim() != 2 or 2 * weight.shape[1] != xz.shape[1]):
+        raise ValueError(f"out_proj_weight must be (E, {xz.shape[1] // 2}), not {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"out_proj_bias must be ({len(weight)},), not {tuple(bias.shape)}")
+    check_kinds("the mixer", "xz", xz, given)
+
+
 def _inner(
     scan, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, A_b, B, C, D, delta_bias, B_proj_bias,
-    C_proj_bias, delta_softplus,
+    C_proj_bias, delta_softplus, out_proj: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The mixers below up to the output projection, (B, D, L). scan: `selective_scan_fn` or `selective_scan_ref`.
+    """The mixers below, scan: `selective_scan_fn` or `selective_scan_ref`.
 
-    With A_b both directions of "v1" added up, without it one direction.
+    With A_b both directions of "v1" added up, without it one direction. out_proj: weight and bias, which give
+    (B, L, E); without the pair (B, D, L).
     """
-    _check_inner(xz, conv1d_weight, x_proj_weight, delta_proj_weight, A, A_b, B, C, B_proj_bias, C_proj_bias)
-    x, z, delta, B, C = scan_inputs(
-        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
-    )
+    inputs = xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A
+    _check_inner(*inputs, A_b, B, C, B_proj_bias, C_proj_bias)
+    if out_proj is not None:
+        _check_projection(xz, *out_proj)
+    x, z, delta, B, C = scan_inputs(*inputs, B, C, B_proj_bias, C_proj_bias)
     y = scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    if A_b is None:
-        return y
-    B_b, C_b = (_reverse_time(matrix, A_b.is_complex()) for matrix in (B, C))
-    y_b = scan(x.flip(-1), delta.flip(-1), A_b, B_b, C_b, D, z.flip(-1), delta_bias, delta_softplus)
-    return y + y_b.flip(-1)
+    if A_b is not None:
+        B_b, C_b = (_reverse_time(matrix, A_b.is_complex()) for matrix in (B, C))
+        y_b = scan(x.flip(-1), delta.flip(-1), A_b, B_b, C_b, D, z.flip(-1), delta_bias, delta_softplus)
+        y = y + y_b.flip(-1)
+    return y if out_proj is None else _project_out(y, *out_proj)
 
 
 def _reverse_time(matrix: Tensor, is_complex: bool) -> Tensor:
@@ -368,7 +396,7 @@ def mamba_inner_fn_no_out_proj(
         A: (D, N) real or complex. B, C: (D, N) constant, or None: then x_proj gives them for each token.
         D, delta_bias: (D,). B_proj_bias, C_proj_bias: (N,), (2 N,) if complex, of a B or C that x_proj gives.
 
-    Returns (B, D, L) in xz's dtype. Raises ValueError for a bias beside a constant B or C, and as `selective_scan_fn`.
+    Returns (B, D, L) in xz's dtype. Raises as `selective_scan_fn`, and ValueError for a bias beside a constant B or C.
     """
     return _inner(
         selective_scan_fn, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, None, B, C, D,
@@ -392,16 +420,21 @@ def mamba_inner_fn(
     B_proj_bias: Tensor | None = None,
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
+    *,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
 ) -> Tensor:
     """`mamba_inner_fn_no_out_proj`, then the output projection (E, D) with its bias (E,): (B, L, E).
 
-    Without a weight there is no projection: (B, L, D).
+    Without a weight there is no projection: (B, L, D). b_rms_weight, c_rms_weight, dt_rms_weight: norms of B, C and the
+    time step (FalconMamba, arXiv 2410.05355), which this mixer has not; given, they raise NotImplementedError.
     """
-    y = _inner(
+    _refuse_norms(b_rms_weight=b_rms_weight, c_rms_weight=c_rms_weight, dt_rms_weight=dt_rms_weight)
+    return _inner(
         selective_scan_fn, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, None, B, C, D,
-        delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
+        delta_bias, B_proj_bias, C_proj_bias, delta_softplus, (out_proj_weight, out_proj_bias),
     )  # fmt: skip
-    return _project_out(y, out_proj_weight, out_proj_bias)
 
 
 def bimamba_inner_fn(
@@ -425,11 +458,11 @@ def bimamba_inner_fn(
     """The "v1" mixer (Vision Mamba, arXiv 2401.09417, table 4): one convolution and one set of projections, then
     a second scan of the same inputs over reversed time with `A_b` (D, N). Other arguments as `mamba_inner_fn`.
     """
-    y = _inner(
+    check_tensors({"A_b": A_b})
+    return _inner(
         selective_scan_fn, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, A_b, B, C, D,
-        delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
+        delta_bias, B_proj_bias, C_proj_bias, delta_softplus, (out_proj_weight, out_proj_bias),
     )  # fmt: skip
-    return _project_out(y, out_proj_weight, out_proj_bias)
 
 
 def mamba_inner_no_out_proj_ref(
@@ -470,13 +503,17 @@ def mamba_inner_ref(
     B_proj_bias: Tensor | None = None,
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
+    *,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
 ) -> Tensor:
     """`mamba_inner_fn` with `selective_scan_ref`, the loop over tokens, for comparison."""
-    y = _inner(
+    _refuse_norms(b_rms_weight=b_rms_weight, c_rms_weight=c_rms_weight, dt_rms_weight=dt_rms_weight)
+    return _inner(
         selective_scan_ref, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, None, B, C, D,
-        delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
+        delta_bias, B_proj_bias, C_proj_bias, delta_softplus, (out_proj_weight, out_proj_bias),
     )  # fmt: skip
-    return _project_out(y, out_proj_weight, out_proj_bias)
 
 
 def bimamba_inner_ref(
@@ -498,8 +535,8 @@ def bimamba_inner_ref(
     delta_softplus: bool = True,
 ) -> Tensor:
     """`bimamba_inner_fn` with `selective_scan_ref`, the loop over tokens, for comparison."""
-    y = _inner(
+    check_tensors({"A_b": A_b})
+    return _inner(
         selective_scan_ref, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, A_b, B, C, D,
-        delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
+        delta_bias, B_proj_bias, C_proj_bias, delta_softplus, (out_proj_weight, out_proj_bias),
     )  # fmt: skip
-    return _project_out(y, out_proj_weight, out_proj_bias)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from mamba_ssm.ops import backend, reference
+from mamba_ssm.ops.checks import check_kinds, check_tensors
 
 
 @torch.library.custom_op("mamba_ssm::add_norm", mutates_args=())
@@ -108,16 +109,13 @@ def _backward_flops(dout_shape, *args, out_shape=None, **kwargs) -> int:
 
 
 def _check_norm(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    check_tensors({"x": x, "weight": weight, "bias": bias, "residual": residual}, optional=("bias", "residual"))
     if x.dim() == 0 or weight.dim() != 1 or x.shape[-1] != weight.shape[0] or x.shape[-1] == 0:
         raise ValueError(f"x {tuple(x.shape)} must end in the width, at least 1, of weight {tuple(weight.shape)}")
     for name, tensor, shape in (("bias", bias, weight.shape), ("residual", residual, x.shape)):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(tensor.shape)}")
-    for name, tensor in {"x": x, "weight": weight, "bias": bias, "residual": residual}.items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{name} has dtype {tensor.dtype}: the norm takes floating-point tensors")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move them to one device")
+    check_kinds("the norm", "x", x, {"weight": weight, "bias": bias, "residual": residual})
 
 
 def _norm(x, weight, bias, residual, eps, prenorm, residual_in_fp32, kind):
@@ -160,8 +158,8 @@ def layer_norm_fn(
     Returns out with x's shape and dtype, or (out, sum). Statistics are float32 at least. Backward reads the sum: as
     with the published function, it is not to be changed in place.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit, NotImplementedError for what a backend that
-    MAMBA_SSM_BACKEND forces does not serve.
+    Raises TypeError for what is no tensor, ValueError for shapes, dtypes or devices that do not fit,
+    NotImplementedError for what a backend that MAMBA_SSM_BACKEND forces does not serve.
     """
     kind = "rms" if is_rms_norm else "layer"
     return _norm(x, weight, bias, residual, eps, prenorm, residual_in_fp32, kind)
@@ -181,6 +179,7 @@ def rms_norm_fn(
 
 
 def _reference_norm(x, weight, bias, residual, eps, prenorm, upcast, kind):
+    _check_norm(x, weight, bias, residual)
     out, total, _, _ = reference.add_norm(x, residual, weight, bias, eps, kind)
     if not upcast:
         total = total.to(x.dtype)

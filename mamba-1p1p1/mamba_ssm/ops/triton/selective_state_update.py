@@ -4,9 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mamba_ssm.ops.checks import check_kinds, check_tensors
+
 
 def _check(state: Tensor, others: dict[str, Tensor | None]) -> None:
     """`others`: the tensors of `selective_state_update` beside the state, by name."""
+    check_tensors({"state": state, **others}, optional=("D", "z", "dt_bias"))
     if state.dim() not in (3, 4):
         raise ValueError(f"state must be (B, D, N) or (B, heads, D, N), not {tuple(state.shape)}")
     batch, *heads, channels, d_state = state.shape
@@ -25,11 +28,7 @@ def _check(state: Tensor, others: dict[str, Tensor | None]) -> None:
                 )
         elif given != wanted:
             raise ValueError(f"{name} must have shape {wanted} beside a state of {tuple(state.shape)}, not {given}")
-    for name, tensor in {"state": state, **others}.items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{name} has dtype {tensor.dtype}: the update takes floating-point tensors")
-        if tensor is not None and tensor.device != state.device:
-            raise ValueError(f"{name} is on {tensor.device} and state on {state.device}: move them to one device")
+    check_kinds("the update", "state", state, others)
 
 
 def selective_state_update(
@@ -57,7 +56,8 @@ def selective_state_update(
         dt_softplus: softplus of dt + dt_bias.
 
     Returns (B, D), or (B, heads, D), in x's dtype; computed in x's and state's, in float32 at least. Gradients of it
-    do not reach earlier tokens by way of the state. Raises ValueError for shapes, dtypes or devices that do not fit.
+    do not reach earlier tokens by way of the state. Raises TypeError for what is no tensor, ValueError for shapes,
+    dtypes or devices that do not fit.
     """
     _check(state, {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias})
     dtype = torch.promote_types(torch.promote_types(x.dtype, state.dtype), torch.float32)
