@@ -228,6 +228,13 @@ def test_numbers_that_cannot_be_are_refused_with_the_accepted_ones(name, value, 
         VisionMamba(**NANO | {name: value})
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64], ids=str)
+def test_images_that_nothing_has_scaled_are_refused(dtype):
+    """Bytes from 0 to 255 would give logits, of another picture."""
+    with pytest.raises(ValueError, match=f"^images are {dtype}: use floating point, scaled and normalised"):
+        VisionMamba(**NANO)(torch.zeros(1, 3, 32, 32, dtype=dtype))
+
+
 @pytest.mark.parametrize("classes", [-5, "5"])
 def test_a_head_of_classes_that_cannot_be_is_refused(classes):
     model = VisionMamba(**NANO)

@@ -490,6 +490,8 @@ class VisionMamba(nn.Module):
         """Image (B, C, height, width) -> tokens with class tokens and positions (B, L, E)."""
         if x.dim() != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"the model takes images (B, {self.in_chans}, height, width), not {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"images are {x.dtype}: use floating point, scaled and normalised as in training")
         grid = self.patch_embed.grid_of(*x.shape[-2:])
         x = self.patch_embed(x)  # (B, M, E)
         tokens, design = [getattr(self, name) for name in CLS_TOKENS[self.cls_token_design]], self.cls_token_design

@@ -4,17 +4,18 @@ Symbols: E model width, D = expand * E inner width, N states per channel, R rank
 W convolution width, B batch, L tokens.
 """
 
+import functools
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from numbers import Integral, Real
-from types import MethodType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
+from mamba_ssm.modules.holders import HOLDERS, check_convolution, departure, is_bare
 from mamba_ssm.ops import reference
 from mamba_ssm.ops.bimamba import DirectionParameters, bimamba, bimamba_block, negative_exp, negative_exps
 from mamba_ssm.ops.selective_scan_interface import (
@@ -31,7 +32,8 @@ from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 BIMAMBA_TYPES = ("none", "v1", "v2")
 DT_INITS = ("random", "constant")
 DT_INITS_BACKWARD = ("published", "same")
-WEIGHT_HOLDERS = {"conv1d": nn.Conv1d, "x_proj": nn.Linear, "dt_proj": nn.Linear}  # of each direction
+
+log = logging.getLogger("mamba_ssm")
 
 
 def is_count(value, least: int = 1) -> bool:
@@ -69,6 +71,11 @@ def _is_positive(value) -> bool:
     return isinstance(value, Real) and 0 < value < math.inf
 
 
+@functools.cache
+def _say_once(found: str) -> None:
+    log.warning("%s: conv1d, x_proj and dt_proj are called one by one for it, slower than fused", found)
+
+
 class InferenceCache(NamedTuple):
     """What one layer remembers between tokens."""
 
@@ -79,10 +86,11 @@ class InferenceCache(NamedTuple):
 class Mamba(nn.Module):
     """Selective state space mixer (arXiv 2312.00752, figure 3), bidirectional as in Vision Mamba (arXiv 2401.09417).
 
-    The fused operations take the parameters of `conv1d`, `x_proj` and `dt_proj` and do not call these modules: their
-    hooks are not run. What would compute something else raises TypeError: another module in their place, a `forward` of
-    their own, a weight or bias that a forward pre-hook computes (torch.nn.utils.prune), a bias of `x_proj`, a
-    convolution of another stride, dilation, padding or grouping.
+    The fused operations take the parameters of `conv1d`, `x_proj` and `dt_proj` and do not call these modules. Where
+    one of them is more than its parameters (hooks, another module in its place such as an adapter, a `forward` of its
+    own, a quantised weight, a bias of `x_proj`), all three are called, which is slower and logged once. `step` and
+    `inference_params` raise TypeError for that, and every use does for a convolution of another stride, dilation,
+    padding or grouping.
 
     Args:
         d_model, d_state, d_conv, expand: E, N, W, and D / E.
@@ -194,16 +202,22 @@ class Mamba(nn.Module):
         dt = torch.exp(uniform * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)).clamp(min=dt_init_floor)
         dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse softplus
 
-    def _weight_holders(self, suffix: str) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """conv1d, x_proj and dt_proj of a direction. Raises TypeError for one that is more than its parameters."""
-        holders = tuple(getattr(self, name + suffix) for name in WEIGHT_HOLDERS)
-        for module, (name, kind) in zip(holders, WEIGHT_HOLDERS.items()):
-            _check_holder(name + suffix, module, kind)
-        conv, x_proj, _ = holders
-        _check_convolution("conv1d" + suffix, conv)
-        if x_proj.bias is not None:
-            raise TypeError(f"x_proj{suffix} has a bias, which this mixer would not add: use bias=False")
-        return holders
+    def _departure(self) -> str | None:
+        """What of conv1d, x_proj and dt_proj the fused operations would leave out, in words, or None."""
+        for suffix in ("", "_b") if self.bimamba_type == "v2" else ("",):
+            check_convolution("conv1d" + suffix, getattr(self, "conv1d" + suffix))
+            for name, kind in HOLDERS.items():
+                found = departure(name + suffix, getattr(self, name + suffix), kind)
+                if found is not None:
+                    return found
+            if getattr(self, "x_proj" + suffix).bias is not None:
+                return f"x_proj{suffix} has a bias"
+        return None
+
+    def _weight_holders(self, suffix: str = "") -> tuple[nn.Module, nn.Module, nn.Module]:
+        """conv1d, x_proj and dt_proj of a direction."""
+        conv, x_proj, dt_proj = (getattr(self, name + suffix) for name in HOLDERS)
+        return conv, x_proj, dt_proj
 
     def _parameters_of(self, suffix: str, A: Tensor) -> DirectionParameters:
         """The parameters of the forward ("") or backward ("_b") direction of "v2"; A, or its logarithm."""
@@ -216,7 +230,7 @@ class Mamba(nn.Module):
     def _mix_v2(self, hidden_states: Tensor) -> Tensor:
         """The mixer "v2" with its projections: (B, L, E) -> (B, L, E)."""
         scale = 0.5 if self.if_divide_out else 1.0
-        if self.use_fast_path and _is_bare(self.in_proj) and _is_bare(self.out_proj):
+        if self.use_fast_path and is_bare(self.in_proj) and is_bare(self.out_proj):
             directions = self._parameters_of("", self.A_log), self._parameters_of("_b", self.A_b_log)
             weights = self.in_proj.weight, self.out_proj.weight
             return bimamba_block(hidden_states, *weights, *directions, scale, decay="log")
@@ -228,7 +242,7 @@ class Mamba(nn.Module):
     def _mix_channels_first(self, xz: Tensor) -> Tensor:
         """The mixers "none" and "v1": (B, L, 2 D) -> (B, L, D)."""
         xz = xz.transpose(1, 2)  # (B, 2 D, L)
-        conv, x_proj, dt_proj = self._weight_holders("")
+        conv, x_proj, dt_proj = self._weight_holders()
         no_projection = None, None  # out_proj is called as the module it is
         weights = conv.weight, conv.bias, x_proj.weight, dt_proj.weight, *no_projection, negative_exp(self.A_log)
         options = {"D": self.D, "delta_bias": dt_proj.bias, "delta_softplus": True}
@@ -237,6 +251,41 @@ class Mamba(nn.Module):
             return mixer(xz, *weights, negative_exp(self.A_b_log), **options)
         mixer = mamba_inner_fn if self.use_fast_path else mamba_inner_ref
         return mixer(xz, *weights, **options)
+
+    def _mix_by_modules(self, xz: Tensor) -> Tensor:
+        """Any mixer by calls of conv1d, x_proj and dt_proj: (B, L, 2 D) -> (B, L, D)."""
+        xz = xz.transpose(1, 2)  # (B, 2 D, L)
+        x, delta, B, C, z = self._call_direction(xz, "")
+        y = self._scan(x, delta, negative_exp(self.A_log), B, C, self.D, z)
+        if self.bimamba_type == "v1":  # the same inputs over reversed time
+            D, behind = self.D, (x.flip(-1), delta.flip(-1), B.flip(-1), C.flip(-1), z.flip(-1))
+        elif self.bimamba_type == "v2":
+            D, behind = self.D_b, self._call_direction(xz.flip(-1), "_b")
+        else:
+            return y.transpose(1, 2)
+        x, delta, B, C, z = behind
+        y = y + self._scan(x, delta, negative_exp(self.A_b_log), B, C, D, z).flip(-1)
+        return (y / 2 if self.bimamba_type == "v2" and self.if_divide_out else y).transpose(1, 2)
+
+    def _call_direction(self, xz: Tensor, suffix: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What a scan takes, by calls: xz (B, 2 D, L) -> (x (B, D, L), delta, B (B, N, L), C, z)."""
+        conv, x_proj, dt_proj = self._weight_holders(suffix)
+        x, z = xz.chunk(2, dim=1)
+        x = F.silu(conv(x)[..., : x.shape[-1]])
+        dt, B, C = x_proj(x.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        device = xz.device.type
+        if torch.is_autocast_enabled(device):  # 16 bits would round the bias that sets the time step
+            with torch.autocast(device, enabled=False):
+                delta = dt_proj(dt.float())
+        else:
+            delta = dt_proj(dt)
+        return x, delta.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2), z
+
+    def _scan(self, x, delta, A, B, C, D, z) -> Tensor:
+        """`delta` includes its bias."""
+        if self.use_fast_path:
+            return selective_scan_fn(x, delta, A, B, C, D, z, delta_softplus=True)
+        return reference.selective_scan(x, delta, A, B, C, D, z, None, True)[0]
 
     def forward(self, hidden_states: Tensor, inference_params=None) -> Tensor:
         """Mix tokens: (B, L, E) -> (B, L, E).
@@ -251,7 +300,11 @@ class Mamba(nn.Module):
             )
         if inference_params is not None:
             return self._forward_cached(hidden_states, inference_params)
-        if self.bimamba_type == "v2":
+        if (found := self._departure()) is not None:
+            if not torch.compiler.is_compiling():
+                _say_once(found)
+            out = self.out_proj(self._mix_by_modules(self.in_proj(hidden_states)))
+        elif self.bimamba_type == "v2":
             out = self._mix_v2(hidden_states)
         else:
             out = self.out_proj(self._mix_channels_first(self.in_proj(hidden_states)))
@@ -280,7 +333,7 @@ class Mamba(nn.Module):
         """`forward` of a prompt (B, L, E), which leaves its end in a cache, see `step`."""
         self._require_causal()
         self._check_cache(hidden_states, conv_state, ssm_state)
-        conv, x_proj, dt_proj = self._weight_holders("")
+        conv, x_proj, dt_proj = self._weight_holders()
         xz, A = self.in_proj(hidden_states).transpose(1, 2), negative_exp(self.A_log)  # (B, 2 D, L)
         x, z, delta, B, C = scan_inputs(xz, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, A)
         scan = selective_scan_fn if self.use_fast_path else selective_scan_ref
@@ -299,7 +352,7 @@ class Mamba(nn.Module):
         if hidden_states.shape[1] != 1:
             raise ValueError(f"step takes one token, (B, 1, E), not {tuple(hidden_states.shape)}")
         self._check_cache(hidden_states, conv_state, ssm_state)
-        conv, x_proj, dt_proj = self._weight_holders("")
+        conv, x_proj, dt_proj = self._weight_holders()
         x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)  # (B, D) each
         latest = torch.cat([conv_state[..., 1:], x.unsqueeze(-1).to(conv_state.dtype)], dim=-1)  # (B, D, W)
         conv_state.copy_(latest.detach())
@@ -320,7 +373,7 @@ class Mamba(nn.Module):
         dtype: of both; by default the weights' for the convolution's, float32 at least for the scan's, which add up.
         """
         self._require_causal()
-        weight = self._weight_holders("")[0].weight
+        weight = self.conv1d.weight
         conv_state = weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype)
         wide = dtype or torch.promote_types(weight.dtype, torch.float32)
         ssm_state = weight.new_zeros(batch_size, self.d_inner, self.d_state, dtype=wide)
@@ -344,44 +397,8 @@ class Mamba(nn.Module):
                 f"inference_params with bimamba_type={self.bimamba_type!r}: a bidirectional layer needs the whole "
                 "sequence; call forward without a cache, or use bimamba_type='none'"
             )
-
-
-def _check_holder(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
-    """Raise TypeError for a module whose call is more than a `kind` of its parameters; see `Mamba`."""
-    own = vars(module)
-    if type(module) is kind and not module._forward_pre_hooks and "forward" not in own:
-        return  # as nearly always, and of every forward pass
-    mend = "adapt in_proj or out_proj, or merge the adapter"
-    # Parameters and parametrizations are not among `own`, so a hook that only watches does not count.
-    computed = [of for of in ("bias", "weight") if of in own] if module._forward_pre_hooks else []
-    if type(module).forward is not kind.forward:
-        found = f"is a {type(module).__module__}.{type(module).__qualname__}, which this mixer would not call"
-    elif "forward" in own and own["forward"] != MethodType(kind.forward, module):
-        found = "has a forward of its own, which this mixer would not call"
-    elif computed:
-        found = f"has its {' and '.join(computed)} from a forward pre-hook, which this mixer would not run"
-        mend = "end the hook (torch.nn.utils.prune.remove), or use torch.nn.utils.parametrize"
-    else:
-        return
-    raise TypeError(f"{name} {found}: it takes the parameters of a torch.nn.{kind.__name__}; {mend}")
-
-
-def _check_convolution(name: str, conv: nn.Conv1d) -> None:
-    """Raise TypeError for one that is not causal, depthwise, and of every token."""
-    names = ("stride", "dilation", "padding", "groups", "padding_mode")
-    given = (conv.stride, conv.dilation, conv.padding, conv.groups, conv.padding_mode)
-    needed = ((1,), (1,), (conv.kernel_size[0] - 1,), conv.in_channels, "zeros")
-    if given == needed:
-        return
-    what, value, right = next(three for three in zip(names, given, needed) if three[1] != three[2])
-    raise TypeError(f"{name} has {what}={value!r}, which this mixer ignores: use {right!r}")
-
-
-def _is_bare(linear: nn.Module) -> bool:
-    """Whether calling this projection is a product with its weight and nothing else: no adapter, bias or hook."""
-    if type(linear) is not nn.Linear or linear.bias is not None:
-        return False
-    if "forward" in vars(linear) or linear._compiled_call_impl is not None:
-        return False
-    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    return not (hooks or _has_any_global_hook())
+        if (found := self._departure()) is not None:
+            raise TypeError(
+                f"{found}, and a cache is kept by the parameters of conv1d, x_proj and dt_proj alone: adapt in_proj or "
+                "out_proj instead, or merge the adapter (peft: merge_and_unload()), or take the hooks away"
+            )

@@ -56,8 +56,8 @@ def check_saved(saved: Tensor, expected: int) -> None:
     """Refuse a backward pass whose forward pass saved nothing, or ran on another backend."""
     if saved.numel() != expected:
         raise RuntimeError(
-            f"backward needs {expected} saved bytes and has {saved.numel()}: call the forward op with save=True, "
-            "and on the same backend"
+            f"backward needs {expected} saved bytes and has {saved.numel()}: trace or export with gradients enabled "
+            "what is to be trained, call the forward op with save=True, and both on the same backend"
         )
 
 
