@@ -1,10 +1,12 @@
 """One checkout's side of compare.py: FOLDER's code, timed when it is asked.
 
 Not a benchmark by itself: compare.py starts it for each of its two checkouts. Every line of stdin is a request in
-JSON, {"build": a subject's fields, "launch": how} or {"seconds": how long to time it}, and gets a line on stdout.
+JSON and gets a line on stdout: {"threads": torch's}, {"build": a subject's fields, "launch": how}, {"seconds": how long
+to time it}, {"drop": true}, before another is built anywhere.
 """
 
 import json
+import os
 import sys
 
 import torch
@@ -19,13 +21,18 @@ from subjects import PRECISIONS, Subject, build
 
 
 def main() -> None:
-    answers, sys.stdout = sys.stdout, sys.stderr  # what the code under test prints is no answer
-    device, built, call = None, None, None
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the code under test prints, of Python or not, is no answer
+    device = built = call = None
     for line in sys.stdin:
-        request = json.loads(line)
-        if "build" in request:
-            subject, built, call = Subject(**request["build"]), None, None  # one at a time in memory
-            device, peak = torch.device(subject.device), None
+        request, answer = json.loads(line), {}
+        if "threads" in request:
+            harness.set_threads(request["threads"])
+        elif "drop" in request:
+            built = call = None
+        elif "build" in request:
+            subject, peak = Subject(**request["build"]), None
+            device = torch.device(subject.device)
             if device.type == "cuda":
                 built, peak = memory.ready_on_gpu(subject)
             else:

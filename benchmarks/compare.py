@@ -16,7 +16,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import harness
@@ -38,19 +38,24 @@ class Checkout:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, **request) -> dict:
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
+        try:
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
         if not answer:
             sys.exit(f"{self.folder}: its process ended (status {self.process.wait()}), see above")
         return json.loads(answer)
 
     def close(self) -> None:
-        self.process.stdin.close()
+        self.process.terminate()
         self.process.wait()
 
 
 def measure(checkouts: dict[str, Checkout], subject: Subject, launch: str, seconds: float) -> list[list[str]]:
     """Rows of the table: a line for each checkout."""
+    for one in checkouts.values():
+        one.ask(drop=True)
     built = {name: one.ask(build=subject.fields(), launch=launch) for name, one in checkouts.items()}
     fits = {name: one for name, one in checkouts.items() if built[name]["launch"] != "does not fit"}
     samples = {name: [] for name in fits}
@@ -78,18 +83,18 @@ def _row(subject: Subject, name: str, built: dict, timings: dict[str, Timing]) -
 HEADER = ["case", "checkout", "images/s", "quartiles", "here faster by (quartiles)", "peak, MB", "runs as"]
 
 
-def compare(other: Path, cases: Sequence[Subject], launch: str, seconds: float) -> str:
-    """The table. `other`: a checkout's folder."""
-    checkouts = {OWN: Checkout(harness.ROOT), OTHER: Checkout(other)}
-    rows = []
+def compare(other: Path, cases: Sequence[Subject], launch: str, seconds: float, threads: int) -> Iterator[list[str]]:
+    """The table's rows, as they come. `other`: a checkout's folder."""
+    checkouts = {}
     try:
+        for name, folder in ((OWN, harness.ROOT), (OTHER, other)):
+            checkouts[name] = Checkout(folder)
+            checkouts[name].ask(threads=threads)
         for subject in cases:
-            print(f"  {subject.name}, {MODE_NAMES[subject.mode]}, {subject.px} px", flush=True)
-            rows += measure(checkouts, subject, launch, seconds)
+            yield from measure(checkouts, subject, launch, seconds)
     finally:
         for one in checkouts.values():
             one.close()
-    return harness.markdown_table(HEADER, rows)
 
 
 def main() -> None:
@@ -103,19 +108,20 @@ def main() -> None:
     parser.add_argument("--precision", default="float32", choices=list(subjects.PRECISIONS), help="what it computes in")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--launch", default="graph", choices=harness.LAUNCHES, help="of a GPU's kernels")
-    parser.add_argument("--seconds", type=float, default=10.0, help=f"time for one case, in {TURNS} turns of both")
+    parser.add_argument("--seconds", type=float, default=10.0, help=f"for one case, at least: {TURNS} turns of both")
     parser.add_argument("--threads", type=int, default=0, help="torch's thread count; 0: torch's own choice")
     args = parser.parse_args()
     other = args.other.resolve()
     if not (other / "benchmarks" / "subjects.py").is_file():
         sys.exit(f"{other} is no checkout of this project: make one with `git worktree add {args.other} COMMIT`")
-    harness.set_threads(args.threads)
     batch = parse_batch(args.batch)
     cases = [
         Subject(model, px, batch.get(px, 1), mode, args.precision, args.device)
         for model in args.model for mode in args.modes for px in args.px
     ]  # fmt: skip
-    print(compare(other, cases, args.launch, args.seconds))
+    print(harness.markdown_table(HEADER, []), flush=True)
+    for row in compare(other, cases, args.launch, args.seconds, args.threads):
+        print(harness.table_line(row), flush=True)
 
 
 if __name__ == "__main__":

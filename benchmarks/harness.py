@@ -288,8 +288,11 @@ def number(value: float) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return "\n".join(map(table_line, [header, ["---"] * len(header), *rows]))
+
+
+def table_line(cells: Sequence[object]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def describe(record: Mapping[str, object]) -> str:

@@ -4,7 +4,9 @@ Nothing here asserts how fast anything is.
 """
 
 import importlib
+import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -447,40 +449,47 @@ def test_the_table_of_kernel_times_adds_up():
 # --- two checkouts
 
 
-def write_checkout(folder, build):
-    """A checkout whose subjects are `build`, Python of what is called once it is built."""
+def write_checkout(folder, body):
+    """A checkout whose `subjects.build` has this body."""
     (folder / "benchmarks").mkdir(parents=True)
     for name in ("harness.py", "memory.py"):
         (folder / "benchmarks" / name).symlink_to(ROOT / "benchmarks" / name)
     (folder / "benchmarks" / "subjects.py").write_text(
-        "import time, torch\nfrom types import SimpleNamespace as Subject\n"
-        f"PRECISIONS = {{'float32': (torch.float32, False)}}\ndef build(subject):\n    print('built')\n    {build}\n"
+        "import os, time, torch\nfrom types import SimpleNamespace as Subject\n"
+        f"PRECISIONS = {{'float32': (torch.float32, False)}}\ndef build(subject):\n    {body}\n"
     )
     return folder
 
 
-def test_each_checkout_runs_its_own_code_in_turns(tmp_path):
+def test_each_checkout_runs_its_own_code_in_turns(tmp_path, monkeypatch):
     import compare
     from subjects import Subject
 
-    quick = write_checkout(tmp_path / "quick", "return lambda: time.sleep(0.001)")
-    slow = write_checkout(tmp_path / "slow", "return lambda: time.sleep(0.1)")
-    checkouts = {compare.OWN: compare.Checkout(quick), compare.OTHER: compare.Checkout(slow)}
-    rows = compare.measure(checkouts, Subject("vim_tiny_patch16_224", 224, 2), "graph", seconds=0.1)
-    for one in checkouts.values():
-        one.close()
-    case = "vim_tiny_patch16_224, inference, 224 px, batch 2"
-    assert [row[:2] for row in rows] == [[case, "here"], [case, "there"]]
-    assert float(rows[0][4].partition("x")[0]) > 2 and rows[1][4] == ""
-    assert 15 < float(rows[1][2]) < 20.1, "two images in a tenth of a second"
+    calls = tmp_path / "calls"
+    note = "os.system('echo no answer'); return lambda: open({!r}, 'a').write({!r})"
+    for name in "ab":
+        write_checkout(tmp_path / name, note.format(str(calls), name))
+    monkeypatch.setattr(compare.harness, "ROOT", tmp_path / "a")
+    case = Subject("vim_tiny_patch16_224", 224, 2)
+    rows = list(compare.compare(tmp_path / "b", [case, case], "graph", 0.0, threads=1))
+    said = "vim_tiny_patch16_224, inference, 224 px, batch 2"
+    assert [row[:2] for row in rows] == [[said, "here"], [said, "there"]] * 2
+    assert all(float(row[2].replace(",", "")) > 0 for row in rows)
+    assert [bool(row[4]) for row in rows] == [True, False] * 2
+    turns = "".join(letter for letter, _ in itertools.groupby(calls.read_text()))
+    assert turns == "ab" * compare.TURNS * 2
 
 
-def test_a_checkout_that_fails_is_named(tmp_path):
+@pytest.mark.parametrize("ends", ["raise ValueError('no such model')", "os.kill(os.getpid(), 9)"])
+def test_a_checkout_that_fails_is_named(ends, tmp_path):
     import compare
 
-    checkout = compare.Checkout(write_checkout(tmp_path, "raise ValueError('no such model')"))
-    with pytest.raises(SystemExit, match=rf"{tmp_path}: its process ended \(status 1\)"):
-        checkout.ask(build={"device": "cpu", "precision": "float32"}, launch="graph")
+    checkout = compare.Checkout(write_checkout(tmp_path, ends))
+    status = "1" if "raise" in ends else "-9"
+    for _ in range(2):  # the second request finds nobody there
+        with pytest.raises(SystemExit, match=rf"{re.escape(str(tmp_path))}: its process ended \(status {status}\)"):
+            checkout.ask(build={"device": "cpu", "precision": "float32"}, launch="graph")
+    checkout.close()
 
 
 @pytest.mark.slow

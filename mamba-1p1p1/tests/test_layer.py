@@ -373,21 +373,48 @@ def test_calls_one_by_one_are_said_once(caplog):
     said = (
         "x_proj_b is a torch.nn.modules.container.Sequential: conv1d, x_proj and dt_proj are called one by one for it"
     )
-    assert [record.message.startswith(said) for record in caplog.records] == [True]
+    ours = [record.message for record in caplog.records if record.name == "mamba_ssm"]
+    assert [message.startswith(said) for message in ours] == [True]
 
 
-def test_under_autocast_the_time_step_keeps_its_bias():
-    """A bias of -4.6 in bfloat16 would be off by 1.6 %, and the time step with it."""
+@pytest.mark.parametrize(("weights", "autocast"), [(torch.float32, True), (BF16, True), (BF16, False)])
+@pytest.mark.parametrize("name", ["x_proj", "dt_proj"])
+@pytest.mark.parametrize("bimamba_type", HOLDERS)
+def test_modules_called_in_16_bits_are_as_near_as_those_are(bimamba_type, name, weights, autocast):
     torch.manual_seed(0)
-    module, x = Mamba(32, bimamba_type="v2"), torch.randn(2, 40, 32)
-    right = module(x)
-    module.x_proj.register_forward_hook(lambda *_: None)
-    seen = []
-    module.dt_proj.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    module, x = Mamba(32, bimamba_type=bimamba_type), torch.randn(2, 40, 32)
+    module.D.data.zero_()  # the scan's part alone
+    module.to(weights)
+    right = Mamba(32, bimamba_type=bimamba_type).double()
+    right.load_state_dict(module.state_dict())
+    right = right(x.to(weights).double())
+    getattr(module, name).register_forward_hook(lambda *_: None)
+    with torch.autocast("cpu", BF16, enabled=autocast):
+        found = module(x.to(weights))
+    assert (found.double() - right).square().mean().sqrt() < 8e-3 * right.square().mean().sqrt()
+
+
+def test_the_bias_of_a_time_step_is_added_in_float32():
+    """In bfloat16 -4.6 would be off by up to 1.6 %, and the time step with it."""
+    module, xz = Mamba(32), torch.randn(2, 128, 40)
     with torch.autocast("cpu", BF16):
-        found = module(x)
-    assert seen == [torch.float32]
-    assert (found.float() - right).abs().max() < 1.5e-2 * right.abs().max()
+        _, delta, *_, bias = module._call_direction(xz, "")
+        assert delta.dtype == BF16 and bias is module.dt_proj.bias  # left to the scan
+        module.dt_proj.register_forward_hook(lambda *_: None)
+        _, delta, *_, bias = module._call_direction(xz, "")
+        assert delta.dtype == torch.float32 and bias is None
+
+
+@pytest.mark.parametrize("bimamba_type", HOLDERS)
+def test_modules_are_called_wherever_fused_operations_run(bimamba_type):
+    """On no device in particular, in float64 under autocast."""
+    module, x = Mamba(16, bimamba_type=bimamba_type).double(), torch.randn(2, 5, 16, dtype=torch.float64)
+    with torch.autocast("cpu", BF16):
+        right = module(x)
+    module.dt_proj.register_forward_hook(lambda *_: None)
+    with torch.autocast("cpu", BF16):
+        torch.testing.assert_close(module(x), right)
+    assert module.to("meta")(x.to("meta")).shape == x.shape
 
 
 @pytest.mark.parametrize("bimamba_type", HOLDERS)
@@ -420,6 +447,29 @@ def test_another_convolution_is_refused(bimamba_type, change, words):
     module.conv1d = torch.nn.Conv1d(32, 32, 4, **{"groups": 32, "padding": 3} | change)
     with pytest.raises(TypeError, match=words):
         module(torch.randn(2, 5, 16))
+
+
+def test_another_convolution_is_refused_beside_what_is_called():
+    module = Mamba(16, bimamba_type="v2")
+    module.x_proj.register_forward_hook(lambda *_: None)
+    module.conv1d_b = torch.nn.Conv1d(32, 32, 4, groups=32, padding=3, padding_mode="circular")
+    with pytest.raises(TypeError, match="conv1d_b has padding_mode='circular'"):
+        module(torch.randn(2, 5, 16))
+
+
+class CausalConv1d(torch.nn.Conv1d):
+    def forward(self, x):
+        return super().forward(F.pad(x, (self.kernel_size[0] - 1, 0)))
+
+
+@pytest.mark.parametrize("bimamba_type", HOLDERS)
+def test_a_convolution_with_a_forward_of_its_own_is_its_own_affair(bimamba_type):
+    torch.manual_seed(0)
+    module, x = Mamba(16, bimamba_type=bimamba_type), torch.randn(2, 5, 16)
+    expected, weights = module(x), module.conv1d.state_dict()
+    module.conv1d = CausalConv1d(32, 32, 4, groups=32)
+    module.conv1d.load_state_dict(weights)
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("bimamba_type", HOLDERS)

@@ -40,8 +40,8 @@ def is_bare(linear: nn.Module) -> bool:
 
 
 def check_convolution(name: str, conv: nn.Module) -> None:
-    """Raise TypeError for an nn.Conv1d that is not causal, depthwise, and of every token."""
-    if not isinstance(conv, nn.Conv1d):
+    """Raise TypeError for an nn.Conv1d that is not causal, depthwise, and of every token. Others know what they do."""
+    if type(conv).forward is not nn.Conv1d.forward:
         return
     names = ("stride", "dilation", "padding", "groups", "padding_mode")
     given = (conv.stride, conv.dilation, conv.padding, conv.groups, conv.padding_mode)

@@ -76,6 +76,16 @@ def _say_once(found: str) -> None:
     log.warning("%s: conv1d, x_proj and dt_proj are called one by one for it, slower than fused", found)
 
 
+def _in_float32(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), outside of autocast where its parameters are float32."""
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if not autocast or any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters()):
+        return module(x)
+    with torch.autocast(device, enabled=False):
+        return module(x.float())
+
+
 class InferenceCache(NamedTuple):
     """What one layer remembers between tokens."""
 
@@ -87,10 +97,10 @@ class Mamba(nn.Module):
     """Selective state space mixer (arXiv 2312.00752, figure 3), bidirectional as in Vision Mamba (arXiv 2401.09417).
 
     The fused operations take the parameters of `conv1d`, `x_proj` and `dt_proj` and do not call these modules. Where
-    one of them is more than its parameters (hooks, another module in its place such as an adapter, a `forward` of its
-    own, a quantised weight, a bias of `x_proj`), all three are called, which is slower and logged once. `step` and
+    one of them is more than its parameters (hooks or a `forward` of its own, an adapter or another module in its place,
+    a quantised weight, a bias of `x_proj`), all three are called, which is slower, and logged. `step` and
     `inference_params` raise TypeError for that, and every use does for a convolution of another stride, dilation,
-    padding or grouping.
+    padding or grouping. torch's hooks of all modules are run for `in_proj` and `out_proj` alone.
 
     Args:
         d_model, d_state, d_conv, expand: E, N, W, and D / E.
@@ -204,8 +214,10 @@ class Mamba(nn.Module):
 
     def _departure(self) -> str | None:
         """What of conv1d, x_proj and dt_proj the fused operations would leave out, in words, or None."""
-        for suffix in ("", "_b") if self.bimamba_type == "v2" else ("",):
+        directions = ("", "_b") if self.bimamba_type == "v2" else ("",)
+        for suffix in directions:
             check_convolution("conv1d" + suffix, getattr(self, "conv1d" + suffix))
+        for suffix in directions:
             for name, kind in HOLDERS.items():
                 found = departure(name + suffix, getattr(self, name + suffix), kind)
                 if found is not None:
@@ -255,37 +267,36 @@ class Mamba(nn.Module):
     def _mix_by_modules(self, xz: Tensor) -> Tensor:
         """Any mixer by calls of conv1d, x_proj and dt_proj: (B, L, 2 D) -> (B, L, D)."""
         xz = xz.transpose(1, 2)  # (B, 2 D, L)
-        x, delta, B, C, z = self._call_direction(xz, "")
-        y = self._scan(x, delta, negative_exp(self.A_log), B, C, self.D, z)
-        if self.bimamba_type == "v1":  # the same inputs over reversed time
-            D, behind = self.D, (x.flip(-1), delta.flip(-1), B.flip(-1), C.flip(-1), z.flip(-1))
-        elif self.bimamba_type == "v2":
-            D, behind = self.D_b, self._call_direction(xz.flip(-1), "_b")
-        else:
+        x, delta, B, C, z, bias = self._call_direction(xz, "")
+        y = self._scan(x, delta, negative_exp(self.A_log), B, C, self.D, z, bias)
+        if self.bimamba_type == "none":
             return y.transpose(1, 2)
-        x, delta, B, C, z = behind
-        y = y + self._scan(x, delta, negative_exp(self.A_b_log), B, C, D, z).flip(-1)
+        if self.bimamba_type == "v1":  # the same inputs over reversed time
+            x, delta, B, C, z, D = *(of_time.flip(-1) for of_time in (x, delta, B, C, z)), self.D
+        else:
+            (x, delta, B, C, z, bias), D = self._call_direction(xz.flip(-1), "_b"), self.D_b
+        y = y + self._scan(x, delta, negative_exp(self.A_b_log), B, C, D, z, bias).flip(-1)
         return (y / 2 if self.bimamba_type == "v2" and self.if_divide_out else y).transpose(1, 2)
 
-    def _call_direction(self, xz: Tensor, suffix: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What a scan takes, by calls: xz (B, 2 D, L) -> (x (B, D, L), delta, B (B, N, L), C, z)."""
+    def _call_direction(self, xz: Tensor, suffix: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """What a scan takes, by calls: xz (B, 2 D, L) -> (x (B, D, L), delta, B (B, N, L), C, z, delta's bias or None).
+
+        The bias sets the time step, and 16 bits round -4.6 by up to 1.6 %: the scan adds it in float32, if it may.
+        """
         conv, x_proj, dt_proj = self._weight_holders(suffix)
         x, z = xz.chunk(2, dim=1)
         x = F.silu(conv(x)[..., : x.shape[-1]])
         dt, B, C = x_proj(x.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        device = xz.device.type
-        if torch.is_autocast_enabled(device):  # 16 bits would round the bias that sets the time step
-            with torch.autocast(device, enabled=False):
-                delta = dt_proj(dt.float())
+        if departure("", dt_proj, nn.Linear) is None:
+            delta, bias = F.linear(dt, dt_proj.weight.to(dt.dtype)), dt_proj.bias
         else:
-            delta = dt_proj(dt)
-        return x, delta.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2), z
+            delta, bias = _in_float32(dt_proj, dt), None
+        return x, delta.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2), z, bias
 
-    def _scan(self, x, delta, A, B, C, D, z) -> Tensor:
-        """`delta` includes its bias."""
+    def _scan(self, x, delta, A, B, C, D, z, delta_bias) -> Tensor:
         if self.use_fast_path:
-            return selective_scan_fn(x, delta, A, B, C, D, z, delta_softplus=True)
-        return reference.selective_scan(x, delta, A, B, C, D, z, None, True)[0]
+            return selective_scan_fn(x, delta, A, B, C, D, z, delta_bias, delta_softplus=True)
+        return reference.selective_scan(x, delta, A, B, C, D, z, delta_bias, True)[0]
 
     def forward(self, hidden_states: Tensor, inference_params=None) -> Tensor:
         """Mix tokens: (B, L, E) -> (B, L, E).
@@ -301,7 +312,7 @@ class Mamba(nn.Module):
         if inference_params is not None:
             return self._forward_cached(hidden_states, inference_params)
         if (found := self._departure()) is not None:
-            if not torch.compiler.is_compiling():
+            if self.use_fast_path and not torch.compiler.is_compiling():
                 _say_once(found)
             out = self.out_proj(self._mix_by_modules(self.in_proj(hidden_states)))
         elif self.bimamba_type == "v2":
