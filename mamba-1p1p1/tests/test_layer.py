@@ -380,7 +380,7 @@ def test_calls_one_by_one_are_said_once(caplog):
 @pytest.mark.parametrize(("weights", "autocast"), [(torch.float32, True), (BF16, True), (BF16, False)])
 @pytest.mark.parametrize("name", ["x_proj", "dt_proj"])
 @pytest.mark.parametrize("bimamba_type", HOLDERS)
-def test_modules_called_in_16_bits_are_as_near_as_those_are(bimamba_type, name, weights, autocast):
+def test_modules_called_in_16_bits_are_as_near_as_fused(bimamba_type, name, weights, autocast):
     torch.manual_seed(0)
     module, x = Mamba(32, bimamba_type=bimamba_type), torch.randn(2, 40, 32)
     module.D.data.zero_()  # the scan's part alone
@@ -388,10 +388,14 @@ def test_modules_called_in_16_bits_are_as_near_as_those_are(bimamba_type, name, 
     right = Mamba(32, bimamba_type=bimamba_type).double()
     right.load_state_dict(module.state_dict())
     right = right(x.to(weights).double())
+
+    def error():
+        with torch.autocast("cpu", BF16, enabled=autocast):
+            return ((module(x.to(weights)).double() - right).square().mean() / right.square().mean()).sqrt()
+
+    fused = error()
     getattr(module, name).register_forward_hook(lambda *_: None)
-    with torch.autocast("cpu", BF16, enabled=autocast):
-        found = module(x.to(weights))
-    assert (found.double() - right).square().mean().sqrt() < 8e-3 * right.square().mean().sqrt()
+    assert error() < max(1.2 * fused, 8e-3)  # "v2" keeps to float32 on some processors
 
 
 def test_the_bias_of_a_time_step_is_added_in_float32():
