@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_ssm.modules.holders import HOLDERS, check_convolution, departure, is_bare
-from mamba_ssm.ops import reference
+from mamba_ssm.ops import backend, reference
 from mamba_ssm.ops.bimamba import DirectionParameters, bimamba, bimamba_block, negative_exp, negative_exps
 from mamba_ssm.ops.selective_scan_interface import (
     bimamba_inner_fn,
@@ -79,7 +79,7 @@ def _say_once(found: str) -> None:
 def _in_float32(module: nn.Module, x: Tensor) -> Tensor:
     """module(x), outside of autocast where its parameters are float32."""
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = backend.has_autocast(device) and torch.is_autocast_enabled(device)
     if not autocast or any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters()):
         return module(x)
     with torch.autocast(device, enabled=False):
