@@ -40,8 +40,8 @@ def main() -> None:
             how = "does not fit"
             if built is not None:
                 call, how = harness.launched(built, request["launch"], device)
-            answer = {"launch": how, "peak": peak}
-            answer |= {"backend": harness.backends(device, PRECISIONS[subject.precision][0])["bimamba"]}
+            backend = harness.backends(device, PRECISIONS[subject.precision][0])["bimamba"]
+            answer = {"launch": how, "peak": peak, "backend": backend}
         else:
             timing = harness.interleave({"": call}, device, seconds=request["seconds"])
             answer = {"seconds": timing[""].median}

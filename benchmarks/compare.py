@@ -76,8 +76,8 @@ def _row(subject: Subject, name: str, built: dict, timings: dict[str, Timing]) -
     if name == OWN and len(timings) == 2:
         ratio = harness.ratio(timings[OTHER], timings[OWN])
         faster = f"{ratio['median']:.3f}x ({ratio['q1']:.3f} to {ratio['q3']:.3f})"
-    peak = "" if built["peak"] is None else f"{built['peak'] / 1e6:.0f}"
-    return [case, name, speed, spread, faster, peak, f"{built['backend']}, {built['launch']}"]
+    how = f"{built['backend']}, {built['launch']}"
+    return [case, name, speed, spread, faster, harness.megabytes(built["peak"]), how]
 
 
 HEADER = ["case", "checkout", "images/s", "quartiles", "here faster by (quartiles)", "peak, MB", "runs as"]

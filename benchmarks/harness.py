@@ -287,6 +287,10 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
+def megabytes(peak: int | None) -> str:
+    return "" if peak is None else f"{peak / 1e6:.0f}"
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(map(table_line, [header, ["---"] * len(header), *rows]))
 

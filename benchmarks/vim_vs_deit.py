@@ -149,10 +149,6 @@ def growth(size: str, settings: Settings, low: int = 512, high: int = 1248) -> d
 # --- tables and figure
 
 
-def _megabytes(peak: int | None) -> str:
-    return "" if peak is None else f"{peak / 1e6:.0f}"
-
-
 def _label(record: dict) -> str:
     name, _, attention = record["name"].partition("/")
     name = name.replace("_patch16_224", "")
@@ -177,7 +173,7 @@ def table(records: list[dict], mode: str) -> str:
                 harness.number(record["images_per_second"]),
                 f"{harness.number(low)} to {harness.number(high)}",
                 f"{faster['median']:.2f}x" if faster else "",
-                _megabytes(record["peak_memory"]),
+                harness.megabytes(record["peak_memory"]),
             ]
         )
     header = ["px", "batch", "model", "images/s", "quartiles", "Vim faster by", "peak beyond weights, MB"]

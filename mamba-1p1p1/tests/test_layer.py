@@ -323,10 +323,8 @@ def test_modules_called_one_by_one_compute_the_same(bimamba_type, use_fast_path,
 @pytest.mark.parametrize("change", ["hook", "hook before", "forward", "adapter"])
 def test_what_doubles_the_output_of_a_holder_takes_effect(change, bimamba_type, name, use_fast_path):
     torch.manual_seed(0)
-    module, x = (
-        Mamba(16, bimamba_type=bimamba_type, use_fast_path=use_fast_path).double(),
-        torch.randn(2, 5, 16).double(),
-    )
+    module = Mamba(16, bimamba_type=bimamba_type, use_fast_path=use_fast_path).double()
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
     plain, doubled = getattr(module, name), Mamba(16, bimamba_type=bimamba_type).double()
     doubled.load_state_dict(module.state_dict())
     for parameter in getattr(doubled, name).parameters():
@@ -402,10 +400,10 @@ def test_the_bias_of_a_time_step_is_added_in_float32():
     """In bfloat16 -4.6 would be off by up to 1.6 %, and the time step with it."""
     module, xz = Mamba(32), torch.randn(2, 128, 40)
     with torch.autocast("cpu", BF16):
-        _, delta, *_, bias = module._call_direction(xz, "")
+        (_, delta, *_), bias = module._call_direction(xz, "")
         assert delta.dtype == BF16 and bias is module.dt_proj.bias  # left to the scan
         module.dt_proj.register_forward_hook(lambda *_: None)
-        _, delta, *_, bias = module._call_direction(xz, "")
+        (_, delta, *_), bias = module._call_direction(xz, "")
         assert delta.dtype == torch.float32 and bias is None
 
 

@@ -508,7 +508,10 @@ def test_a_bias_of_a_matrix_that_x_proj_does_not_give_is_refused(name):
         ({"xz": torch.zeros(1, 15, 5)}, r"xz must be \(B, 2 D, L\), .* D = 8 as A, not \(1, 15, 5\)"),
         ({"xz": torch.zeros(1, 16, 0)}, "with L >= 1"),
         ({"xz": torch.zeros(1, 16, 5, dtype=torch.int64)}, "floating point, .* of torch.int64"),
-        ({"conv1d_weight": torch.zeros(4, 2, 4)}, r"conv1d_weight must be \(8, 1, W\) or \(8, W\) .* not \(4, 2, 4\)"),
+        (
+            {"conv1d_weight": torch.zeros(4, 2, 4)},
+            r"conv1d_weight must be \(8, 1, W\) or \(8, W\) with W >= 1, not \(4, 2, 4\)",
+        ),
         ({"x_proj_weight": torch.zeros(9, 8)}, r"x_proj_weight must be \(11, 8\), R = 3 rows .* not \(9, 8\)"),
         ({"x_proj_weight": torch.zeros(20, 8)}, r"x_proj_weight must be \(11, 8\)"),
         ({"x_proj_weight": torch.zeros(9, 8), "B": torch.zeros(8, 4)}, r"must be \(7 or 11, 8\)"),

@@ -8,35 +8,35 @@ from torch.nn.modules.module import _has_any_global_hook
 HOLDERS = {"conv1d": nn.Conv1d, "x_proj": nn.Linear, "dt_proj": nn.Linear}  # of each direction
 
 
-def departure(name: str, module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """What a `kind` of the module's parameters would leave out, in words, or None.
+def departure(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """What a `kind` of the module's parameters would leave out, in words that follow its name, or None.
 
     A parametrization leaves nothing out: it computes the parameter where that is read.
     """
     if type(module).forward is not kind.forward:
-        return f"{name} is a {type(module).__module__}.{type(module).__qualname__}"
+        return f"is a {type(module).__module__}.{type(module).__qualname__}"
     own_forward = vars(module).get("forward")
     if own_forward is not None and own_forward != MethodType(kind.forward, module):
-        return f"{name} has a forward of its own"
+        return "has a forward of its own"
     if has_hooks(module):
-        return f"{name} has hooks"
+        return "has hooks"
     for parameter in module._parameters.values():  # quantised ones and DTensors know torch's operations alone
         wrapper = type(parameter)  # asked of the type, which a compiler sees, too
         if wrapper not in (nn.Parameter, Tensor) and hasattr(wrapper, "__tensor_flatten__"):
-            return f"{name} has a {wrapper.__qualname__}"
+            return f"has a {wrapper.__qualname__}"
     return None
 
 
 def has_hooks(module: nn.Module) -> bool:
-    forward, backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
-    return bool(forward or backward or module._backward_pre_hooks)
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def is_bare(linear: nn.Module) -> bool:
     """Whether calling this projection is a product with its weight and nothing else: no adapter, bias or hook."""
     if type(linear) is not nn.Linear or linear.bias is not None or linear._compiled_call_impl is not None:
         return False
-    return "forward" not in vars(linear) and not _has_any_global_hook() and departure("", linear, nn.Linear) is None
+    return "forward" not in vars(linear) and not _has_any_global_hook() and departure(linear, nn.Linear) is None
 
 
 def check_convolution(name: str, conv: nn.Module) -> None:

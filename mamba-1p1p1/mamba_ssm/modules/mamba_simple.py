@@ -33,7 +33,7 @@ BIMAMBA_TYPES = ("none", "v1", "v2")
 DT_INITS = ("random", "constant")
 DT_INITS_BACKWARD = ("published", "same")
 
-log = logging.getLogger("mamba_ssm")
+_logger = logging.getLogger("mamba_ssm")
 
 
 def is_count(value, least: int = 1) -> bool:
@@ -73,7 +73,7 @@ def _is_positive(value) -> bool:
 
 @functools.cache
 def _say_once(found: str) -> None:
-    log.warning("%s: conv1d, x_proj and dt_proj are called one by one for it, slower than fused", found)
+    _logger.warning("%s: conv1d, x_proj and dt_proj are called one by one for it, slower than fused", found)
 
 
 def _in_float32(module: nn.Module, x: Tensor) -> Tensor:
@@ -219,9 +219,9 @@ class Mamba(nn.Module):
             check_convolution("conv1d" + suffix, getattr(self, "conv1d" + suffix))
         for suffix in directions:
             for name, kind in HOLDERS.items():
-                found = departure(name + suffix, getattr(self, name + suffix), kind)
+                found = departure(getattr(self, name + suffix), kind)
                 if found is not None:
-                    return found
+                    return f"{name}{suffix} {found}"
             if getattr(self, "x_proj" + suffix).bias is not None:
                 return f"x_proj{suffix} has a bias"
         return None
@@ -267,19 +267,19 @@ class Mamba(nn.Module):
     def _mix_by_modules(self, xz: Tensor) -> Tensor:
         """Any mixer by calls of conv1d, x_proj and dt_proj: (B, L, 2 D) -> (B, L, D)."""
         xz = xz.transpose(1, 2)  # (B, 2 D, L)
-        x, delta, B, C, z, bias = self._call_direction(xz, "")
-        y = self._scan(x, delta, negative_exp(self.A_log), B, C, self.D, z, bias)
+        ahead, bias = self._call_direction(xz, "")
+        y = self._scan(*ahead, negative_exp(self.A_log), self.D, bias)
         if self.bimamba_type == "none":
             return y.transpose(1, 2)
-        if self.bimamba_type == "v1":  # the same inputs over reversed time
-            x, delta, B, C, z, D = *(of_time.flip(-1) for of_time in (x, delta, B, C, z)), self.D
+        if self.bimamba_type == "v1":
+            behind, D = [of_time.flip(-1) for of_time in ahead], self.D
         else:
-            (x, delta, B, C, z, bias), D = self._call_direction(xz.flip(-1), "_b"), self.D_b
-        y = y + self._scan(x, delta, negative_exp(self.A_b_log), B, C, D, z, bias).flip(-1)
+            (behind, bias), D = self._call_direction(xz.flip(-1), "_b"), self.D_b
+        y = y + self._scan(*behind, negative_exp(self.A_b_log), D, bias).flip(-1)
         return (y / 2 if self.bimamba_type == "v2" and self.if_divide_out else y).transpose(1, 2)
 
-    def _call_direction(self, xz: Tensor, suffix: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """What a scan takes, by calls: xz (B, 2 D, L) -> (x (B, D, L), delta, B (B, N, L), C, z, delta's bias or None).
+    def _call_direction(self, xz: Tensor, suffix: str) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """What a scan takes, by calls: xz (B, 2 D, L) -> ((x (B, D, L), delta, B (B, N, L), C, z), delta's bias).
 
         The bias sets the time step, and 16 bits round -4.6 by up to 1.6 %: the scan adds it in float32, if it may.
         """
@@ -287,13 +287,13 @@ class Mamba(nn.Module):
         x, z = xz.chunk(2, dim=1)
         x = F.silu(conv(x)[..., : x.shape[-1]])
         dt, B, C = x_proj(x.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        if departure("", dt_proj, nn.Linear) is None:
+        if departure(dt_proj, nn.Linear) is None:
             delta, bias = F.linear(dt, dt_proj.weight.to(dt.dtype)), dt_proj.bias
         else:
             delta, bias = _in_float32(dt_proj, dt), None
-        return x, delta.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2), z, bias
+        return (x, delta.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2), z), bias
 
-    def _scan(self, x, delta, A, B, C, D, z, delta_bias) -> Tensor:
+    def _scan(self, x, delta, B, C, z, A, D, delta_bias) -> Tensor:
         if self.use_fast_path:
             return selective_scan_fn(x, delta, A, B, C, D, z, delta_bias, delta_softplus=True)
         return reference.selective_scan(x, delta, A, B, C, D, z, delta_bias, True)[0]

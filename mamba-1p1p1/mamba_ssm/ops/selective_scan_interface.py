@@ -329,7 +329,7 @@ def _refuse_norms(**weights: Tensor | None) -> None:
 
 def _check_projection(xz: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     given = {"out_proj_weight": weight, "out_proj_bias": bias}
-    check_tensors({"xz": xz, **given}, optional=given)
+    check_tensors(given, optional=given)
     if weight is None and bias is not None:
         raise ValueError("out_proj_bias is given without out_proj_weight: give both, or neither")
     if weight is not None and (weight.dim() != 2 or 2 * weight.shape[1] != xz.shape[1]):
