@@ -26,7 +26,7 @@ from pycocotools import mask as rle
 
 from datasets import Packed, read_image
 from det.coco_checks import check_content, check_entry, check_files, check_truth
-from errors import DataError
+from errors import DataError, raise_unless_of_file
 
 SPLITS = {"train": "train2017", "val": "val2017"}
 # Why an annotation is no training target, as the log says it.
@@ -284,6 +284,7 @@ def read_content(root: Path, file: Path) -> dict:
     try:
         content = json.loads(file.read_bytes())
     except OSError as error:
+        raise_unless_of_file(error, file)
         held = ", ".join(sorted(entry.name for entry in os.scandir(root))[:5]) if root.is_dir() else "no folder"
         raise DataError(f"{file} cannot be read ({error.strerror}); {layout}; {root} holds: {held}") from error
     except ValueError as error:

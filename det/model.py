@@ -37,7 +37,10 @@ CASCADE_WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0
 
 @dataclass(frozen=True)
 class DetectorSettings:
-    """The sizes of a detector; the defaults are ViTDet's for images of 1024 pixels."""
+    """The sizes of a detector; the defaults are ViTDet's for images of 1024 pixels.
+
+    Raises ValueError, "FIELD: " and what is wrong with it.
+    """
 
     detector: str = "cascade"
     pyramid_channels: int = 256
@@ -64,7 +67,7 @@ class DetectorSettings:
         levels = len(scales) + 1
         if len(self.anchor_sizes) != levels:
             raise ValueError(
-                f"{len(self.anchor_sizes)} anchor sizes for {levels} levels ({len(self.pyramid_scales)} pyramid "
+                f"anchor_sizes: {len(self.anchor_sizes)} anchor sizes for {levels} levels ({len(scales)} pyramid "
                 "scales and one more): give one size per level"
             )
         for name, sides in (("anchor_sizes", self.anchor_sizes), ("roi_side", (self.roi_side,))):

@@ -7,6 +7,7 @@ step is found by `build_datasets`. No image is left out: what is wrong ends in o
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +20,7 @@ from torch.utils.data import Dataset
 from arguments import size_of
 from augment import counter_randomness
 from datasets import DataBundle, read_image, walk
-from errors import BrokenImage, ConfigError, DataError, one_line
+from errors import BrokenImage, ConfigError, DataError, one_line, raise_unless_of_file, some_of
 from samplers import SampleKey
 from scenes import CLASS_NAMES, Scenes
 from seg.views import IGNORED, ViewSettings, normalised, training_view
@@ -68,7 +69,11 @@ class FolderSource:
                 f"{self._label_path(missing[0])} does not exist; add the labels or take the images away"
             )
         self.files = np.array([os.fsencode(file) for file in files])  # see datasets.FileSource
-        used = {self._label_path(file) for file in files}
+        used = Counter(self._label_path(file) for file in files)
+        shared = [path for path, count in used.items() if count > 1]
+        if shared:
+            of = [str(images / file) for file in files if self._label_path(file) == shared[0]]
+            raise DataError(f"{some_of(of)} have one label, {shared[0]}; give each a name of its own, and its label")
         self.without_image = [name for name in files_below(labels, (".png",)) if labels / name not in used]
 
     def __len__(self) -> int:
@@ -133,6 +138,7 @@ def read_label(path: Path) -> np.ndarray:
             stored = image.tile[0][3] if image.tile else ""  # gone once it is loaded
             image.load()
     except Exception as error:  # decoders raise what they like
+        raise_unless_of_file(error, path)
         raise DataError(f"{path} cannot be read: {one_line(error)}; write it again") from error
     values = np.asarray(image)
     if values.ndim != 2:

@@ -197,12 +197,26 @@ def test_every_attention_backend_computes_the_same_deit(attention):
     assert torch.allclose(subjects.build(subject)(), expected, atol=1e-4)
 
 
-def test_a_step_trains_and_inference_keeps_no_graph():
+def assert_trains(subject, monkeypatch):
+    """Every weight has a gradient, and a step changes it."""
+    import subjects
+
+    model = subjects.build_model(subject)
+    monkeypatch.setattr(subjects, "build_model", lambda _: model)
+    run = subjects.build(subject)
+    before = [parameter.clone() for parameter in model.parameters()]
+    run()
+    for old, (name, parameter) in zip(before, model.named_parameters(), strict=True):
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert not torch.equal(old, parameter), name
+
+
+def test_a_step_trains_and_inference_keeps_no_graph(monkeypatch):
     import subjects
     from subjects import Subject
 
     assert not subjects.build(Subject("vim_tiny_patch16_224", px=32, batch=1))().requires_grad
-    subjects.build(Subject("vim_tiny_patch16_224", px=32, batch=1, mode="step"))()
+    assert_trains(Subject("vim_tiny_patch16_224", px=32, batch=1, mode="step"), monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -222,13 +236,13 @@ def test_a_misspelt_subject_is_refused(change, message):
 
 
 @pytest.mark.parametrize("name", ["vim_tiny_patch16_224", "deit_tiny_patch16_224/sdpa"])
-def test_a_subject_with_a_pyramid_gives_four_levels_and_trains(name):
+def test_a_subject_with_a_pyramid_gives_four_levels_and_trains(name, monkeypatch):
     import subjects
     from subjects import Subject
 
     levels = subjects.build(Subject(name, px=64, batch=1, pyramid=True))()
     assert [tuple(level.shape) for level in levels] == [(1, 192, side, side) for side in (16, 8, 4, 2)]
-    subjects.build(Subject(name, px=64, batch=1, mode="step", pyramid=True))()
+    assert_trains(Subject(name, px=64, batch=1, mode="step", pyramid=True), monkeypatch)
 
 
 @pytest.mark.slow

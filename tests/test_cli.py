@@ -439,6 +439,7 @@ def test_a_misspelt_flag_names_near_ones(capsys):
         (["--seed", str(10**20)], "has more than 63 bits; give a smaller seed"),
         (["--loader-timeout", "-5"], "--loader-timeout: -5 is not 0 or a positive number"),
         (["--cutmix-minmax", "0.3"], "--cutmix-minmax: expected 2 arguments"),
+        (["--lr-noise", "30"], "--lr-noise: 30 is not between 0 and 1"),
     ],
 )
 def test_a_bad_value_is_one_line(capsys, flags, words):
@@ -464,6 +465,11 @@ def test_a_bad_value_is_one_line(capsys, flags, words):
             ["--sched", "multistep", "--decay-milestones", "5", "--epochs", "5"],
             "--decay-milestones 5: --epochs 5 ends before the rate is first cut",
         ),
+        (
+            ["--lr-noise", "0.9", "0.4"],
+            "--lr-noise 0.9 0.4: expected where the noise begins, and where it ends if that",
+        ),
+        (["--lr-noise", "0.1", "0.4", "0.9"], "--lr-noise 0.1 0.4 0.9: expected where the noise begins"),
         (["--sched", "step", "--decay-rate", "1"], "--decay-rate 1: --sched step cuts the rate by a factor below 1"),
         (["--report-to", "wandb"], "--report-to wandb keeps its files in --output_dir"),
         (["--device", "cpu:x"], "--device cpu:x is unknown: use one of cuda, cuda:N, cpu, mps, auto"),
@@ -482,6 +488,34 @@ def test_a_command_that_is_interrupted_is_one_line(capsys):
 
     assert run_cli(command, argparse.Namespace()) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has"), "CUDA out of memory"),
+        (MemoryError(), "MemoryError"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "DefaultCPUAllocator: "),
+    ],
+)
+def test_a_command_without_enough_memory_is_one_line(error, reason, capsys):
+    def command(args):
+        raise error
+
+    assert run_cli(command, argparse.Namespace(batch_size=32)) == EXIT_CONFIG
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory: take a --batch-size below 32, smaller images or a smaller model (")
+    assert reason in said and said.count("\n") == 1
+    assert run_cli(command, argparse.Namespace()) == EXIT_CONFIG
+    assert capsys.readouterr().err.startswith("error: out of memory: take smaller images or a smaller model (")
+
+
+def test_a_commands_own_fault_keeps_its_traceback():
+    def command(args):
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        run_cli(command, argparse.Namespace())
 
 
 def test_a_command_whose_reader_has_enough_ends_quietly():

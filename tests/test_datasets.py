@@ -1,6 +1,7 @@
 """Data sets: labels, faults found before the first step, broken and odd images, loaders."""
 
 import argparse
+import errno
 import json
 import multiprocessing
 import os
@@ -29,8 +30,11 @@ from datasets import (
     _outlive_signals,
     build_datasets,
     build_loader,
+    decode_image,
     read_image,
+    walk,
 )
+from errors import LostDataError
 from helpers import random_image, run_args, sent, write_cifar, write_image_folder, write_inat
 from samplers import EvalSampler, SampleKey, TrainSampler
 
@@ -353,6 +357,41 @@ def test_too_many_broken_images_stop_the_run_with_one_line(workers, folder):
     traceback.clear_frames(caught.tb)  # ends the workers now, and not whenever the garbage is collected
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize(
+    ("number", "kind", "said"),
+    [
+        (errno.ESTALE, LostDataError, r"^\S+val/bee/3\.jpg could not be read: Stale file handle\Z"),
+        (errno.EIO, LostDataError, r"^\S+val/bee/3\.jpg could not be read: Input/output error\Z"),
+        (errno.EMFILE, OSError, "Too many open files"),
+    ],
+)
+def test_a_storage_or_process_at_its_end_makes_no_image_broken(number, kind, said, workers, folder, monkeypatch):
+    """One passing fault would give a resumed run other images than an undisturbed one has."""
+
+    def decode(path):
+        if path.endswith("val/bee/3.jpg"):
+            raise OSError(number, os.strerror(number), path)
+        return decode_image(path)
+
+    monkeypatch.setattr(datasets, "decode_image", decode)
+    args = imnet(folder, "--bad-image", "replace", "--num_workers", workers)
+    data = build_datasets(args).val
+    with pytest.raises(kind, match=said) as caught:
+        list(build_loader(data, EvalSampler(len(data)), args, train=False))
+    assert data.num_replaced == 0
+    traceback.clear_frames(caught.tb)
+
+
+def test_a_folder_on_storage_that_fails_for_now_can_be_tried_again(folder, monkeypatch):
+    def scandir(path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(LostDataError, match="train could not be read: Stale file handle"):
+        list(walk(folder / "train"))
+
+
 def test_nothing_readable_at_all(tmp_path):
     source = FileSource(tmp_path, ["a.jpg", "b.jpg"], [0, 0])
     with pytest.raises(DataError, match=r"none of 2 images .*a\.jpg"):
@@ -389,9 +428,11 @@ def test_cmyk_jpeg_looks_like_its_rgb_original(tmp_path):
     assert np.abs(found - np.asarray(image)).mean() < 4
 
 
+@pytest.mark.parametrize("step", [64, 0.25])
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
-def test_16_bit_grey_keeps_its_range(suffix, tmp_path):
-    values = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+def test_16_bit_grey_keeps_its_range(suffix, step, tmp_path):
+    """Also where no value is above 255: how bright a picture looks depends on no other pixel of it."""
+    values = (np.arange(1024) * step).astype(np.uint16).reshape(32, 32)
     found = saved(Image.fromarray(values), tmp_path / f"a.{suffix}")
     assert np.array_equal(found, np.repeat((values // 256)[:, :, None], 3, axis=2))
 

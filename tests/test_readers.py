@@ -272,6 +272,34 @@ def test_faults_of_tables_are_one_line(reader, columns, flags, words, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("reader", ["hfds", "hfids"])
+def test_a_cell_without_an_image_is_a_broken_image(reader, tmp_path):
+    """None at all, an empty one, and one in a file that is gone."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    with readers.huggingface_datasets():
+        import datasets as huggingface
+
+        (tmp_path / "data").mkdir()
+        images = [{"bytes": png(0), "path": None}, None, {"bytes": b"", "path": None}]
+        images.append({"bytes": None, "path": str(tmp_path / "gone.png")})
+        kind = huggingface.Image(decode=False)
+        features = huggingface.Features(image=kind, label=huggingface.Value("int64"))
+        table = huggingface.Dataset.from_dict({"image": images, "label": [0, 1, 2, 3]}, features=features)
+        table = table.cast_column("image", huggingface.Image()).data.table  # its own writer looks for the files
+        parquet.write_table(table, tmp_path / "data" / "validation-00000-of-00001.parquet")
+    flags = ["--eval", "--data-set", f"{reader}/{tmp_path}", "--data-path", str(tmp_path / "cache")]
+    dataset = build_datasets(run_args(*flags)).val
+    assert dataset[0][1] == 0
+    for index in (1, 2, 3):
+        with pytest.raises(DataError, match=f"validation #{index}: .*; repair or remove the file"):
+            dataset[index]
+
+
+def test_a_package_that_the_data_sets_own_code_lacks_is_not_taken_for_theirs():
+    with pytest.raises(ModuleNotFoundError, match="zstandard"), readers.huggingface_datasets():
+        raise ModuleNotFoundError("No module named 'zstandard'")
+
+
 def test_folders_in_a_shard_are_no_samples(tmp_path):
     """`tar -cf shard.tar -C folder .` has one."""
     root = write_shards(tmp_path)
@@ -387,6 +415,16 @@ def test_the_built_in_real_labels_are_those_of_imagenets_validation_images():
         (["--valid-labels", "imagenet-z"], "", "give one of imagenet-a"),
         (["--real-labels", "FILE"], "[[0]]", "go by the names ILSVRC2012_val_00000001 to 00000001"),
         (["--real-labels", "absent.json"], "", "--real-labels absent.json"),
+        (
+            ["--real-labels", "FILE"],
+            '{"a": [0]}',
+            "expected a list with an entry for each validation image, found a dict",
+        ),
+        (["--real-labels", "FILE"], '[[0], "5 6"]', "entry 1 is '5 6', not a list of class numbers from 0 to 999"),
+        (["--real-labels", "FILE"], "[[3.7]]", "entry 0 is [3.7], not a list"),
+        (["--real-labels", "FILE"], "[[5000]]", "entry 0 is [5000], not a list"),
+        (["--real-labels", "FILE"], "[[-1]]", "entry 0 is [-1], not a list"),
+        (["--valid-labels", "FILE"], "2 2", "--valid-labels: class 2 stands there twice"),
     ],
 )
 def test_mistakes_are_one_line_before_any_image_is_seen(relatives, capsys, monkeypatch, flags, content, expected):

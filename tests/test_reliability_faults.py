@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import checkpoint as checkpoints
+import datasets
 import distributed
 import failures
 import faults
@@ -367,6 +368,24 @@ def test_storage_that_fails_for_now_is_no_end(number, tmp_path, monkeypatch, cap
     monkeypatch.setattr(checkpoints, "open", lambda path, mode: Failing(path, mode), raising=False)
     assert run(f"{QUICK} --epochs 1", tmp_path) == distributed.EXIT_FAILED
     assert f"{os.strerror(number)}; the last checkpoint is untouched; --resume auto goes on\n" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (errno.ESTALE, distributed.EXIT_FAILED, "0.jpg could not be read: Stale file handle; --resume auto goes on"),
+        (errno.EMFILE, distributed.EXIT_CONFIG, "too little room for open files for --num_workers 1 --batch-size 4: "),
+    ],
+)
+def test_images_that_cannot_be_read_for_now_are_not_broken(number, code, said, tmp_path, monkeypatch, capsys):
+    def decode(path):
+        raise OSError(number, os.strerror(number), path)
+
+    folder = write_image_folder(tmp_path / "images", per_class=2)
+    monkeypatch.setattr(datasets, "decode_image", decode)
+    flags = f"{QUICK} --data-set IMNET --data-path {folder} --batch-size 4 --num_workers 1 --bad-image replace"
+    assert run(flags, tmp_path / "run") == code
+    assert said in one_line(capsys)
 
 
 @pytest.mark.parametrize(("transient", "code"), [(True, distributed.EXIT_FAILED), (False, distributed.EXIT_CONFIG)])

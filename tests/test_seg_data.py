@@ -1,6 +1,8 @@
 """Labelled images: the formats of ADE20K and of folders, views for training, and what a wrong data set says."""
 
 import colorsys
+import errno
+import os
 import random
 import shutil
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from errors import ConfigError, DataError
+from errors import ConfigError, DataError, LostDataError
 from helpers import sent
 from samplers import SampleKey
 from seg.arguments import parse
@@ -101,6 +103,25 @@ def test_ade20k_counts_from_one_in_labels_of_four_bits_too(ade20k):
     write_grey(ade20k / "annotations" / "validation" / "ADE_val_00000001.png", classes, 4)
     _, label = build(ade20k, kind="ADE20K").val[0]
     assert (label.numpy() == np.array([IGNORED, 0, 1, 2])[classes]).all()
+
+
+def test_two_images_of_one_label_are_refused(folder):
+    shutil.copy(folder / "images" / "val" / "north" / "1.png", folder / "images" / "val" / "north" / "1.tif")
+    with pytest.raises(DataError, match=r"north/1\.png, \S+north/1\.tif have one label, \S+north/1\.png; give each"):
+        build(folder)
+
+
+def test_a_label_on_storage_that_fails_for_now_is_not_a_broken_one(folder, monkeypatch):
+    data = build(folder)
+
+    def open_image(path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    monkeypatch.setattr(Image, "open", open_image)
+    with pytest.raises(LostDataError, match=r"1\.png could not be read: Stale file handle"):
+        read_label(folder / "annotations" / "val" / "north" / "1.png")
+    with pytest.raises(LostDataError, match=r"1\.png could not be read: Stale file handle"):
+        data.val[0]
 
 
 def test_evaluation_needs_no_training_images(folder):

@@ -401,6 +401,53 @@ def test_a_rectangle_that_nobody_names_is_told_with_a_way_out_that_works(name, t
     assert predict.main([*command, str(tmp_path / "told.pth")]) == 0
 
 
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "efficientnet_b0", "deit_nano_patch4_32"])
+def test_a_bare_state_dict_tells_its_classes_whatever_its_classifier_is_called(name, tmp_path):
+    """`fc`, `head.fc`, `classifier`, `head`"""
+    torch.save(timm.create_model(name, num_classes=10).state_dict(), tmp_path / "bare.pth")
+    found, _, _ = identity.open_model(read_checkpoint(tmp_path / "bare.pth"), name)
+    assert found.num_classes == 10
+
+
+def test_a_run_of_a_model_of_the_hub_is_identified(tmp_path, monkeypatch, capsys):
+    """timm opens hf-hub:OWNER/REPO by the config.json that is there."""
+    described = timm.create_model("test_resnet", num_classes=3)
+    hub_folder = tmp_path / "repo"
+    timm.models.save_for_hf(described, str(hub_folder), safe_serialization=True)
+    given = []
+
+    def download(repo, filename, **_):
+        given.append(repo)
+        return str(hub_folder / filename)
+
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", download)
+    name = "hf-hub:someone/resnet"
+    args = argparse.Namespace(model=name, data_set="IMNET", input_size=64, num_classes=3, in_chans=3)
+    path = write_checkpoint(tmp_path, model=described.state_dict(), model_ema=None, args=args)
+    assert hub.main(["inspect", str(path)]) == 0
+    assert f"fits       {name}" in capsys.readouterr().out
+    assert hub.main(["export", str(path), str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architecture"] == "test_resnet"
+    assert set(given) == {"someone/resnet"}
+
+
+@pytest.mark.parametrize("theirs", ["README.md", "config.json", "model.safetensors"])
+def test_an_export_takes_no_other_files_place(theirs, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / theirs).write_text('{"model_type": "bert"}')
+    path = write_checkpoint(tmp_path)
+    assert hub.main(["export", str(path), str(tmp_path / "out")]) == 4
+    said = f"error: {tmp_path / 'out'} has {theirs} that no export wrote; give another folder, or remove that\n"
+    assert capsys.readouterr().err == said
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [theirs]
+
+
+@pytest.mark.parametrize(("flags", "licence"), [([], "unknown"), (["--license", "cc-by-4.0"], "cc-by-4.0")])
+def test_the_model_card_claims_the_licence_that_is_given(flags, licence, tmp_path):
+    assert hub.main(["export", str(write_checkpoint(tmp_path)), str(tmp_path / "out"), *flags]) == 0
+    assert f"\nlicense: {licence}\n" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_text_file_is_no_checkpoint(tmp_path, capsys):
     (tmp_path / "text.pth").write_text("hello\n")
     assert hub.main(["inspect", str(tmp_path / "text.pth")]) == 4

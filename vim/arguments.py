@@ -336,7 +336,8 @@ def add_model_flags(parser) -> None:
         "--model",
         default="deit_base_patch16_224",
         metavar="NAME",
-        help="one of this project's (vim_tiny_patch16_224, vim_nano_patch4_32, ...) or of timm's models",
+        help="one of this project's (vim_tiny_patch16_224, vim_nano_patch4_32, ...), of timm's models, or "
+        "hf-hub:OWNER/REPO, which timm opens",
     )
     add(
         "--drop-path",
@@ -436,7 +437,7 @@ def add_schedule_flags(parser) -> None:
     add(
         "--lr-noise",
         default=None,
-        type=float,
+        type=fraction,
         nargs="+",
         metavar="FRACTION",
         help="vary the rate at random from this fraction of the run on; a second value ends it; default: no noise",
@@ -827,6 +828,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         check_milestones(args.decay_milestones, args.epochs)
     if args.layer_decay is not None and args.sched == "none":
         raise ConfigError("--layer-decay is applied by the schedule; take --sched constant instead of none")
+    if args.lr_noise and (len(args.lr_noise) > 2 or sorted(set(args.lr_noise)) != args.lr_noise):
+        given = " ".join(f"{one:g}" for one in args.lr_noise)
+        raise ConfigError(f"--lr-noise {given}: expected where the noise begins, and where it ends if that is earlier")
     if args.warmup_steps is not None and not args.sched_on_updates:
         raise ConfigError(f"--warmup-steps {args.warmup_steps} needs --sched-on-updates; or give --warmup-epochs")
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import timm
 import torch
-from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from timm.models import is_model_in_modules
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,9 +20,9 @@ from datasets import DataBundle
 from distributed import World, together
 from ema import WeightsEma
 from engine import Run
-from errors import ConfigError, as_config_error, one_line
+from errors import ConfigError, as_config_error
 from fitting import head_parameter_names, load_weights
-from identity import grid_of, name_problem
+from identity import grid_of, hub_as_config_error, name_problem
 from losses import build_criterion
 from mamba_ssm.ops import backend
 from optim import Schedule, build_optimizer, scaled_lr, whole_batch
@@ -48,8 +45,7 @@ def is_vim(name: str) -> bool:
 
 
 def check_model_name(flag: str, name: str) -> None:
-    problem = "" if name.startswith("hf-hub:") else name_problem(name)
-    if problem:
+    if problem := name_problem(name):
         raise ConfigError(f"{flag} {name} {problem}")
 
 
@@ -66,25 +62,6 @@ def create_model(flag: str, name: str, say=print, **arguments) -> nn.Module:
                 raise
             for each in unexpected:
                 say(f"{name} has no argument {each} (here {arguments.pop(each)}): left out")
-
-
-@contextmanager
-def hub_as_config_error(flag: str, name: str) -> Iterator[None]:
-    """Turn what the Hub says about a model `hf-hub:OWNER/REPO`, or that it says nothing, into a ConfigError."""
-    repo = name.removeprefix("hf-hub:")
-    try:
-        yield
-    except LocalEntryNotFoundError as error:
-        raise ConfigError(
-            f"{flag} {name} is not in the local cache and the Hub cannot be reached; where there is a network run "
-            f"`hf download {repo.replace('@', ' --revision ')} config.json`, then copy that cache (HF_HOME)"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ConfigError(
-            f"{flag} {name}: the Hub shows you no such repository; check OWNER/REPO, for a private one `hf auth login`"
-        ) from error
-    except (EntryNotFoundError, HfHubHTTPError) as error:
-        raise ConfigError(f"{flag} {name} cannot be downloaded: {one_line(error, 300)}") from error
 
 
 def vim_arguments(args) -> dict:

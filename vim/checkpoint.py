@@ -36,6 +36,7 @@ from vim_pretrained import PUBLISHED, refused_name, unwrap_state_dict
 # The published weights that `hf-hub:REPO` alone stands for (`hf-hub:REPO/FILE` names any file).
 HUB_FILES = {weights.repo: weights.file for name, weights in PUBLISHED.items() if "stride8" not in name}
 EXPORTED_WEIGHTS = "model.safetensors"  # of an exported folder, and of any other repository of the Hub
+DESCRIPTION = "config.json"  # of an exported folder, beside them
 
 # A file's two sets of weights, as flags and logs call them: the name of their entry.
 ENTRIES = {"raw": "model", "ema": "model_ema"}
@@ -48,8 +49,6 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)\.pth")
 # network, may pass.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 LASTING = (*FULL, errno.EFBIG, errno.EPERM, errno.ENAMETOOLONG, errno.EOPNOTSUPP)
-# Those of storage on a network, after which a later attempt may succeed.
-PASSING = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT)
 
 
 @dataclass
@@ -142,8 +141,8 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> Checkpoint:
     content = _load_safetensors(file) if file.suffix == ".safetensors" else _load_pickle(file, trust)
     checkpoint = _as_checkpoint(content, file, digest)
     described = file.name == EXPORTED_WEIGHTS and not str(path).startswith("hf-hub:")  # whose cache may have it, or not
-    if described and file.with_name("config.json").is_file():
-        _take_description(checkpoint, file.with_name("config.json"))
+    if described and file.with_name(DESCRIPTION).is_file():
+        _take_description(checkpoint, file.with_name(DESCRIPTION))
     return checkpoint
 
 
@@ -271,12 +270,17 @@ def _as_checkpoint(content: Any, path: Path, digest: str) -> Checkpoint:
     return checkpoint
 
 
+def describes_model(config) -> bool:
+    """Whether the content of a config.json is what timm writes beside exported weights, and not another library's."""
+    return isinstance(config, dict) and {"architecture", "pretrained_cfg"} <= config.keys()
+
+
 def _take_description(checkpoint: Checkpoint, path: Path) -> None:
     """Read from an exported folder's config.json what a training checkpoint says itself: model, images, classes."""
     try:
         config = json.loads(path.read_text(encoding="utf-8-sig"))
-        if not isinstance(config, dict) or not {"architecture", "pretrained_cfg"} <= config.keys():
-            return  # of another library
+        if not describes_model(config):
+            return
         settings, names = config["pretrained_cfg"], config.get("label_names") or []
         channels, *size = settings["input_size"]
         size = (config.get("model_args") or {}).get("img_size") or size

@@ -27,7 +27,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from augment import build_transform, counter_randomness
-from errors import BrokenImage, DataError, one_line, some_of
+from errors import BrokenImage, DataError, one_line, raise_unless_of_file, some_of
 from samplers import SampleKey
 
 IMAGENET_CLASSES = 1000
@@ -152,12 +152,14 @@ class ImageDataset(Dataset):
 
 @contextmanager
 def as_broken_image(name: str | Path) -> Iterator[None]:
-    """Whatever goes wrong with an image leaves as BrokenImage: decoders raise what they like."""
+    """Whatever is wrong with an image leaves as BrokenImage: decoders raise what they like.
+
+    Raises LostDataError, MemoryError and OSError for what is not the image's fault, see `raise_unless_of_file`.
+    """
     try:
         yield
-    except MemoryError:
-        raise
     except Exception as error:
+        raise_unless_of_file(error, name)
         reason = one_line(error) or type(error).__name__
         raise BrokenImage(f"{name}: {reason}") from error
 
@@ -176,10 +178,13 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode as RGB. 16-bit greys keep their upper byte: PIL's own conversion clips them to white."""
+    """Any PIL mode as RGB. 16-bit greys keep their upper byte: PIL's own conversion clips them to white.
+
+    32-bit ones are taken for 16-bit if they have a value that 8 bits do not hold, as they were in old Pillow's files.
+    """
     if image.mode.startswith("I"):
         values = np.asarray(image)
-        if values.max() > 255:
+        if image.mode != "I" or values.max() > 255:
             values = values >> 8
         image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     elif image.mode == "F":
@@ -269,6 +274,7 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
     """
 
     def refuse(error: OSError):
+        raise_unless_of_file(error, error.filename)
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
 
     seen = set()
@@ -374,6 +380,7 @@ def _read_json(path: Path):
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
+        raise_unless_of_file(error, path)
         hint = "--data-path takes the folder with iNaturalist's JSON files"
         raise DataError(f"{path} cannot be read ({error.strerror}); {hint}") from error
     except ValueError as error:

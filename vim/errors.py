@@ -1,9 +1,15 @@
 """Errors that a person can do something about. Their text is the one line that the user reads."""
 
+import errno
 import importlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
+
+# System errors of storage on a network, after which a later attempt may succeed.
+PASSING = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT)
+TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
 
 
 class ConfigError(ValueError):
@@ -18,6 +24,12 @@ class DataError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(message.rstrip().rsplit("DataError: ", 1)[-1])
+
+
+class LostDataError(DataError):
+    """Data that could not be read for now: starting again may help."""
+
+    transient = True
 
 
 class BrokenImage(Exception):
@@ -61,6 +73,18 @@ def import_optional(name: str, needed_by: str, packages: str = "") -> ModuleType
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(f"{needed_by}: {one_line(error)}; pip install {packages or name}") from error
+
+
+def raise_unless_of_file(error: Exception, name: str | Path) -> None:
+    """Return if a failure to read the file `name` is the file's own.
+
+    Raises LostDataError where the storage failed and may come back, and `error` itself where this process lacks memory
+    or has too many files open: another file would fare no better, and this one may be whole.
+    """
+    if isinstance(error, OSError) and error.errno in PASSING:
+        raise LostDataError(f"{name} could not be read: {error.strerror}") from error
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in TOO_MANY_OPEN):
+        raise error
 
 
 def one_line(error: Exception, limit: int = 1000) -> str:

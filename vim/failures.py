@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from checkpoint import FULL, PASSING
+from checkpoint import FULL
 from distributed import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NONFINITE, let_go_of_terminal
-from errors import CheckpointError, ConfigError, DataError, NonFiniteError, PeerError, first_sentence
+from errors import PASSING, CheckpointError, ConfigError, DataError, NonFiniteError, PeerError, first_sentence
 from run_folder import gone
 
 # What torch says on a CPU, in a plain RuntimeError.
@@ -32,7 +32,7 @@ def explain(error: Exception, args=None) -> tuple[int, str] | None:
         return EXIT_FAILED, f"{error}; --resume auto goes on"
     if isinstance(error, ConfigError | DataError | CheckpointError | PeerError):
         return EXIT_CONFIG, str(error)
-    if isinstance(error, torch.OutOfMemoryError) or main_memory_is_full(error):
+    if memory_is_full(error):
         return EXIT_CONFIG, out_of_memory(error, args)
     if args and (line := too_little(error, args)):
         return EXIT_CONFIG, line
@@ -74,10 +74,22 @@ def run_cli(command: Callable[[argparse.Namespace], None], args: argparse.Namesp
     except (ConfigError, DataError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG
+    except (RuntimeError, MemoryError) as error:
+        if not memory_is_full(error):
+            raise
+        smaller = f"a --batch-size below {args.batch_size}, " if getattr(args, "batch_size", None) else ""
+        line = f"out of memory: take {smaller}smaller images or a smaller model ({memory_reason(error)})"
+        print(f"error: {line}", file=sys.stderr)
+        return EXIT_CONFIG
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     return EXIT_DONE
+
+
+def memory_is_full(error: Exception) -> bool:
+    """The device's or the main memory."""
+    return isinstance(error, torch.OutOfMemoryError) or main_memory_is_full(error)
 
 
 def main_memory_is_full(error: Exception) -> bool:
@@ -104,9 +116,14 @@ def out_of_memory(error: Exception, args) -> str:
             advice.append("fewer loader processes hold fewer batches")
     elif torch.cuda.is_available():
         what += f"; peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    advice = ", ".join(advice) or "take smaller images or a smaller model"
+    return f"out of {what}: {advice} ({memory_reason(error)})"
+
+
+def memory_reason(error: Exception) -> str:
+    """What was too large, in the allocator's words, without those of a loader process around them."""
     _, *reason = str(error).rpartition(CPU_ALLOCATOR)
-    reason = first_sentence("".join(reason)) or type(error).__name__
-    return f"out of {what}: {', '.join(advice) or 'take smaller images or a smaller model'} ({reason})"
+    return first_sentence("".join(reason)) or type(error).__name__
 
 
 def too_little(error: Exception, args) -> str:
@@ -119,7 +136,7 @@ def too_little(error: Exception, args) -> str:
         return ""
     if args.num_workers:
         mend += ", or take fewer loader processes"
-    *_, reason = str(error).split("RuntimeError: ")
+    *_, reason = str(error).split("Error: ")  # a loader process sends the traceback too
     return (
         f"too little {what} for --num_workers {args.num_workers} --batch-size {args.batch_size}: {mend} "
         f"({first_sentence(reason)})"

@@ -5,6 +5,7 @@ python checkpoint.py export FILE --ema OUT [--push OWNER/REPO]
 """
 
 import argparse
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from timm.models._hub import generate_readme
 from torch import nn
 
 from arguments import OneLineParser
-from checkpoint import ENTRIES, Checkpoint, read_checkpoint
-from errors import CheckpointError, one_line
+from checkpoint import DESCRIPTION, ENTRIES, EXPORTED_WEIGHTS, Checkpoint, describes_model, read_checkpoint
+from errors import CheckpointError, one_line, some_of
 from failures import run_cli
 from identity import Identity, dense_program, describes, identify, open_model
 
+EXPORTED = (EXPORTED_WEIGHTS, DESCRIPTION, "README.md")
 # Modules that register names with timm, which has none of them.
 OWN_MODELS = ("models_mamba", "models_baseline")
 
@@ -72,20 +74,36 @@ def best_in_words(checkpoint: Checkpoint) -> str:
     return f"{checkpoint.best_metric:.2f} % of the run's epochs, {kind} weights, held-out images"
 
 
-def export_folder(model: nn.Module, folder: Path, identity: Identity, source: Checkpoint, names: list[str]) -> None:
+def export_folder(
+    model: nn.Module, folder: Path, identity: Identity, source: Checkpoint, names: list[str], licence: str
+) -> None:
     """Write `folder` as `timm.create_model("local-dir:FOLDER", pretrained=True)` and the Hub take it.
 
-    model.safetensors, config.json (name, arguments, preprocessing, class names) and README.md, the model card.
+    model.safetensors, config.json (name, arguments, preprocessing, class names) and README.md, the model card. Raises
+    CheckpointError where one of them would take the place of a file that is not of an export.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be created: {error.strerror}") from error
+    there = [name for name in EXPORTED if (folder / name).exists()]
+    if there and not _is_export(folder):
+        raise CheckpointError(
+            f"{folder} has {some_of(there)} that no export wrote; give another folder, or remove that"
+        )
     config = {"label_names": names} if names else {}
     arguments = _json_arguments(identity, source)
     save_for_hf(model, str(folder), model_config=config, model_args=arguments, safe_serialization=True)
-    card = model_card(model, identity, source)
+    card = model_card(model, identity, source, licence)
     (folder / "README.md").write_text(generate_readme(card, identity.name), encoding="utf-8")
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether an export of this program, or of timm, wrote the folder."""
+    try:
+        return describes_model(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8-sig")))
+    except (OSError, ValueError):
+        return False
 
 
 def _json_arguments(identity: Identity, source: Checkpoint) -> dict:
@@ -95,8 +113,8 @@ def _json_arguments(identity: Identity, source: Checkpoint) -> dict:
     return {name: value for name, value in identity.arguments.items() if value is not None}
 
 
-def model_card(model: nn.Module, identity: Identity, source: Checkpoint) -> dict:
-    """What the model card says, in timm's form."""
+def model_card(model: nn.Module, identity: Identity, source: Checkpoint, licence: str) -> dict:
+    """What the model card says, in timm's form; `licence` is the weights', as the Hub calls it."""
     top1 = {} if source.best_metric is None else {"Best top-1": best_in_words(source)}
     module = next((name for name in OWN_MODELS if is_model_in_modules(identity.name, [name])), None)
     vim = module == "models_mamba"
@@ -105,7 +123,7 @@ def model_card(model: nn.Module, identity: Identity, source: Checkpoint) -> dict
     scaled = f"mean {tuple(config['mean'])} and standard deviation {tuple(config['std'])} of values from 0 to 1"
     return {
         "tags": ["image-classification", "timm", *(["vision-mamba"] if vim else [])],
-        "license": "apache-2.0",
+        "license": licence,
         "description": f"A{' Vision Mamba (Vim)' if vim else 'n'} image model.",
         "details": {
             "Model": identity.name,
@@ -140,7 +158,9 @@ def usage(model: nn.Module, module: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def push_to_hub(model: nn.Module, repo: str, identity: Identity, source: Checkpoint, names: list[str]) -> str:
+def push_to_hub(
+    model: nn.Module, repo: str, identity: Identity, source: Checkpoint, names: list[str], licence: str
+) -> str:
     """Upload what `export_folder` writes to the Hub's OWNER/REPO; returns its address.
 
     Needs a network and a token (`hf auth login`). Raises CheckpointError without.
@@ -148,7 +168,7 @@ def push_to_hub(model: nn.Module, repo: str, identity: Identity, source: Checkpo
     config = {"label_names": names} if names else {}
     try:
         push_to_hf_hub(
-            model, repo, model_config=config, model_card=model_card(model, identity, source),
+            model, repo, model_config=config, model_card=model_card(model, identity, source, licence),
             model_args=_json_arguments(identity, source), safe_serialization=True,
         )  # fmt: skip
     except HFValidationError as error:
@@ -180,6 +200,13 @@ def build_parser() -> argparse.ArgumentParser:
     which.add_argument("--ema", dest="weights", action="store_const", const="ema", help="export the averaged weights")
     which.add_argument("--raw", dest="weights", action="store_const", const="raw", help="export the raw weights")
     exporter.add_argument("--push", metavar="OWNER/REPO", help="upload what is exported to the Hub as well")
+    exporter.add_argument(
+        "--license",
+        default="unknown",
+        metavar="ID",
+        help="the weights' licence, as the Hub calls it (apache-2.0, cc-by-nc-4.0, ...), for the model card; "
+        "default: %(default)s",
+    )
     exporter.set_defaults(weights="auto")
     return parser
 
@@ -188,11 +215,11 @@ def export(args, checkpoint: Checkpoint) -> None:
     """`checkpoint.py export`."""
     model, identity, entry = open_model(checkpoint, args.model, args.weights)
     names = checkpoint.class_names
-    export_folder(model, Path(args.out), identity, checkpoint, names)
+    export_folder(model, Path(args.out), identity, checkpoint, names, args.license)
     print(f"{args.out}: {identity.name}, entry {entry!r} of {checkpoint.path} (SHA-256 {checkpoint.sha256})")
     print(f'load it with: timm.create_model("local-dir:{args.out}", pretrained=True)')
     if args.push:
-        print(f"pushed to {push_to_hub(model, args.push, identity, checkpoint, names)}")
+        print(f"pushed to {push_to_hub(model, args.push, identity, checkpoint, names, args.license)}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,19 +3,22 @@
 import argparse
 import difflib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import timm
 import torch
+from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from timm.layers import to_2tuple
-from timm.models import get_arch_pretrained_cfgs
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg_value
 from torch import Tensor, nn
 
 import models_baseline  # noqa: F401  (registers its models with timm)
 from arguments import size_of
 from augment import channel_statistics, crop_ratio
 from checkpoint import ENTRIES, Checkpoint
-from errors import CheckpointError, nearby, one_line
+from errors import CheckpointError, ConfigError, nearby, one_line
 from fitting import TELL_THE_SIZE, grid_of_model, load_weights
 from models_mamba import CLS_TOKENS, VARIANTS
 from vim_pretrained import published_weights
@@ -35,7 +38,8 @@ class Identity:
     arguments: dict = field(default_factory=dict)
 
     def create(self) -> nn.Module:
-        return timm.create_model(self.name, **self.arguments)
+        with hub_as_config_error("--model", self.name):
+            return timm.create_model(self.name, **self.arguments)
 
 
 def identify(checkpoint: Checkpoint, name: str | None = None) -> Identity:
@@ -83,7 +87,12 @@ def _way_out(state_dict: dict[str, Tensor]) -> str:
 
 
 def name_problem(name: str) -> str:
-    """Error text that follows the model's name, with near names or known tags; "" if the name is registered."""
+    """Error text that follows the model's name, with near names or known tags; "" if the name is registered.
+
+    What the Hub holds as hf-hub:OWNER/REPO only asking it would tell.
+    """
+    if name.startswith("hf-hub:"):
+        return ""
     if not timm.is_model(name):
         return f"is not registered with timm{nearby(near_names(name))}"
     known = get_arch_pretrained_cfgs(name)
@@ -92,6 +101,25 @@ def name_problem(name: str) -> str:
     base, _, tag = name.partition(".")
     tags = [each.partition(".")[2] for each in known if "." in each]
     return f"has the unknown tag {tag!r}; {base} has {', '.join(tags) or 'none, leave it out'}"
+
+
+@contextmanager
+def hub_as_config_error(flag: str, name: str) -> Iterator[None]:
+    """Turn what the Hub says about a model `hf-hub:OWNER/REPO`, or that it says nothing, into a ConfigError."""
+    repo = name.removeprefix("hf-hub:")
+    try:
+        yield
+    except LocalEntryNotFoundError as error:
+        raise ConfigError(
+            f"{flag} {name} is not in the local cache and the Hub cannot be reached; where there is a network run "
+            f"`hf download {repo.replace('@', ' --revision ')} config.json`, then copy that cache (HF_HOME)"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"{flag} {name}: the Hub shows you no such repository; check OWNER/REPO, for a private one `hf auth login`"
+        ) from error
+    except (EntryNotFoundError, HfHubHTTPError) as error:
+        raise ConfigError(f"{flag} {name} cannot be downloaded: {one_line(error, 300)}") from error
 
 
 def near_names(name: str) -> list[str]:
@@ -123,6 +151,8 @@ def open_model(
     try:
         model = _create(checkpoint, identity)
         load_weights(model, state_dict)
+    except ConfigError:
+        raise
     except (RuntimeError, TypeError, ValueError) as error:  # such as arguments that another model does not take
         raise CheckpointError(f"{checkpoint.path} is no {identity.name}: {one_line(error)}") from error
     model.pretrained_cfg = model.pretrained_cfg | preprocessing(model, checkpoint)
@@ -210,18 +240,26 @@ def _arguments_of_any(name: str, checkpoint: Checkpoint, state_dict: dict[str, T
     arguments = {"in_chans": getattr(checkpoint.args, "in_chans", 3)}
     if getattr(checkpoint.args, "num_classes", None):
         arguments["num_classes"] = checkpoint.args.num_classes
-    elif "head.weight" in state_dict:
-        arguments["num_classes"] = len(state_dict["head.weight"])
+    elif (weight := _classifier_weight(name, state_dict)) is not None:
+        arguments["num_classes"] = len(weight)
     size = getattr(checkpoint.args, "input_size", None)
     if size and _takes_size(name, size):
         arguments["img_size"] = size
     return arguments
 
 
+def _classifier_weight(name: str, state_dict: dict[str, Tensor]) -> Tensor | None:
+    """The weight of the last layer, (classes, ...), by what timm says that `name` calls it; None if there is none."""
+    layer = None if name.startswith("hf-hub:") else get_pretrained_cfg_value(name, "classifier")
+    layers = layer if isinstance(layer, tuple | list) else [layer or "head"]  # a distilled model has two
+    return state_dict.get(f"{layers[0]}.weight")
+
+
 def _takes_size(name: str, size) -> bool:
     """Whether this model's constructor accepts img_size."""
     try:
-        timm.create_model(name, img_size=size)
+        with torch.device("meta"), hub_as_config_error("--model", name):
+            timm.create_model(name, img_size=size)
     except TypeError:
         return False
     return True

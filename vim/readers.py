@@ -8,10 +8,8 @@ timm finds and opens them. From then on every image is read by its number, so th
 processes work as for folders.
 """
 
-import importlib
 import io
 import json
-import os
 import pickle
 import sys
 import tarfile
@@ -25,7 +23,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from datasets import Packed, Sources, as_broken_image, decode_image
-from errors import DataError, one_line, some_of
+from errors import DataError, import_optional, one_line, raise_unless_of_file, some_of
 
 WDS_IMAGES = tuple(ending.removeprefix(".") for ending in IMG_EXTENSIONS)
 
@@ -36,7 +34,7 @@ _foreign_modules: dict = {}
 def huggingface_datasets() -> Iterator[None]:
     """Let `import datasets` mean Hugging Face's package, not this folder's module of that name, for a while.
 
-    Raises DataError where the package is not installed.
+    Raises ConfigError where the package is not installed.
     """
 
     def take_out() -> dict:
@@ -47,10 +45,8 @@ def huggingface_datasets() -> Iterator[None]:
     sys.path[:] = [entry for entry in path if Path(entry).resolve() != here]
     sys.modules.update(_foreign_modules)  # a second import of its extension types would clash with the first
     try:
-        importlib.import_module("datasets")
+        import_optional("datasets", "--data-set hfds/ and hfids/")
         yield
-    except ModuleNotFoundError as error:
-        raise DataError(f"hfds/ and hfids/ need one more package: pip install datasets ({error})") from error
     finally:
         _foreign_modules.update(take_out())
         sys.modules.update(ours)
@@ -114,11 +110,17 @@ class ArrowSource(BytesSource):
 
     def read_bytes(self, index: int) -> bytes:
         row = index if self.rows is None else int(self.rows[index])
-        image = self.table.table.column(self.key)[row].as_py()
-        return image["bytes"] or Path(image["path"]).read_bytes()
+        return image_bytes(self.table.table.column(self.key)[row].as_py())
 
     def name(self, index: int) -> str:
         return f"{self.title} #{index}"
+
+
+def image_bytes(image: dict | None) -> bytes:
+    """What a cell of a column of images holds, in itself or in a file that it names. Raises OSError, ValueError."""
+    if not image or not (image["bytes"] or image["path"]):
+        raise ValueError("there is no image")
+    return image["bytes"] or Path(image["path"]).read_bytes()
 
 
 class MemorySource(BytesSource):
@@ -235,6 +237,7 @@ def _index_tar(tar: Path, label_key: str) -> Iterator[tuple[tuple[str, int, int]
                 label = _wds_label(file, tar, key, parts, label_key)
                 yield (image.name, image.offset_data, image.size), label
     except (OSError, tarfile.TarError) as error:
+        raise_unless_of_file(error, tar)
         raise DataError(f"{tar} is missing or no uncompressed tar file: {error}") from error
 
 
@@ -299,6 +302,7 @@ def _open_hfds(args, split: str) -> tuple[ArrowSource, list[str]]:
 
 
 def _open_hfids(args, split: str) -> tuple[MemorySource, list[str]]:
+    title = f"{args.data_set} {split}"
     with huggingface_datasets():
         import datasets as huggingface
 
@@ -316,11 +320,14 @@ def _open_hfids(args, split: str) -> tuple[MemorySource, list[str]]:
 
         def read() -> Iterator[bytes]:
             for item in stream:
-                image = item[args.image_key] or {"bytes": None, "path": os.devnull}  # none is a broken one
                 labels.append(item[keys["target_key"]])
-                yield image["bytes"] or Path(image["path"]).read_bytes()
+                try:
+                    yield image_bytes(item[args.image_key])
+                except (OSError, ValueError) as error:
+                    raise_unless_of_file(error, f"{title} #{len(labels) - 1}")
+                    yield b""  # a broken image, should it be asked for
 
         images = Packed(read())
     labels = _whole_numbers(args, split, labels)
     names = list(getattr(features[keys["target_key"]], "names", []))
-    return MemorySource(f"{args.data_set} {split}", images, labels), names
+    return MemorySource(title, images, labels), names

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TextIO
 
 import distributed
-from checkpoint import FULL, PASSING, digest_path, set_back
-from errors import ConfigError
+from checkpoint import FULL, digest_path, set_back
+from errors import PASSING, ConfigError
 
 try:
     import fcntl

@@ -8,6 +8,7 @@ in ImageNet's own order and needs nothing.
 import json
 import pkgutil
 import re
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -69,6 +70,9 @@ def check_valid_labels(valid: list[int], class_names: list[str], num_classes: in
         raise DataError(
             f"--valid-labels: {wrong[0]} is not a class of the model; its classes are 0 to {num_classes - 1}"
         )
+    twice = [number for number, count in Counter(valid).items() if count > 1]
+    if twice:
+        raise DataError(f"--valid-labels: class {twice[0]} stands there twice; each class folder has its own")
 
 
 def read_real_labels(which: str) -> list[set[int]]:
@@ -78,10 +82,23 @@ def read_real_labels(which: str) -> list[set[int]]:
             text = pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json").decode()
         else:
             text = Path(which).read_text(encoding="utf-8-sig")
-        return [set(labels) for labels in json.loads(text)]
-    except (OSError, ValueError, TypeError) as error:
+        return [_as_classes(number, labels) for number, labels in enumerate(_as_list(json.loads(text)))]
+    except (OSError, ValueError) as error:
         reason = one_line(error)
         raise DataError(f"--real-labels {which}: {reason}; give {BUILT_IN!r} or ReaL's real.json") from error
+
+
+def _as_list(content) -> list:
+    if not isinstance(content, list):
+        raise ValueError(f"expected a list with an entry for each validation image, found a {type(content).__name__}")
+    return content
+
+
+def _as_classes(number: int, labels) -> set[int]:
+    """One image's labels. Raises ValueError unless they are a list of ImageNet's classes."""
+    if not isinstance(labels, list) or not all(type(one) is int and 0 <= one < IMAGENET_CLASSES for one in labels):
+        raise ValueError(f"entry {number} is {labels!r}, not a list of class numbers from 0 to {IMAGENET_CLASSES - 1}")
+    return set(labels)
 
 
 def real_labels_of(dataset: ImageDataset, real: list[set[int]]) -> list[set[int]]:
