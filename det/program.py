@@ -11,7 +11,7 @@ from det.model import Detector
 from det.task import Detection
 from distributed import World, together
 from errors import ConfigError, as_config_error
-from main import evaluate_saved, run_program, say_own_data, train
+from lifecycle import evaluate_saved, run_program, say_own_data, train
 from report import RunLog
 
 

@@ -178,7 +178,7 @@ class SegmentationDataset(Dataset):
         view: how a training view is drawn; None for images as they are.
     """
 
-    on_broken = "raise"  # see datasets.ImageDataset: an unreadable image is never replaced
+    on_broken = "raise"  # see datasets.Items: an unreadable image is never replaced
     num_replaced = 0
 
     def __init__(self, source: Source, view: ViewSettings | None, seed: int = 0):

@@ -9,7 +9,7 @@ from build import assemble
 from dense import Backbone, build_backbone, load_backbone, load_dense
 from distributed import World, together
 from errors import ConfigError, as_config_error
-from main import evaluate_saved, run_program, say_own_data, train
+from lifecycle import evaluate_saved, run_program, say_own_data, train
 from report import RunLog
 from seg.arguments import parse
 from seg.data import build_datasets

@@ -22,7 +22,7 @@ from distributed import EXIT_CONFIG
 from errors import ConfigError as Refused
 from failures import explain, run_cli
 from inference import choose_device
-from main import run_program
+from lifecycle import run_program
 
 # Flag (with its other spellings, a switch with its negation): default. DeiT's and Vim's, as published; a
 # change here breaks somebody's script.

@@ -9,6 +9,7 @@ import timm
 import torch
 
 import models_mamba
+import vim_tokens
 from mamba_ssm.ops import backend, reference
 from models_mamba import VARIANTS, VisionMamba, resample_pos_embed
 from oracle_cases import fill, gradient_numbers, image, load_arrays, load_json
@@ -428,7 +429,7 @@ def test_disjoint_patches_are_those_of_the_strided_convolution(size, patch):
     torch.manual_seed(0)
     x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
     weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 3, *patch), (5,)))
-    out = models_mamba.embed_disjoint_patches(x, weight, bias)
+    out = vim_tokens.embed_disjoint_patches(x, weight, bias)
     right = torch.nn.functional.conv2d(x, weight, bias, patch)
     assert torch.allclose(out, right, rtol=0, atol=1e-12 * right.abs().max().item())
     assert out.flatten(2).transpose(1, 2).is_contiguous()  # tokens x channels in memory
@@ -445,8 +446,8 @@ def test_patches_gathered_by_16_bytes_have_the_same_pixels(size, patch, dtype):
     x = torch.randn(3, 3, *size).to(dtype)
     behind_an_element = torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
     for images in (x, x.transpose(2, 3).contiguous().transpose(2, 3), behind_an_element):
-        right = models_mamba.gather_patches(images, patch)
-        assert torch.equal(models_mamba.gather_patches_by_16_bytes(images, patch), right)
+        right = vim_tokens.gather_patches(images, patch)
+        assert torch.equal(vim_tokens.gather_patches_by_16_bytes(images, patch), right)
 
 
 @pytest.mark.parametrize("cls_token", models_mamba.CLS_TOKENS)
@@ -456,9 +457,9 @@ def test_tokens_written_once_are_those_of_the_plain_sum(cls_token):
     cls_tokens = torch.randn(1, len(models_mamba.CLS_TOKENS[cls_token]), 8).expand(3, -1, -1)
     pos_embed = torch.randn(1, 9 + cls_tokens.shape[1], 8, dtype=torch.float64)
     right = models_mamba.insert_cls_tokens(patches, cls_tokens, cls_token) + pos_embed
-    assert torch.equal(models_mamba.sum_tokens(patches, cls_tokens, pos_embed, cls_token), right)
-    assert models_mamba._is_untraced(patches)
-    torch.func.vmap(lambda row: pytest.fail("is untraced") if models_mamba._is_untraced(row) else row)(patches)
+    assert torch.equal(vim_tokens.sum_tokens(patches, cls_tokens, pos_embed, cls_token), right)
+    assert vim_tokens.is_untraced(patches)
+    torch.func.vmap(lambda row: pytest.fail("is untraced") if vim_tokens.is_untraced(row) else row)(patches)
 
 
 @pytest.mark.parametrize("device", DEVICES)

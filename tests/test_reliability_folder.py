@@ -221,7 +221,7 @@ def test_a_start_that_never_had_the_folder_is_no_start(first, tmp_path, monkeypa
     assert run(f"{QUICK} --seed 5 --epochs 1", tmp_path) == 0
     older, flags = pieces(tmp_path), f"{QUICK} --resume {first / 'checkpoint.pth'}"
     with monkeypatch.context() as patch, pytest.raises(ConnectionError):
-        patch.setattr("main.fetch", lambda address: (_ for _ in ()).throw(ConnectionError()))
+        patch.setattr("lifecycle.fetch", lambda address: (_ for _ in ()).throw(ConnectionError()))
         run(flags, tmp_path)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert run(flags, tmp_path) == 0
@@ -381,5 +381,5 @@ def test_an_epoch_of_fewer_images_is_one_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_a_finished_run_changes_nothing(number, tmp_path, monkeypatch):
-    monkeypatch.setattr("main.distributed.finish", lambda: signal.raise_signal(number))
+    monkeypatch.setattr("lifecycle.distributed.finish", lambda: signal.raise_signal(number))
     assert run(f"{QUICK} --epochs 1", tmp_path) == 0

@@ -14,7 +14,7 @@ from arguments import COMMON_FLAGS, Program, parse_args
 from datasets import DataBundle
 from distributed import World
 from errors import ConfigError
-from main import run_program, train
+from lifecycle import run_program, train
 from optim import Schedule, build_optimizer
 from report import RunLog
 
@@ -25,7 +25,7 @@ WORLD = World(0, 1, torch.device("cpu"))
 
 
 class Doubles(torch.utils.data.Dataset):
-    """Numbers x and what is to be learnt of them, 2 x; items are dictionaries, which torch's collate would stack."""
+    """`datasets.Items`: numbers x and what is to be learnt of them, 2 x; each a dictionary, as torch would not batch."""
 
     on_broken, num_replaced = "raise", 0
 

@@ -626,6 +626,6 @@ def _reason(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    import hub
+    import hub  # the commands `python checkpoint.py inspect` and `export`, which read files by this module
 
     sys.exit(hub.main())

@@ -49,6 +49,26 @@ class Source(Protocol):
         """Path or number by which a person finds the image."""
 
 
+class Items(Protocol):
+    """What the loop asks of a data set, whatever the task. Pictures may ask for more, such as `ImageDataset.raw`.
+
+    on_broken: "raise" if nothing that cannot be read is ever replaced; only otherwise is `check_share` called.
+    replaced: bool (size,), which items could not be read. num_replaced: how many.
+    """
+
+    on_broken: str
+    replaced: torch.Tensor
+    num_replaced: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: SampleKey | int):
+        """A training item by SampleKey(epoch, index, repeat), one for evaluation by index."""
+
+    def check_share(self) -> None:
+        """Raises DataError if too many could not be read."""
+
+
 @dataclass
 class Sources:
     """A data set before transforms. `train` is None when only evaluation was asked for."""
@@ -63,8 +83,8 @@ class Sources:
 class DataBundle:
     """Data of one run. `train` is None when only evaluation was asked for."""
 
-    train: "ImageDataset | None"
-    val: "ImageDataset"
+    train: Items | None
+    val: Items
     num_classes: int
     class_names: list[str]
     description: str

@@ -22,7 +22,7 @@ from errors import CheckpointError, ConfigError, as_config_error
 from failures import main_memory_is_full
 from fitting import LoadReport, grid_of_model, head_modules, load_weights
 from identity import DENSE_BACKBONE, grid_of
-from models_mamba import cls_token_positions
+from vim_tokens import cls_token_positions
 
 # Sizes of the levels that are made of a plain backbone's one map, over the map's, unless flags say others.
 SCALES = (4.0, 2.0, 1.0, 0.5)

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import faults
 from arguments import CHANGES_NOTHING
 from checkpoint import Checkpoint, CheckpointWriter, compare_classes
-from datasets import DataBundle, ImageDataset, build_loader
+from datasets import DataBundle, Items, build_loader
 from distributed import (
     EXIT_DONE,
     EXIT_REQUEUE,
@@ -108,7 +108,7 @@ class Run:
     schedule: Schedule
     scaler: torch.amp.GradScaler
     sampler: TrainSampler
-    dataset: ImageDataset
+    dataset: Items
     ema: WeightsEma | None = None
     stop: StopSignal = field(default_factory=StopSignal)
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)
@@ -395,7 +395,7 @@ def save(run: Run, best: bool = False) -> None:
     run.writer.store(args.output_dir, state, keep=args.keep_checkpoints, best=best)
 
 
-def share_replaced(dataset: ImageDataset, world: World) -> None:
+def share_replaced(dataset: Items, world: World) -> None:
     """Let every rank know of all images that some rank could not read. Raises DataError if they are too many."""
     if world.size > 1 and dataset.on_broken != "raise":
         counts = sum_over_ranks(dataset.replaced.int().to(world.device))

@@ -11,8 +11,8 @@ from timm.models import adapt_input_conv
 from torch import nn
 
 from errors import CheckpointError, check_choice, some_of
-from models_mamba import resample_pos_embed
 from vim_pretrained import unwrap_state_dict
+from vim_tokens import resample_pos_embed
 
 # What to do with weights whose grid nothing tells.
 TELL_THE_SIZE = (
@@ -204,7 +204,7 @@ def resize_pos_embed(
 
     Args:
         old_grid, new_grid: (H, W).
-        cls_token: where class slots lie, as in `models_mamba.CLS_TOKENS`.
+        cls_token: where class slots lie, as in `vim_tokens.CLS_TOKENS`.
         method: "grid" resamples the patches' slots and keeps the class slots' values at their places in the
             new order; "published" takes slot 0 for the class token even where that stands in the middle, as
             the published fine-tuning did, which shifts half of the grid by one patch.

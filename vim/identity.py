@@ -20,8 +20,9 @@ from augment import channel_statistics, crop_ratio
 from checkpoint import ENTRIES, Checkpoint
 from errors import CheckpointError, ConfigError, nearby, one_line
 from fitting import TELL_THE_SIZE, grid_of_model, load_weights
-from models_mamba import CLS_TOKENS, VARIANTS
+from models_mamba import VARIANTS
 from vim_pretrained import published_weights
+from vim_tokens import CLS_TOKENS
 
 SHORT_NAMES = [name for name in VARIANTS if "_bimambav2" not in name]
 

@@ -26,7 +26,8 @@ from drawing import literal, save_figure
 from errors import ConfigError, DataError
 from failures import run_cli
 from inference import Classifier, add_device_flag, add_model_flags, find_images, load_classifier
-from models_mamba import VisionMamba, split_cls_tokens
+from models_mamba import VisionMamba
+from vim_tokens import split_cls_tokens
 
 # Beyond this length the whole matrix takes minutes and shows nothing; the class token's row is always drawn.
 LONGEST_MATRIX = 800
