@@ -289,9 +289,9 @@ def test_hooks_before_a_projections_backward_are_run(of_all, name, undone):
     assert projection in seen
 
 
-HOLDERS = {"none": ["conv1d", "x_proj", "dt_proj"], "v1": ["conv1d", "x_proj", "dt_proj"],
+FUSED_MODULES = {"none": ["conv1d", "x_proj", "dt_proj"], "v1": ["conv1d", "x_proj", "dt_proj"],
            "v2": ["conv1d", "x_proj", "dt_proj", "conv1d_b", "x_proj_b", "dt_proj_b"]}  # fmt: skip
-OF_EACH_TYPE = [(kind, name) for kind, names in HOLDERS.items() for name in names]
+OF_EACH_TYPE = [(kind, name) for kind, names in FUSED_MODULES.items() for name in names]
 
 
 def paired(module, x):
@@ -304,16 +304,16 @@ def paired(module, x):
 
 @pytest.mark.parametrize("options", [{}, {"if_divide_out": True}, {"bias": True, "conv_bias": False}], ids=str)
 @pytest.mark.parametrize("use_fast_path", [True, False])
-@pytest.mark.parametrize("bimamba_type", HOLDERS)
+@pytest.mark.parametrize("bimamba_type", FUSED_MODULES)
 def test_modules_called_one_by_one_compute_the_same(bimamba_type, use_fast_path, options):
     torch.manual_seed(0)
     module = Mamba(24, d_state=8, bimamba_type=bimamba_type, use_fast_path=use_fast_path, **options).double()
     x, called = torch.randn(2, 11, 24, dtype=torch.float64), []
     expected = paired(module, x)
-    for name in HOLDERS[bimamba_type]:
+    for name in FUSED_MODULES[bimamba_type]:
         getattr(module, name).register_forward_hook(lambda it, *_: called.append(it))
     found = paired(module, x)
-    assert set(called) == {getattr(module, name) for name in HOLDERS[bimamba_type]}
+    assert set(called) == {getattr(module, name) for name in FUSED_MODULES[bimamba_type]}
     for name, right in expected.items():
         torch.testing.assert_close(found[name], right, rtol=1e-9, atol=1e-10, msg=name)
 
@@ -342,7 +342,7 @@ def test_what_doubles_the_output_of_a_holder_takes_effect(change, bimamba_type, 
     torch.testing.assert_close(module(x), doubled(x), rtol=1e-9, atol=1e-12)
 
 
-def test_hooks_of_a_holders_backward_are_run():
+def test_hooks_of_a_fused_modules_backward_are_run():
     module, seen = Mamba(16, bimamba_type="v2"), []
     module.x_proj_b.register_full_backward_hook(lambda it, *_: seen.append("after"))
     module.dt_proj.register_full_backward_pre_hook(lambda it, *_: seen.append("before"))
@@ -377,7 +377,7 @@ def test_calls_one_by_one_are_said_once(caplog):
 
 @pytest.mark.parametrize(("weights", "autocast"), [(torch.float32, True), (BF16, True), (BF16, False)])
 @pytest.mark.parametrize("name", ["x_proj", "dt_proj"])
-@pytest.mark.parametrize("bimamba_type", HOLDERS)
+@pytest.mark.parametrize("bimamba_type", FUSED_MODULES)
 def test_modules_called_in_16_bits_are_as_near_as_fused(bimamba_type, name, weights, autocast):
     torch.manual_seed(0)
     module, x = Mamba(32, bimamba_type=bimamba_type), torch.randn(2, 40, 32)
@@ -407,7 +407,7 @@ def test_the_bias_of_a_time_step_is_added_in_float32():
         assert delta.dtype == torch.float32 and bias is None
 
 
-@pytest.mark.parametrize("bimamba_type", HOLDERS)
+@pytest.mark.parametrize("bimamba_type", FUSED_MODULES)
 def test_modules_are_called_wherever_fused_operations_run(bimamba_type):
     """On no device in particular, in float64 under autocast."""
     module, x = Mamba(16, bimamba_type=bimamba_type).double(), torch.randn(2, 5, 16, dtype=torch.float64)
@@ -419,13 +419,13 @@ def test_modules_are_called_wherever_fused_operations_run(bimamba_type):
     assert module.to("meta")(x.to("meta")).shape == x.shape
 
 
-@pytest.mark.parametrize("bimamba_type", HOLDERS)
+@pytest.mark.parametrize("bimamba_type", FUSED_MODULES)
 def test_a_quantised_weight_is_left_to_its_module(bimamba_type):
     """As torchao's, which know torch's operations alone: a product is one, a fused mixer is none."""
     torch.manual_seed(0)
     module, x = Mamba(16, bimamba_type=bimamba_type), torch.randn(2, 5, 16)
     expected = module(x)
-    for name in ("in_proj", "out_proj", *(name for name in HOLDERS[bimamba_type] if "conv" not in name)):
+    for name in ("in_proj", "out_proj", *(name for name in FUSED_MODULES[bimamba_type] if "conv" not in name)):
         linear = getattr(module, name)
         linear.weight = torch.nn.Parameter(TwoTensor(linear.weight.data, linear.weight.data.clone()))
     torch._dynamo.reset()
@@ -464,7 +464,7 @@ class CausalConv1d(torch.nn.Conv1d):
         return super().forward(F.pad(x, (self.kernel_size[0] - 1, 0)))
 
 
-@pytest.mark.parametrize("bimamba_type", HOLDERS)
+@pytest.mark.parametrize("bimamba_type", FUSED_MODULES)
 def test_a_convolution_with_a_forward_of_its_own_is_its_own_affair(bimamba_type):
     torch.manual_seed(0)
     module, x = Mamba(16, bimamba_type=bimamba_type), torch.randn(2, 5, 16)
@@ -474,7 +474,7 @@ def test_a_convolution_with_a_forward_of_its_own_is_its_own_affair(bimamba_type)
     torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("bimamba_type", HOLDERS)
+@pytest.mark.parametrize("bimamba_type", FUSED_MODULES)
 def test_a_bias_of_the_x_projection_is_added(bimamba_type):
     torch.manual_seed(0)
     module, x = Mamba(16, bimamba_type=bimamba_type), torch.randn(2, 5, 16)
@@ -492,9 +492,9 @@ def test_the_classes_own_forward_bound_again_is_no_other(name):
     module, x = Mamba(16, bimamba_type="v2"), torch.randn(2, 5, 16)
     holder, expected = getattr(module, name), module(x)
     holder.forward = holder.forward
-    assert module._departure() is None and torch.equal(module(x), expected)
+    assert module._why_not_fusable() is None and torch.equal(module(x), expected)
     holder.forward = functools.partial(holder.forward)
-    assert module._departure() == f"{name} has a forward of its own"
+    assert module._why_not_fusable() == f"{name} has a forward of its own"
 
 
 @pytest.mark.parametrize(("name", "kept"), [("x_proj", "weight"), ("dt_proj_b", "bias"), ("conv1d", "weight")])
@@ -506,7 +506,7 @@ def test_pruning_takes_effect(name, kept):
     getattr(module, name).get_parameter(kept + "_orig").data *= 2  # what a forward pass must see
     pruned = module(x)
     prune.remove(getattr(module, name), kept)
-    assert module._departure() is None
+    assert module._why_not_fusable() is None
     torch.testing.assert_close(pruned, module(x), rtol=1e-4, atol=1e-6)
 
 
@@ -516,7 +516,7 @@ def test_a_parametrized_holder_of_weights_is_fused():
     module, x = Mamba(16, bimamba_type="v2"), torch.randn(2, 5, 16)
     expected = module(x)
     torch.nn.utils.parametrizations.weight_norm(module.x_proj)
-    assert module._departure() is None
+    assert module._why_not_fusable() is None
     torch.testing.assert_close(module(x), expected)
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mamba_ssm.modules.holders import HOLDERS, check_convolution, departure, is_bare
+from mamba_ssm.modules.fusable import FUSED_MODULES, check_convolution, is_plain_linear, why_not_fusable
 from mamba_ssm.ops import backend, reference
 from mamba_ssm.ops.bimamba import DirectionParameters, bimamba, bimamba_block, negative_exp, negative_exps
 from mamba_ssm.ops.selective_scan_interface import (
@@ -212,28 +212,28 @@ class Mamba(nn.Module):
         dt = torch.exp(uniform * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)).clamp(min=dt_init_floor)
         dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse softplus
 
-    def _departure(self) -> str | None:
+    def _why_not_fusable(self) -> str | None:
         """What of conv1d, x_proj and dt_proj the fused operations would leave out, in words, or None."""
         directions = ("", "_b") if self.bimamba_type == "v2" else ("",)
         for suffix in directions:
             check_convolution("conv1d" + suffix, getattr(self, "conv1d" + suffix))
         for suffix in directions:
-            for name, kind in HOLDERS.items():
-                found = departure(getattr(self, name + suffix), kind)
+            for name, kind in FUSED_MODULES.items():
+                found = why_not_fusable(getattr(self, name + suffix), kind)
                 if found is not None:
                     return f"{name}{suffix} {found}"
             if getattr(self, "x_proj" + suffix).bias is not None:
                 return f"x_proj{suffix} has a bias"
         return None
 
-    def _weight_holders(self, suffix: str = "") -> tuple[nn.Module, nn.Module, nn.Module]:
+    def _fused_modules(self, suffix: str = "") -> tuple[nn.Module, nn.Module, nn.Module]:
         """conv1d, x_proj and dt_proj of a direction."""
-        conv, x_proj, dt_proj = (getattr(self, name + suffix) for name in HOLDERS)
+        conv, x_proj, dt_proj = (getattr(self, name + suffix) for name in FUSED_MODULES)
         return conv, x_proj, dt_proj
 
     def _parameters_of(self, suffix: str, A: Tensor) -> DirectionParameters:
         """The parameters of the forward ("") or backward ("_b") direction of "v2"; A, or its logarithm."""
-        conv, x_proj, dt_proj = self._weight_holders(suffix)
+        conv, x_proj, dt_proj = self._fused_modules(suffix)
         return DirectionParameters(
             conv.weight.squeeze(1), conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A,
             getattr(self, "D" + suffix),
@@ -242,7 +242,7 @@ class Mamba(nn.Module):
     def _mix_v2(self, hidden_states: Tensor) -> Tensor:
         """The mixer "v2" with its projections: (B, L, E) -> (B, L, E)."""
         scale = 0.5 if self.if_divide_out else 1.0
-        if self.use_fast_path and is_bare(self.in_proj) and is_bare(self.out_proj):
+        if self.use_fast_path and is_plain_linear(self.in_proj) and is_plain_linear(self.out_proj):
             directions = self._parameters_of("", self.A_log), self._parameters_of("_b", self.A_b_log)
             weights = self.in_proj.weight, self.out_proj.weight
             return bimamba_block(hidden_states, *weights, *directions, scale, decay="log")
@@ -254,7 +254,7 @@ class Mamba(nn.Module):
     def _mix_channels_first(self, xz: Tensor) -> Tensor:
         """The mixers "none" and "v1": (B, L, 2 D) -> (B, L, D)."""
         xz = xz.transpose(1, 2)  # (B, 2 D, L)
-        conv, x_proj, dt_proj = self._weight_holders()
+        conv, x_proj, dt_proj = self._fused_modules()
         no_projection = None, None  # out_proj is called as the module it is
         weights = conv.weight, conv.bias, x_proj.weight, dt_proj.weight, *no_projection, negative_exp(self.A_log)
         options = {"D": self.D, "delta_bias": dt_proj.bias, "delta_softplus": True}
@@ -283,11 +283,11 @@ class Mamba(nn.Module):
 
         The bias sets the time step, and 16 bits round -4.6 by up to 1.6 %: the scan adds it in float32, if it may.
         """
-        conv, x_proj, dt_proj = self._weight_holders(suffix)
+        conv, x_proj, dt_proj = self._fused_modules(suffix)
         x, z = xz.chunk(2, dim=1)
         x = F.silu(conv(x)[..., : x.shape[-1]])
         dt, B, C = x_proj(x.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        if departure(dt_proj, nn.Linear) is None:
+        if why_not_fusable(dt_proj, nn.Linear) is None:
             delta, bias = F.linear(dt, dt_proj.weight.to(dt.dtype)), dt_proj.bias
         else:
             delta, bias = _in_float32(dt_proj, dt), None
@@ -311,7 +311,7 @@ class Mamba(nn.Module):
             )
         if inference_params is not None:
             return self._forward_cached(hidden_states, inference_params)
-        if (found := self._departure()) is not None:
+        if (found := self._why_not_fusable()) is not None:
             if self.use_fast_path and not torch.compiler.is_compiling():
                 _say_once(found)
             out = self.out_proj(self._mix_by_modules(self.in_proj(hidden_states)))
@@ -344,7 +344,7 @@ class Mamba(nn.Module):
         """`forward` of a prompt (B, L, E), which leaves its end in a cache, see `step`."""
         self._require_causal()
         self._check_cache(hidden_states, conv_state, ssm_state)
-        conv, x_proj, dt_proj = self._weight_holders()
+        conv, x_proj, dt_proj = self._fused_modules()
         xz, A = self.in_proj(hidden_states).transpose(1, 2), negative_exp(self.A_log)  # (B, 2 D, L)
         x, z, delta, B, C = scan_inputs(xz, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, A)
         scan = selective_scan_fn if self.use_fast_path else selective_scan_ref
@@ -363,7 +363,7 @@ class Mamba(nn.Module):
         if hidden_states.shape[1] != 1:
             raise ValueError(f"step takes one token, (B, 1, E), not {tuple(hidden_states.shape)}")
         self._check_cache(hidden_states, conv_state, ssm_state)
-        conv, x_proj, dt_proj = self._weight_holders()
+        conv, x_proj, dt_proj = self._fused_modules()
         x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)  # (B, D) each
         latest = torch.cat([conv_state[..., 1:], x.unsqueeze(-1).to(conv_state.dtype)], dim=-1)  # (B, D, W)
         conv_state.copy_(latest.detach())
@@ -408,7 +408,7 @@ class Mamba(nn.Module):
                 f"inference_params with bimamba_type={self.bimamba_type!r}: a bidirectional layer needs the whole "
                 "sequence; call forward without a cache, or use bimamba_type='none'"
             )
-        if (found := self._departure()) is not None:
+        if (found := self._why_not_fusable()) is not None:
             raise TypeError(
                 f"{found}, and a cache is kept by the parameters of conv1d, x_proj and dt_proj alone: adapt in_proj or "
                 "out_proj instead, or merge the adapter (peft: merge_and_unload()), or take the hooks away"

@@ -5,10 +5,10 @@ from types import MethodType
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-HOLDERS = {"conv1d": nn.Conv1d, "x_proj": nn.Linear, "dt_proj": nn.Linear}  # of each direction
+FUSED_MODULES = {"conv1d": nn.Conv1d, "x_proj": nn.Linear, "dt_proj": nn.Linear}  # of each direction
 
 
-def departure(module: nn.Module, kind: type[nn.Module]) -> str | None:
+def why_not_fusable(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """What a `kind` of the module's parameters would leave out, in words that follow its name, or None.
 
     A parametrization leaves nothing out: it computes the parameter where that is read.
@@ -32,11 +32,11 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
-def is_bare(linear: nn.Module) -> bool:
+def is_plain_linear(linear: nn.Module) -> bool:
     """Whether calling this projection is a product with its weight and nothing else: no adapter, bias or hook."""
     if type(linear) is not nn.Linear or linear.bias is not None or linear._compiled_call_impl is not None:
         return False
-    return "forward" not in vars(linear) and not _has_any_global_hook() and departure(linear, nn.Linear) is None
+    return "forward" not in vars(linear) and not _has_any_global_hook() and why_not_fusable(linear, nn.Linear) is None
 
 
 def check_convolution(name: str, conv: nn.Module) -> None:
