@@ -7,12 +7,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
 from datasets import DataBundle
-from drawing import literal, save_figure
+from drawing import literal, new_figure, save_figure
 from seg.evaluation import Segmented
 from seg.views import IGNORED
 
@@ -66,7 +65,7 @@ def file_names(result: Segmented, data: DataBundle) -> list[str]:
 def draw_samples(result: Segmented, data: DataBundle, colours: np.ndarray, path: Path) -> None:
     """Image, label, prediction and what is wrong of the first samples, a row each."""
     samples = result.samples[:MOST_ROWS]
-    figure = Figure(figsize=(10, 0.9 + 2.5 * max(1, len(samples))), layout="constrained")
+    figure = new_figure(10, 0.9 + 2.5 * max(1, len(samples)), layout="constrained")
     figure.suptitle(f"{result.words}; {result.images:,} images")
     panels = figure.subplots(max(1, len(samples)), 4, squeeze=False)
     for panel, title in zip(panels[0], ("image", "label", "prediction", "wrong pixels")):
@@ -96,7 +95,7 @@ def draw_classes(result: Segmented, names: list[str], path: Path) -> None:
     iou = result.iou
     order = [label for label in iou.argsort().tolist() if not iou[label].isnan()][:MOST_BARS]
     order = sorted(order) if len(names) <= MOST_BARS else order
-    figure = Figure(figsize=(7, 1.2 + 0.24 * len(order)), layout="constrained")
+    figure = new_figure(7, 1.2 + 0.24 * len(order), layout="constrained")
     axes = figure.subplots()
     axes.barh(range(len(order)), [iou[label].item() for label in order], color="#4477aa")
     axes.set_yticks(range(len(order)), [literal(names[label]) for label in order])  # two may have the same name

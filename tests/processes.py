@@ -34,7 +34,8 @@ QUICK = (
 PICTURES = ("draw_curves", "draw_confusion", "draw_mistakes")
 STEPS = 11  # of an epoch, with 1,437 digits in batches of 128 images
 CONTEXT = multiprocessing.get_context("forkserver")
-IMPORTED_LATE = ["sklearn.datasets", "sklearn.model_selection", "torch.utils.tensorboard"]  # by a run, not by main.py
+# By a run, not by main.py.
+IMPORTED_LATE = ["matplotlib.figure", "sklearn.datasets", "sklearn.model_selection", "torch.utils.tensorboard"]
 CONTEXT.set_forkserver_preload(["processes", *IMPORTED_LATE])
 Program = Callable[[list[str]], int | None]  # of the flags; the exit code
 

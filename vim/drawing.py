@@ -1,16 +1,21 @@
 """The pictures of a run: curves over epochs, the confusion matrix, the most confident mistakes."""
 
+from __future__ import annotations
+
 import re
 import sys
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 
 from datasets import DataBundle
 from evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # More names than this on an axis cannot be read.
 MOST_NAMES = 40
@@ -21,7 +26,7 @@ LACKING = re.compile(r"Glyph \d+ .*missing from font\(s\) (.*)\.")
 def draw_curves(rows: list[dict], path: Path, score: tuple[str, str]) -> None:
     """Loss, score and learning rate over epochs, side by side."""
     name, column = score
-    figure = Figure(figsize=(12, 3.5))
+    figure = new_figure(12, 3.5)
     panels = figure.subplots(1, 3)
     figure.subplots_adjust(left=0.04, right=0.99, bottom=0.15, top=0.91, wspace=0.18)
     wanted = (
@@ -45,7 +50,7 @@ def draw_confusion(confusion: torch.Tensor, names: list[str], path: Path) -> Non
     """Counts (C, C) of (label, predicted), each row as shares of its label's images."""
     shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp_min(1)
     size = min(4 + 0.3 * len(confusion), 14)
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    figure = new_figure(size + 1, size, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="label", title="share of each label's images")
@@ -65,7 +70,7 @@ def draw_mistakes(evaluation: Evaluation, data: DataBundle, path: Path, columns:
     """The images that the model was surest about and wrong, with label, prediction and confidence."""
     mistakes, names = evaluation.mistakes, data.class_names
     lines = max(1, -(-len(mistakes) // columns))
-    figure = Figure(figsize=(columns * 1.9, 0.6 + lines * 2.3), layout="constrained")
+    figure = new_figure(columns * 1.9, 0.6 + lines * 2.3, layout="constrained")
     figure.suptitle(f"most confident mistakes; {evaluation.top1:.2f} % of {evaluation.images:,} images are right")
     for panel in figure.subplots(lines, columns, squeeze=False).flat:
         panel.axis("off")
@@ -75,6 +80,13 @@ def draw_mistakes(evaluation: Evaluation, data: DataBundle, path: Path, columns:
         title = f"{label}\ntaken for {predicted}, {100 * mistake.confidence:.0f} %"
         panel.set_title(literal(title), fontsize=8)
     save_figure(figure, path)
+
+
+def new_figure(width: float, height: float, layout: str | None = None) -> Figure:
+    """An empty figure of so many inches. matplotlib is imported for the first one: it takes a second of every rank."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
