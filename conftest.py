@@ -41,13 +41,14 @@ def triton_interpreter():
 
 @pytest.fixture
 def emulated_cuda(monkeypatch):
-    """The mixer's CUDA kernels, compiled by g++, run on CPU tensors."""
+    """The mixer's CUDA kernels, compiled by g++, run on CPU tensors. What is compiled stays out of the user's cache."""
     pytest.importorskip("triton")  # in which the rest of their backend is written
     from mamba_ssm.ops import backend
     from mamba_ssm.ops.cuda import runtime
 
-    emulation = Path(__file__).parent / "mamba-1p1p1" / "tests" / "cuda_emulation.h"
-    monkeypatch.setenv("MAMBA_SSM_CUDA_EMULATION", str(emulation))
+    root = Path(__file__).parent
+    monkeypatch.setenv("MAMBA_SSM_CUDA_EMULATION", str(root / "mamba-1p1p1" / "tests" / "cuda_emulation.h"))
+    monkeypatch.setenv("MAMBA_SSM_CACHE", str(root / "output" / "emulated-kernels"))
     for cached in (backend.load, runtime.load):
         cached.cache_clear()
     yield

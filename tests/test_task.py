@@ -25,7 +25,7 @@ WORLD = World(0, 1, torch.device("cpu"))
 
 
 class Doubles(torch.utils.data.Dataset):
-    """`datasets.Items`: numbers x and what is to be learnt of them, 2 x; dictionaries, which torch does not batch so."""
+    """`datasets.Items`: numbers x and what is to be learnt of them, 2 x; dictionaries, which torch batches its way."""
 
     on_broken, num_replaced = "raise", 0
 

@@ -107,7 +107,7 @@ def causal_conv1d_update(
     if cache_seqlens is None:
         recent = torch.cat([conv_state, x.to(conv_state.dtype)], dim=-1)  # (B, D, state + S)
         before = conv_state[..., state_length - (width - 1) :].clone()
-        conv_state.copy_(recent[..., -state_length:].detach())
+        conv_state.copy_(recent[..., recent.shape[-1] - state_length :].detach())
         return causal_conv1d(x, weight, bias, before, silu)
     positions = torch.arange(-(width - 1), 0, device=x.device) + cache_seqlens[:, None]  # (B, W-1)
     slots = positions.remainder(state_length).unsqueeze(1).expand(-1, x.shape[1], -1)

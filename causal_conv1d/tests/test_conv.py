@@ -210,6 +210,15 @@ def test_a_cache_stays_out_of_the_graph(seqlens):
     torch.testing.assert_close(x.grad, weight[:, -1].detach()[None, :, None].expand(2, 4, 3))
 
 
+@pytest.mark.parametrize("function", [causal_conv1d_update, causal_conv1d_update_ref])
+@pytest.mark.parametrize("slots", [0, 1, 3])
+def test_an_update_of_width_one_needs_no_cache(slots, function):
+    x, weight = torch.randn(2, 4, 3), torch.randn(4, 1)
+    state = torch.zeros(2, 4, slots)
+    torch.testing.assert_close(function(x, state, weight), x * weight[:, 0, None].expand(4, 3))
+    assert torch.equal(state, x[..., 3 - slots :])
+
+
 def test_an_update_names_what_is_no_tensor():
     with pytest.raises(TypeError, match="conv_state must be a tensor, not None"):
         causal_conv1d_update(torch.zeros(2, 4), None, torch.zeros(4, 4))
@@ -379,10 +388,10 @@ def test_the_backend_of_a_device_is_said(caplog):
     assert caplog.messages == ["xpu tensors: reference backend"]
 
 
-def test_report_of_backends():
-    run = subprocess.run(
-        [sys.executable, "-m", "causal_conv1d"], capture_output=True, text=True, check=True, env=dict(os.environ)
-    )
+def test_report_of_backends(tmp_path):
+    """From a folder where nothing of ours is."""
+    command = [sys.executable, "-m", "causal_conv1d"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, env=dict(os.environ))
     assert package.__version__ in run.stdout
     assert all(name in run.stdout for name in ("reference  available", "cpu", "triton", backend.ENVIRONMENT_VARIABLE))
 

@@ -63,10 +63,10 @@ def test_the_backend_of_a_device_is_said(caplog):
     assert caplog.messages == ["xpu tensors: reference backend"]
 
 
-def test_report_of_backends():
-    run = subprocess.run(
-        [sys.executable, "-m", "mamba_ssm"], capture_output=True, text=True, check=True, env=dict(os.environ)
-    )
+def test_report_of_backends(tmp_path):
+    """From a folder where nothing of ours is."""
+    command = [sys.executable, "-m", "mamba_ssm"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, env=dict(os.environ))
     assert package.__version__ in run.stdout
     assert all(name in run.stdout for name in ("reference  available", "cpu", "triton", backend.ENVIRONMENT_VARIABLE))
 

@@ -113,12 +113,13 @@ def test_mixer_shapes(isa, case):
     check_mixer(B=2, L=70, dtype=torch.float32, **case)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 @pytest.mark.parametrize("B", [1, 2, 3])
-def test_mixer_threads(B, threads):
+def test_mixer_threads(B, threads, dtype):
     """Whole items, directions that meet in the middle, and channel groups: however the work is dealt out."""
     torch.set_num_threads(threads)
-    check_mixer(B=B, L=131, D=72, N=16, R=5, W=4, dtype=torch.float32)
+    check_mixer(B=B, L=131, D=72, N=16, R=5, W=4, dtype=dtype)
 
 
 def test_mixer_backward_repeats_bit_for_bit():
@@ -515,6 +516,19 @@ def test_sums_over_many_tokens_do_not_drift(isa):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("rows, width", [(50, 192), (7, 37), (1, 5)])
 def test_add_norm(isa, rows, width, dtype, residual_dtype, kind):
+    check_add_norm(rows, width, dtype, residual_dtype, kind)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_add_norm_threads(threads, dtype, kind):
+    """Each sums the weights' gradients over its own rows."""
+    torch.set_num_threads(threads)
+    check_add_norm(500, 37, dtype, torch.float32, kind)
+
+
+def check_add_norm(rows, width, dtype, residual_dtype, kind):
     torch.manual_seed(0)
     x = torch.randn(rows, width).to(dtype)
     residual = None if residual_dtype is None else torch.randn(rows, width).to(residual_dtype)

@@ -6,6 +6,8 @@ import os
 import shutil
 import struct
 import subprocess
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 pytest.importorskip("triton")
 import test_cuda_kernels as mixer
+from once import kept, shared_folder
 
 from mamba_ssm.ops.cuda import bimamba as kernels
 from mamba_ssm.ops.cuda import runtime
@@ -69,28 +72,31 @@ def write(path: Path, file: str, name: str, grid, threads: int, shared: int, arg
 
 
 def compiled(folder: Path, file: str, name: str, defines: tuple) -> Path:
-    program = folder / f"{name}-{abs(hash(defines))}"
+    """With -O0 it would be compiled in less time, and half of the controls' races not be found."""
+    program = Path(tempfile.mkdtemp(dir=folder)) / name
     flags = [f"-D{key}={value}" for key, value in (*defines, ("KERNEL", name), ("SOURCE", f'"{file}"'))]
-    if not program.exists():
-        command = ["g++", "-O1", "-g", "-std=c++17", "-fsanitize=thread", "-DVIM_EMULATION", *flags]
-        command += [f"-I{runtime.FOLDER}", str(TESTS / "cuda_races.cpp"), "-o", str(program)]
-        subprocess.run(command, check=True)
+    command = ["g++", "-O1", "-g1", "-std=c++17", "-fsanitize=thread", "-DVIM_EMULATION", *flags]
+    command += [f"-I{runtime.FOLDER}", str(TESTS / "cuda_races.cpp"), "-o", str(program)]
+    subprocess.run(command, check=True)
     return program
 
 
 def end_of(program: Path, launch: Path, **environment: str) -> tuple[int, str]:
+    environment |= {"TSAN_OPTIONS": "atexit_sleep_ms=0"}  # else it waits a second for threads of the system: none here
     command = [program, launch]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stderr
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    return tmp_path_factory.mktemp("programs")
+def program_of(tmp_path_factory):
+    """program_of(file, kernel, definitions): compiled once for all tests of this file."""
+    folder = shared_folder(tmp_path_factory, "programs")
+    return partial(kept(folder, compiled), folder)
 
 
 @pytest.mark.parametrize("few", [True, False], ids=["two-channels", "four-channels"])
-def test_no_kernel_has_a_race(few, programs, tmp_path, monkeypatch):
+def test_no_kernel_has_a_race(few, program_of, tmp_path, monkeypatch):
     """An odd and an even number of tiles, of which the last is not whole; idle warps; a sequence of one tile; sequences
     cut in pieces."""
     seen = set()
@@ -99,7 +105,7 @@ def test_no_kernel_has_a_race(few, programs, tmp_path, monkeypatch):
         for file, name, defines, *launch in once.values():
             if (name, defines) in seen and not name.startswith("scan_"):  # the others' loops are the same at any length
                 continue
-            program = compiled(programs, file, name, defines)
+            program = program_of(file, name, defines)
             status, said = end_of(program, write(tmp_path / "launch", file, name, *launch))
             assert status == NONE, f"{name} {dict(defines)}, {length} tokens:\n{said[:3000]}"
             seen.add((name, defines))
@@ -107,12 +113,12 @@ def test_no_kernel_has_a_race(few, programs, tmp_path, monkeypatch):
     assert expected <= {name for name, _ in seen}
 
 
-def races_of_scans(launches: list[tuple], missing: str, programs, tmp_path) -> dict[str, bool]:
+def races_of_scans(launches: list[tuple], missing: str, program_of, tmp_path) -> dict[str, bool]:
     """Whether a race of each is found where barriers or announcements of that name order nothing."""
     found = {}
     for file, name, defines, *launch in launches:
         if name.startswith("scan_") and dict(defines).get("FOR_BACKWARD") != 0:
-            program, launch = compiled(programs, file, name, defines), write(tmp_path / "launch", file, name, *launch)
+            program, launch = program_of(file, name, defines), write(tmp_path / "launch", file, name, *launch)
             status, _ = end_of(program, launch, EMULATION_UNORDERED=missing)
             assert status in (NONE, RACE)
             found[name] = found.get(name, False) or status == RACE
@@ -120,13 +126,13 @@ def races_of_scans(launches: list[tuple], missing: str, programs, tmp_path) -> d
 
 
 @pytest.mark.parametrize("missing", ["sync_block", "sync_named", "sync_warp"])
-def test_a_missing_barrier_is_a_race(missing, programs, tmp_path, monkeypatch):
+def test_a_missing_barrier_is_a_race(missing, program_of, tmp_path, monkeypatch):
     """The control of the test above: with any kind of barrier ordering nothing, both scans' races are found."""
-    found = races_of_scans(launches_of(False, 17, 96, monkeypatch), missing, programs, tmp_path)
+    found = races_of_scans(launches_of(False, 17, 96, monkeypatch), missing, program_of, tmp_path)
     assert found == {"scan_forward": True, "scan_backward": missing != "sync_named"}, "backward has no named barriers"
 
 
-def test_a_piece_that_is_not_waited_for_is_a_race(programs, tmp_path, monkeypatch):
+def test_a_piece_that_is_not_waited_for_is_a_race(program_of, tmp_path, monkeypatch):
     """The control of the first test's sequences in pieces, which come from forward alone."""
     launches = [launch for launch in launches_of(False, 37, 32, monkeypatch, batch=5) if launch[1] == "scan_forward"]
-    assert races_of_scans(launches, "announce", programs, tmp_path) == {"scan_forward": True}
+    assert races_of_scans(launches, "announce", program_of, tmp_path) == {"scan_forward": True}

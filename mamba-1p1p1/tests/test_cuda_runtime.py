@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from once import kept, shared_folder
 
 from mamba_ssm.ops.cuda import runtime
 
@@ -38,7 +39,7 @@ compiles = pytest.mark.skipif(compiler_problem() is not None, reason=str(compile
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+    return shared_folder(tmp_path_factory, "emulated-kernels")
 
 
 @pytest.fixture
@@ -311,7 +312,7 @@ def run_under_address_sanitizer(program: str, cache, *arguments: str) -> subproc
         pytest.skip("g++ has no address sanitizer")
     environment = os.environ | {
         "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "MAMBA_SSM_CACHE": str(cache),
-        "MAMBA_SSM_CUDA_EMULATION": str(EMULATION), "MAMBA_SSM_CUDA_EMULATION_FLAGS": "-g -fsanitize=address",
+        "MAMBA_SSM_CUDA_EMULATION": str(EMULATION), "MAMBA_SSM_CUDA_EMULATION_FLAGS": "-g1 -O0 -fsanitize=address",
     }  # fmt: skip
     command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -424,6 +425,36 @@ def test_machine_code_is_kept(monkeypatch, tmp_path):
     for _ in range(2):
         assert [runtime.cached_cubin(*case) for case in cases] == [b"code %d" % (i + 1) for i in range(len(cases))]
     assert len(compiled) == len(cases) == len(list((tmp_path / "cache").iterdir()))
+
+
+@compiles
+@pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: whole[:-1], lambda whole: b"?" + whole[1:]])
+def test_damaged_machine_code_is_compiled_anew(damage, monkeypatch, tmp_path):
+    """As a machine that crashed leaves it. Else no later process could load it."""
+    compiled = []
+    monkeypatch.setattr(runtime, "compile_cubin", lambda *args: compiled.append(args) or b"code")
+    monkeypatch.setenv("MAMBA_SSM_CACHE", str(tmp_path))
+    case = (runtime.read_source(str(PROBE)), (), "sm_90")
+    assert runtime.cached_cubin(*case) == b"code"
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    for _ in range(2):
+        assert runtime.cached_cubin(*case) == b"code"
+    assert len(compiled) == 2
+
+
+@compiles
+def test_without_a_home_the_cache_is_done_without(monkeypatch, tmp_path):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for variable in ("MAMBA_SSM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.setattr(runtime, "compile_cubin", lambda *args: b"code")
+    assert runtime.cached_cubin(runtime.read_source(str(PROBE)), (), "sm_90") == b"code"
+    monkeypatch.setenv("MAMBA_SSM_CACHE", str(tmp_path))
+    assert runtime.cache_folder() == tmp_path
 
 
 @compiles
@@ -612,6 +643,14 @@ def gpu_code():
     return gpu_code
 
 
+@pytest.fixture
+def compiled_once(gpu_code, tmp_path_factory, monkeypatch):
+    """Half of these kernels are test_machine_code.py's, too."""
+    folder = shared_folder(tmp_path_factory, "machine-code")
+    monkeypatch.setattr(runtime, "compile_cubin", kept(folder, runtime.compile_cubin))
+    monkeypatch.setattr(gpu_code, "cuobjdump", kept(folder, gpu_code.cuobjdump))
+
+
 @pytest.fixture(scope="module")
 def package_launches(gpu_code):
     """All (file, kernel, definitions) that the mixers of Vim-Ti, -S and -B launch."""
@@ -632,6 +671,7 @@ def test_every_kernel_of_the_package_is_launched(package_launches):
 
 @compiles
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_once")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_no_register_is_spilled_and_no_barrier_is_numbered_by_one(package_launches, gpu_code, arch):
     """The package's kernels compile without a GPU. A barrier numbered by a register claims all that there are."""

@@ -119,6 +119,21 @@ def test_autocast_stays_close_to_float32(d_model, hidden_dtype):
         assert (low - exact).abs().max() <= 1e-2 * exact.abs().max(), name
 
 
+@pytest.mark.parametrize("bimamba_type", ["none", "v1", "v2"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_mixer_compiles_into_one_graph_for_any_size(autocast, bimamba_type):
+    """Sizes of the input that are symbols from the first call on."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    module, tokens = Mamba(32, bimamba_type=bimamba_type), torch.randn(2, 9, 32, requires_grad=True)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.autocast("cpu", BF16, enabled=autocast):
+        found, expected = compiled(tokens), module(tokens)
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(out.square().sum(), tokens)[0] for out in (found, expected)]
+    assert (grads[0] - grads[1]).abs().max() <= (1e-2 if autocast else 1e-5) * grads[1].abs().max()
+
+
 def test_mixer_compiles_into_one_graph_under_autocast():
     torch.manual_seed(0)
     module, tokens = Mamba(32, bimamba_type="v2", if_divide_out=True), torch.randn(2, 9, 32)
@@ -554,6 +569,32 @@ def test_torch_func_differentiates_forwards_and_backwards(bimamba_type, use_fast
     torch.testing.assert_close(torch.func.jacfwd(loss)(x), grad)
     whole = torch.func.vmap(torch.func.grad(lambda row: loss(row[None])))(x)
     torch.testing.assert_close(whole, grad)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("bimamba_type", ["none", "v1", "v2"])
+def test_gradients_of_what_vmap_computed(bimamba_type, frozen):
+    """Backward after `vmap`, inside of which no batched tensor says that it needs a gradient."""
+    torch.manual_seed(0)
+    module = Mamba(16, d_state=4, bimamba_type=bimamba_type).requires_grad_(not frozen)
+    rows = torch.randn(3, 2, 5, 16, requires_grad=True)
+    found, expected = torch.vmap(module)(rows), torch.stack([module(row) for row in rows])
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), rows)[0] for out in (found, expected)))
+
+
+def test_an_ensemble_trains():
+    """torch's recipe: stacked weights, one module called by `functional_call` under `vmap`."""
+    torch.manual_seed(0)
+    modules, x = [Mamba(16, d_state=4, bimamba_type="v2") for _ in range(3)], torch.randn(2, 5, 16)
+    stacked, _ = torch.func.stack_module_state(modules)
+    found = torch.vmap(lambda weights: torch.func.functional_call(modules[0], weights, (x,)))(stacked)
+    expected = torch.stack([module(x) for module in modules])
+    torch.testing.assert_close(found, expected)
+    grads = torch.autograd.grad(found.square().sum(), list(stacked.values()))
+    expected.square().sum().backward()
+    for name, grad in zip(stacked, grads):
+        torch.testing.assert_close(grad, torch.stack([module.get_parameter(name).grad for module in modules]))
 
 
 @pytest.mark.parametrize("frozen", [False, True])

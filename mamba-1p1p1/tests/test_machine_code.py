@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from once import shared_folder
 
 triton = pytest.importorskip("triton")
 
@@ -22,11 +23,28 @@ RECORDED_VERSION = triton.__version__ == RECORDED["triton"]
 SPILLED = 0 if RECORDED_VERSION else 8  # bytes: another Triton may keep one number fewer in registers (3.6: none)
 
 
+# gpu_code.py, which compiles nothing and reads nothing that test_cuda_runtime.py has compiled and read.
+PROGRAM = """
+import sys
+from pathlib import Path
+
+tests, benchmarks, kept_in, *flags = sys.argv[1:]
+sys.path[:0] = [tests, benchmarks]
+import gpu_code
+from once import kept
+
+gpu_code.cuda_runtime.compile_cubin = kept(Path(kept_in), gpu_code.cuda_runtime.compile_cubin)
+gpu_code.cuobjdump = kept(Path(kept_in), gpu_code.cuobjdump)
+gpu_code.main(flags)
+"""
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """The table of this checkout, from a process of its own: it replaces Triton's driver."""
     folder = tmp_path_factory.mktemp("gpu_code")
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_code.py"), "--out", str(folder)]
+    places = (Path(__file__).parent, ROOT / "benchmarks", shared_folder(tmp_path_factory, "machine-code"))
+    command = [sys.executable, "-c", PROGRAM, *map(str, places), "--out", str(folder)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]

@@ -399,16 +399,21 @@ def test_a_scans_result_of_one_token_may_be_changed_in_place(dtype):
     assert torch.isfinite(u.grad).all()
 
 
-def test_results_may_be_changed_in_place():
-    inputs = scan_inputs()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_results_may_be_changed_in_place(dtype):
+    """A result that is a view of what the kernel wrote would be refused by autograd."""
+    inputs = scan_inputs(dtype=dtype)
     out = selective_scan_fn(*inputs, delta_softplus=True)
     out += inputs[0]
-    xz, ahead, behind = mixer_inputs()
+    xz, ahead, behind = mixer_inputs(dtype=dtype)
     y = bimamba(xz, ahead, behind)
     y += xz[..., : y.shape[-1]]
+    in_proj, out_proj = torch.randn(12, 12, dtype=dtype), torch.randn(12, 6, dtype=dtype)
+    block = bimamba_block(xz, in_proj, out_proj, ahead, behind)
+    block += xz
     norm = rms_norm_fn(xz, torch.ones(xz.shape[-1], dtype=xz.dtype), None)
     norm += xz
-    (out.sum() + y.sum() + norm.sum()).backward()
+    (out.sum() + y.sum() + block.sum() + norm.sum()).backward()
     assert torch.isfinite(inputs[0].grad).all() and torch.isfinite(xz.grad).all()
 
 
@@ -735,6 +740,20 @@ def test_backward_without_saved_tensors():
     kernels = backend.choose("selective_scan", out.device, out.dtype, d_state=4)
     if kernels.selective_scan_saved_bytes(2, 6, 7, 4, torch.float32) == 0:
         pytest.skip("this backend recomputes everything")
+    with pytest.raises(RuntimeError, match="save=True"):
+        out.sum().backward()
+
+
+@needs_block
+@pytest.mark.parametrize("operation", ["bimamba", "bimamba_block"])
+def test_backward_of_a_mixer_without_saved_tensors(operation):
+    """The kernels would read behind an empty tensor."""
+    xz, ahead, behind = mixer_inputs(L=200, D=32, dtype=torch.float32)
+    if operation == "bimamba":
+        out = torch.ops.mamba_ssm.bimamba(xz, *ahead, *behind, 0.5, False)[0]
+    else:
+        projected = torch.randn(2, 200, 16), torch.randn(64, 16), torch.randn(16, 32)
+        out = torch.ops.mamba_ssm.bimamba_block(*projected, *ahead, *behind, 0.5, False, False)[0]
     with pytest.raises(RuntimeError, match="save=True"):
         out.sum().backward()
 

@@ -20,16 +20,17 @@ KERNEL_TESTS = Path(__file__).with_name("test_triton_kernels.py")
 
 
 def run_interpreted(*arguments):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(KERNEL_TESTS), *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
 
 
+@pytest.mark.parametrize("which", ["scan", "not scan"])  # so that two of pytest's workers share them
 @pytest.mark.usefixtures("triton_interpreter")
-def test_kernels_in_the_interpreter():
-    run_interpreted("-m", "not slow")
+def test_kernels_in_the_interpreter(which):
+    run_interpreted("-m", "not slow", "-k", which)
 
 
 @pytest.mark.slow

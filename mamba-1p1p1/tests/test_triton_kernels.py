@@ -5,6 +5,7 @@ kernels on CPU tensors. On a GPU the same cases run there: `-m gpu`. Tolerances:
 max|x - r| / max|r| <= 2e-5 with float32 tensors, 6e-3 for 16-bit activations.
 """
 
+import dataclasses
 import os
 
 import pytest
@@ -63,12 +64,26 @@ def the_same_gradients():
 
 
 @pytest.fixture(autouse=True)
-def language_patched_once(monkeypatch):
-    """Triton's interpreter patches its language again wherever a kernel calls a function: half of its time."""
+def interpreter_without_repeated_work(monkeypatch):
+    """Triton's interpreter patches its language again wherever a kernel calls a function: half of its time. Of the rest
+    two fifths go into overflows of integers, computed and then not looked at, and into tables of types.
+    """
     if INTERPRETED:
         from triton import language
         from triton.runtime import interpreter
 
+        options = interpreter.interpreter_builder.options
+        if not options.debug:  # which alone looks at them
+            unchecked = dataclasses.replace(options, sanitize_overflow=False)
+            monkeypatch.setattr(interpreter.interpreter_builder, "options", unchecked)
+        numpy_type, known = interpreter._get_np_dtype, {}
+
+        def known_numpy_type(dtype):
+            if dtype.name not in known:
+                known[dtype.name] = numpy_type(dtype)
+            return known[dtype.name]
+
+        monkeypatch.setattr(interpreter, "_get_np_dtype", known_numpy_type)
         patch = interpreter._patch_lang
 
         def patch_once(function):
@@ -193,6 +208,22 @@ def test_long_strides_take_64_bit_offsets():
     inputs = selective_scan.ScanInputs(u, u, None, u[..., :1], u[..., :1], *[(None, None)] * 4, False)
     assert selective_scan._is_wide(inputs, length=3)
     assert not selective_scan._is_wide(inputs, length=1)
+
+
+def test_channels_far_apart_take_64_bit_offsets():
+    """Of a channels-first sequence: 2^31 elements between its first and its last channel."""
+    for stride, wide in ((2**29, True), (2**28, False)):
+        u = torch.empty(1, 1, 4, 3, device="meta").as_strided((1, 1, 4, 3), (0, 0, stride, 1))
+        inputs = selective_scan.ScanInputs(u, u, None, u[..., :1], u[..., :1], *[(None, None)] * 4, False)
+        assert selective_scan._is_wide(inputs, length=3) == wide
+
+
+@pytest.mark.parametrize("case", ["whole-blocks-bf16", "groups", "odd-states"])
+@pytest.mark.parametrize("cut", [(64, 2), (64, 1)], ids=["sm_80", "amd"])
+def test_scan_backward_cut_for_other_devices(cut, case, monkeypatch):
+    """Channels of a program and of a thread: elsewhere the interpreter takes those of sm_90."""
+    monkeypatch.setattr(selective_scan, "backward_block", lambda: cut)
+    test_scan(SCANS[case])
 
 
 def test_small_steps_keep_their_digits():

@@ -49,7 +49,7 @@ def _interpreted() -> bool:
 
 
 def _emulated() -> bool:
-    return "MAMBA_SSM_CUDA_EMULATION" in os.environ
+    return bool(os.environ.get("MAMBA_SSM_CUDA_EMULATION"))
 
 
 def _forced_module(name: str, device_type: str) -> ModuleType:

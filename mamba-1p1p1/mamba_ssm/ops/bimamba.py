@@ -214,12 +214,13 @@ def _under_cpu_autocast(inputs: tuple, forward: DirectionParameters, backward: D
 
 
 def _runs_as_block(inputs: tuple, forward: DirectionParameters, backward: DirectionParameters) -> bool:
-    hidden = inputs[0]
+    hidden, in_proj, _ = inputs
     if hidden.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     if any(t is not None and t.dtype != torch.float32 for t in (*inputs, *forward, *backward)):
         return False
-    return _serves_block(hidden.shape[-1], *forward.A.shape, forward.conv_weight.shape[1])
+    # Of weights, whose sizes are known when a module is compiled for sizes of hidden that are not.
+    return _serves_block(in_proj.shape[1], *forward.A.shape, forward.conv_weight.shape[1])
 
 
 @torch.compiler.assume_constant_result

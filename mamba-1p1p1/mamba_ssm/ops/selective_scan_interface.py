@@ -129,7 +129,16 @@ def _backward_flops(dout_shape, dlast_shape, u_shape, delta_shape, A_shape, *arg
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a backward pass can follow, so that forward should save what it needs."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(t is not None and _requires_grad(t) for t in tensors)
+
+
+def _requires_grad(tensor: Tensor) -> bool:
+    """Of what `torch.func` has wrapped, too: a batched tensor says no, whatever it is a batch of."""
+    if not torch.compiler.is_compiling():
+        functorch = torch._C._functorch
+        while not tensor.requires_grad and functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
 
 
 def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> None:

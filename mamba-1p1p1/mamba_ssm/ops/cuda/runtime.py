@@ -129,10 +129,14 @@ def _format(declaration: str, name: str) -> str:
     return _FORMATS[kind]
 
 
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
 def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mamba_ssm"
-    return Path(os.environ.get("MAMBA_SSM_CACHE") or default)
+    """Where compiled kernels are kept. Raises RuntimeError where nothing names a folder and the user has no home."""
+    if named := os.environ.get("MAMBA_SSM_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mamba_ssm"
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
@@ -210,15 +214,20 @@ def _define_flags(defines: tuple[tuple[str, int | str], ...]) -> list[str]:
 
 
 def cached_cubin(source: Source, defines: tuple[tuple[str, int | str], ...], arch: str) -> bytes:
-    """compile_cubin, or what it gave an earlier process. A cache that cannot be read or written is done without."""
+    """compile_cubin, or what it gave an earlier process. A cache that cannot be read or written is done without.
+
+    A cached file begins with the digest of what follows: a machine that crashed can leave one empty or cut short.
+    """
     version = ".".join(map(str, nvrtc_version()))
-    path = cache_folder() / f"{source.path.stem}-{source.digest(version, *_options(defines, arch))}.cubin"
-    try:
-        return path.read_bytes()
-    except OSError:
-        cubin = compile_cubin(source, defines, arch)
-    with contextlib.suppress(OSError):
-        _write_atomically(path, cubin)
+    file = f"{source.path.stem}-{source.digest(version, *_options(defines, arch))}.cubin"
+    with contextlib.suppress(OSError, RuntimeError):
+        content = (cache_folder() / file).read_bytes()
+        cubin = content[_DIGEST_BYTES:]
+        if hashlib.sha256(cubin).digest() == content[:_DIGEST_BYTES]:
+            return cubin
+    cubin = compile_cubin(source, defines, arch)
+    with contextlib.suppress(OSError, RuntimeError):
+        _write_atomically(cache_folder() / file, hashlib.sha256(cubin).digest() + cubin)
     return cubin
 
 
@@ -384,7 +393,8 @@ def _emulated_library(source: Source, defines: tuple[tuple[str, int | str], ...]
     """All kernels of a source, compiled by g++."""
     flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas"]
     flags += ["-DVIM_EMULATION", *_define_flags(defines), *os.environ.get("MAMBA_SSM_CUDA_EMULATION_FLAGS", "").split()]
-    digest = source.digest(header.read_text(), *flags)
+    version = subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True, check=True).stdout
+    digest = source.digest(header.read_text(), version, *flags)
     path = cache_folder() / f"{source.path.stem}-{digest}.so"
     if path.exists():
         return path

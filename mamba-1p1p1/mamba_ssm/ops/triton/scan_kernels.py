@@ -63,7 +63,7 @@ def _either(backward, ahead, behind):
 def _walk(length, stride, backward, WIDE: tl.constexpr):
     """(offset of position 0, step from one position to the next) of a tensor whose tokens are `stride` apart.
 
-    32-bit offsets make one instruction of an address; WIDE where a sequence may span 2^31 elements.
+    32-bit offsets make one instruction of an address; WIDE where a sequence spans 2^31 elements.
     """
     if WIDE:
         step = int64(stride)
@@ -662,7 +662,7 @@ def scan_backward_kernel(
     ROWS: tl.constexpr = max(16, 2 * WIDTH * GROUP)
     b, first_channel, count, group, block, blocks = _place(channels, group_channels, BLOCK)
     if not WIDE:
-        first_channel = first_channel.to(tl.int32)  # channels take 32 bits: the kernel is short of registers
+        first_channel = first_channel.to(tl.int32)  # a channel's offset fits 32 bits: the kernel is short of registers
     lane = tl.arange(0, BLOCK)
     d = first_channel + lane
     if FULL:  # a mask of None: all channels are there

@@ -148,9 +148,10 @@ def _common(inputs: ScanInputs, grid: Grid, read: tuple[Tensor, ...] = (), writt
 
 
 def _is_wide(inputs: ScanInputs, length: int, *others: Tensor | None) -> bool:
-    """Whether the tokens of one sequence span 2^31 elements of any tensor."""
-    tensors = (inputs.u, inputs.delta, inputs.z, inputs.B, inputs.C, *others)
-    return any(t is not None and abs(length * t.stride(-1)) >= 2**31 for t in tensors)
+    """Whether one sequence spans 2^31 elements of any tensor, from token to token or from channel to channel."""
+    tensors = [t for t in (inputs.u, inputs.delta, inputs.z, inputs.B, inputs.C, *others) if t is not None]
+    spans = [max(abs(length * t.stride(-1)), abs(t.shape[-2] * t.stride(-2))) for t in tensors]
+    return max(spans) >= 2**31
 
 
 def _is_paired(grid: Grid, *tensors: Tensor | None) -> bool:
