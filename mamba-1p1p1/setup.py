@@ -5,9 +5,11 @@ optional: without a C++ compiler the install succeeds, says so, and the referenc
 it; on macOS OpenMP's functions are those of the library that torch brings, found when cpu.py loads this one.
 """
 
+import hashlib
 import os
 import platform
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -30,6 +32,12 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
 
 
+def sources_digest() -> str:
+    """Of this file and csrc/, as cpu.py computes it."""
+    files = [Path("setup.py"), *sorted(Path("csrc").glob("*.[ch]*"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 class BuildKernels(build_ext):
     """Compile kernels.cpp once for each instruction set and link all of them into one library."""
 
@@ -40,7 +48,7 @@ class BuildKernels(build_ext):
             )
 
         library, kernels = extension.sources
-        objects = compile(library, "common", [], [])
+        objects = compile(library, "common", [("SOURCES", f'"{sources_digest()}"')], [])
         for isa, flags in ISA_FLAGS.items():
             objects += compile(kernels, isa, [("ISA", isa)], flags)
         target = self.get_ext_fullpath(extension.name)

@@ -7,6 +7,7 @@ after torch so that both share one OpenMP runtime, and uses `torch.get_num_threa
 
 import ctypes
 import functools
+import hashlib
 import importlib.machinery
 import os
 import sys
@@ -20,7 +21,7 @@ ISAS = ("avx512", "avx2", "portable")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 WIDTHS = (2, 3, 4)
 _LIBRARY_STEM = "_cpu_kernels"
-INTERFACE = 2  # of the C functions and argument blocks; counted up with csrc/library.cpp
+_ROOT = Path(__file__).parents[1]  # of the package, where an editable install has setup.py and csrc/
 _floats = functools.partial(torch.empty, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
 
 
@@ -63,6 +64,26 @@ def _openmp_of_torch() -> Path:
     return ours if ours.exists() else Path(sys.prefix) / "lib" / "libomp.dylib"
 
 
+def _is_outdated(library: ctypes.CDLL) -> bool:
+    """Whether an editable install's sources have changed since they were compiled, as after `git pull`."""
+    digest = _sources_digest()
+    if digest is None:
+        return False
+    if not hasattr(library, "causal_conv1d_sources"):
+        return True
+    library.causal_conv1d_sources.restype = ctypes.c_char_p
+    return library.causal_conv1d_sources().decode() != digest
+
+
+@functools.cache
+def _sources_digest() -> str | None:
+    """As setup.py computes it; None where there are no sources, as beside a wheel."""
+    if not (_ROOT / "csrc" / "library.cpp").is_file():
+        return None
+    files = [_ROOT / "setup.py", *sorted((_ROOT / "csrc").glob("*.[ch]*"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def unavailable_reason() -> str | None:
     """None if the kernels can run; else why not and how to mend it."""
     if _library_path() is None:
@@ -74,8 +95,8 @@ def unavailable_reason() -> str | None:
         library = _library()
     except OSError as error:
         return f"its C++ kernels cannot be loaded ({error}): `pip install` the package again"
-    if getattr(library, "causal_conv1d_interface", int)() != INTERFACE:
-        return "its C++ kernels are those of another version: `pip install` the package again"
+    if _is_outdated(library):
+        return f"its C++ kernels were compiled before {_ROOT / 'csrc'} changed: `pip install` the package again"
     _isa()
     return None
 

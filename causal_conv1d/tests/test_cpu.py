@@ -4,6 +4,7 @@ this processor has, in every memory layout.
 
 import ctypes
 import re
+import shutil
 
 import pytest
 import torch
@@ -127,10 +128,18 @@ def test_on_macos_openmp_is_that_of_torch(monkeypatch):
     assert kernels == (str(cpu._library_path()),)
 
 
-def test_a_library_of_another_version_is_refused(monkeypatch):
-    """Its argument blocks may differ, and it would read rubbish."""
-    monkeypatch.setattr(cpu, "INTERFACE", cpu.INTERFACE + 1)
-    assert "another version" in cpu.unavailable_reason()
+def test_a_library_of_other_sources_is_refused(monkeypatch, tmp_path):
+    """As after `git pull` without an install: its argument blocks may differ, and it would read rubbish."""
+    shutil.copytree(cpu._ROOT / "csrc", tmp_path / "csrc")
+    shutil.copy(cpu._ROOT / "setup.py", tmp_path)
+    monkeypatch.setattr(cpu, "_ROOT", tmp_path)
+    monkeypatch.setattr(cpu, "_sources_digest", cpu._sources_digest.__wrapped__)
+    assert cpu.unavailable_reason() is None
+    with open(tmp_path / "csrc" / "kernels.cpp", "a") as file:
+        file.write("// changed\n")
+    assert "csrc changed: `pip install` the package again" in cpu.unavailable_reason()
+    shutil.rmtree(tmp_path / "csrc")  # as beside a wheel, whose files belong together
+    assert cpu.unavailable_reason() is None
 
 
 @pytest.mark.parametrize("arguments, word", [((torch.float64, 4), "float64"), ((torch.float32, 5), "width 5")], ids=str)

@@ -70,5 +70,6 @@ EXPORT int mamba_ssm_has_avx2() {
 #endif
 }
 
-// Python's side refuses a library of another number: an argument block that has changed would be read as rubbish.
-EXPORT int mamba_ssm_interface() { return 4; }
+// The digest of what this library was compiled from (setup.py). Python's side refuses one of other sources: an argument
+// block that has changed would be read as rubbish.
+EXPORT const char* mamba_ssm_sources() { return SOURCES; }
