@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from matplotlib.patches import Patch
 from PIL import Image
 
 from datasets import DataBundle
@@ -64,6 +63,8 @@ def file_names(result: Segmented, data: DataBundle) -> list[str]:
 
 def draw_samples(result: Segmented, data: DataBundle, colours: np.ndarray, path: Path) -> None:
     """Image, label, prediction and what is wrong of the first samples, a row each."""
+    from matplotlib.patches import Patch  # here, as in `drawing.new_figure`
+
     samples = result.samples[:MOST_ROWS]
     figure = new_figure(10, 0.9 + 2.5 * max(1, len(samples)), layout="constrained")
     figure.suptitle(f"{result.words}; {result.images:,} images")

@@ -75,11 +75,11 @@ def best_in_words(checkpoint: Checkpoint) -> str:
 
 
 def export_folder(
-    model: nn.Module, folder: Path, identity: Identity, source: Checkpoint, names: list[str], licence: str
+    model: nn.Module, folder: Path, identity: Identity, source: Checkpoint, names: list[str], card: dict
 ) -> None:
     """Write `folder` as `timm.create_model("local-dir:FOLDER", pretrained=True)` and the Hub take it.
 
-    model.safetensors, config.json (name, arguments, preprocessing, class names) and README.md, the model card. Raises
+    model.safetensors, config.json (name, arguments, preprocessing, class names) and README.md, `model_card`'s. Raises
     CheckpointError where one of them would take the place of a file that is not of an export.
     """
     try:
@@ -94,7 +94,6 @@ def export_folder(
     config = {"label_names": names} if names else {}
     arguments = _json_arguments(identity, source)
     save_for_hf(model, str(folder), model_config=config, model_args=arguments, safe_serialization=True)
-    card = model_card(model, identity, source, licence)
     (folder / "README.md").write_text(generate_readme(card, identity.name), encoding="utf-8")
 
 
@@ -159,7 +158,7 @@ def usage(model: nn.Module, module: str | None) -> str:
 
 
 def push_to_hub(
-    model: nn.Module, repo: str, identity: Identity, source: Checkpoint, names: list[str], licence: str
+    model: nn.Module, repo: str, identity: Identity, source: Checkpoint, names: list[str], card: dict
 ) -> str:
     """Upload what `export_folder` writes to the Hub's OWNER/REPO; returns its address.
 
@@ -168,7 +167,7 @@ def push_to_hub(
     config = {"label_names": names} if names else {}
     try:
         push_to_hf_hub(
-            model, repo, model_config=config, model_card=model_card(model, identity, source, licence),
+            model, repo, model_config=config, model_card=card,
             model_args=_json_arguments(identity, source), safe_serialization=True,
         )  # fmt: skip
     except HFValidationError as error:
@@ -214,12 +213,12 @@ def build_parser() -> argparse.ArgumentParser:
 def export(args, checkpoint: Checkpoint) -> None:
     """`checkpoint.py export`."""
     model, identity, entry = open_model(checkpoint, args.model, args.weights)
-    names = checkpoint.class_names
-    export_folder(model, Path(args.out), identity, checkpoint, names, args.license)
+    names, card = checkpoint.class_names, model_card(model, identity, checkpoint, args.license)
+    export_folder(model, Path(args.out), identity, checkpoint, names, card)
     print(f"{args.out}: {identity.name}, entry {entry!r} of {checkpoint.path} (SHA-256 {checkpoint.sha256})")
     print(f'load it with: timm.create_model("local-dir:{args.out}", pretrained=True)')
     if args.push:
-        print(f"pushed to {push_to_hub(model, args.push, identity, checkpoint, names, args.license)}")
+        print(f"pushed to {push_to_hub(model, args.push, identity, checkpoint, names, card)}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -82,16 +82,14 @@ def read_real_labels(which: str) -> list[set[int]]:
             text = pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json").decode()
         else:
             text = Path(which).read_text(encoding="utf-8-sig")
-        return [_as_classes(number, labels) for number, labels in enumerate(_as_list(json.loads(text)))]
+        content = json.loads(text)
+        if not isinstance(content, list):
+            kind = type(content).__name__
+            raise ValueError(f"expected a list with an entry for each validation image, found a {kind}")
+        return [_as_classes(number, labels) for number, labels in enumerate(content)]
     except (OSError, ValueError) as error:
         reason = one_line(error)
         raise DataError(f"--real-labels {which}: {reason}; give {BUILT_IN!r} or ReaL's real.json") from error
-
-
-def _as_list(content) -> list:
-    if not isinstance(content, list):
-        raise ValueError(f"expected a list with an entry for each validation image, found a {type(content).__name__}")
-    return content
 
 
 def _as_classes(number: int, labels) -> set[int]:

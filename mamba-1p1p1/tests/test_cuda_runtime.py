@@ -37,22 +37,11 @@ def compiler_problem() -> str | None:
 compiles = pytest.mark.skipif(compiler_problem() is not None, reason=str(compiler_problem()))
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return shared_folder(tmp_path_factory, "emulated-kernels")
-
-
-@pytest.fixture
-def emulated(emulated_cuda, monkeypatch, cache):
-    """Kernels run on CPU tensors, compiled once for all of these tests."""
-    monkeypatch.setenv("MAMBA_SSM_CACHE", str(cache))
-
-
 @pytest.fixture
 def probe(request, device):
     """probe(kernel's name, definitions ...) of cuda_probe.cu, for `device`."""
     if device == "cpu":
-        request.getfixturevalue("emulated")
+        request.getfixturevalue("emulated_cuda")
     return lambda name, **defines: runtime.load(str(PROBE), name, tuple(defines.items()))
 
 
@@ -302,8 +291,8 @@ def test_launches_that_a_gpu_refuses(probe, grid, block, shared, message):
         probe("barriers")(grid, block, shared, torch.zeros(128), torch.zeros(128), 0)
 
 
-def run_under_address_sanitizer(program: str, cache, *arguments: str) -> subprocess.CompletedProcess:
-    """In a process of its own, which must begin with the sanitizer's library."""
+def run_under_address_sanitizer(program: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Emulated, in a process of its own, which must begin with the sanitizer's library."""
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
@@ -311,8 +300,8 @@ def run_under_address_sanitizer(program: str, cache, *arguments: str) -> subproc
     if not all(Path(library).is_absolute() for library in libraries):
         pytest.skip("g++ has no address sanitizer")
     environment = os.environ | {
-        "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "MAMBA_SSM_CACHE": str(cache),
-        "MAMBA_SSM_CUDA_EMULATION": str(EMULATION), "MAMBA_SSM_CUDA_EMULATION_FLAGS": "-g1 -O0 -fsanitize=address",
+        "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0",
+        "MAMBA_SSM_CUDA_EMULATION_FLAGS": "-g1 -O0 -fsanitize=address",
     }  # fmt: skip
     command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -320,21 +309,23 @@ def run_under_address_sanitizer(program: str, cache, *arguments: str) -> subproc
 
 @pytest.mark.slow
 @emulates
-def test_address_sanitizer_finds_what_is_out_of_bounds(cache):
+@pytest.mark.usefixtures("emulated_cuda")
+def test_address_sanitizer_finds_what_is_out_of_bounds():
     program = (
         "import sys, torch; from mamba_ssm.ops.cuda import runtime\n"
         f"kernel = runtime.load({str(PROBE)!r}, 'barriers')\n"
         "for size in map(int, sys.argv[1:]):\n"
         "    kernel((1, 1, 1), 128, 512, torch.zeros(128), torch.zeros(size), 0); print(size, flush=True)\n"
     )
-    run = run_under_address_sanitizer(program, cache, "128", "127")
+    run = run_under_address_sanitizer(program, "128", "127")
     assert run.stdout.split() == ["128"], run.stderr
     assert "heap-buffer-overflow" in run.stderr and re.search(r"in barriers .*cuda_probe\.cu:\d+", run.stderr)
 
 
 @pytest.mark.slow
 @emulates
-def test_short_sequences_stay_in_bounds(cache):
+@pytest.mark.usefixtures("emulated_cuda")
+def test_short_sequences_stay_in_bounds():
     """Copies that nothing waits for as well: those of the first sequence would begin before the tensor."""
     program = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
@@ -345,7 +336,7 @@ def test_short_sequences_stay_in_bounds(cache):
         "    kernels.bimamba_forward(xz, ahead, behind, 0.5, True)\n"
         "    kernels.bimamba_backward(dy, xz, ahead, behind, 0.5, None); print(length, flush=True)\n"
     )
-    run = run_under_address_sanitizer(program, cache)
+    run = run_under_address_sanitizer(program)
     assert run.stdout.split() == ["1", "5", "9", "17"], run.stderr[:3000]
 
 
@@ -389,7 +380,7 @@ def test_arguments_that_do_not_fit(probe):
 
 
 @emulates
-def test_the_hosts_compiler_error_is_shown(emulated, tmp_path):
+def test_the_hosts_compiler_error_is_shown(emulated_cuda, tmp_path):
     (tmp_path / "wrong.cu").write_text('#include "device.cuh"\nextern "C" __global__ void wrong(float* x) { x = y; }\n')
     with pytest.raises(runtime.CompileError, match=r"(?s)wrong.cu does not compile for the CPU:.*wrong.cu:2.*y"):
         runtime.load(str(tmp_path / "wrong.cu"), "wrong")

@@ -336,7 +336,7 @@ def test_modules_called_one_by_one_compute_the_same(bimamba_type, use_fast_path,
 @pytest.mark.parametrize("use_fast_path", [True, False])
 @pytest.mark.parametrize(("bimamba_type", "name"), OF_EACH_TYPE)
 @pytest.mark.parametrize("change", ["hook", "hook before", "forward", "adapter"])
-def test_what_doubles_the_output_of_a_holder_takes_effect(change, bimamba_type, name, use_fast_path):
+def test_what_doubles_the_output_of_a_fused_module_takes_effect(change, bimamba_type, name, use_fast_path):
     torch.manual_seed(0)
     module = Mamba(16, bimamba_type=bimamba_type, use_fast_path=use_fast_path).double()
     x = torch.randn(2, 5, 16, dtype=torch.float64)
@@ -505,10 +505,10 @@ def test_a_bias_of_the_x_projection_is_added(bimamba_type):
 def test_the_classes_own_forward_bound_again_is_no_other(name):
     """What takes a forward away again may leave that behind."""
     module, x = Mamba(16, bimamba_type="v2"), torch.randn(2, 5, 16)
-    holder, expected = getattr(module, name), module(x)
-    holder.forward = holder.forward
+    inner, expected = getattr(module, name), module(x)
+    inner.forward = inner.forward
     assert module._why_not_fusable() is None and torch.equal(module(x), expected)
-    holder.forward = functools.partial(holder.forward)
+    inner.forward = functools.partial(inner.forward)
     assert module._why_not_fusable() == f"{name} has a forward of its own"
 
 
@@ -525,7 +525,7 @@ def test_pruning_takes_effect(name, kept):
     torch.testing.assert_close(pruned, module(x), rtol=1e-4, atol=1e-6)
 
 
-def test_a_parametrized_holder_of_weights_is_fused():
+def test_a_parametrized_module_is_fused():
     """A parametrization computes its weight where it is read."""
     torch.manual_seed(0)
     module, x = Mamba(16, bimamba_type="v2"), torch.randn(2, 5, 16)

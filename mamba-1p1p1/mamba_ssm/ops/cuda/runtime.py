@@ -129,9 +129,6 @@ def _format(declaration: str, name: str) -> str:
     return _FORMATS[kind]
 
 
-_DIGEST_BYTES = hashlib.sha256().digest_size
-
-
 def cache_folder() -> Path:
     """Where compiled kernels are kept. Raises RuntimeError where nothing names a folder and the user has no home."""
     if named := os.environ.get("MAMBA_SSM_CACHE"):
@@ -211,6 +208,9 @@ def _options(defines: tuple[tuple[str, int | str], ...], arch: str) -> list[str]
 
 def _define_flags(defines: tuple[tuple[str, int | str], ...]) -> list[str]:
     return [f"-D{name}={value}" for name, value in defines]
+
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def cached_cubin(source: Source, defines: tuple[tuple[str, int | str], ...], arch: str) -> bytes:
